@@ -1,0 +1,92 @@
+"""What holds for the tree as a whole: no paths of one machine, documented settings, a lock that fits pyproject.toml."""
+
+import ast
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+MACHINE_PATH = re.compile(r"(?<![\w.~<-])/(?:work|root|home|Users|tmp|opt|mnt)/\w")
+TORCH_AND_ITS_OWN = {"filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "setuptools", "sympy", "torch"}
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_path_of_one_machine():
+    found = []
+    for file in tracked_files():
+        if file.suffix in {".png", ".svg"}:
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
+
+
+@pytest.mark.parametrize(("line", "found"), [("cd /" + "home/me", True), ("see modules/ops", False)])
+def test_the_path_pattern_finds_paths(line: str, found: bool):
+    assert bool(MACHINE_PATH.search(line)) is found
+
+
+def undocumented_fields(tree: ast.Module) -> list[str]:
+    """Return the public dataclass fields that no docstring follows, and the user's dataclasses that are not frozen."""
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.ClassDef) and any("dataclass" in ast.dump(d) for d in node.decorator_list)):
+            continue
+        if node.name.startswith("_"):
+            continue
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and not described:
+                found.append(f"{node.name}.{ast.unparse(field.target)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for name in ("app", "callbacks", "datamodules", "modules") for file in sorted((ROOT / name).rglob("*.py"))],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_every_dataclass_field_is_documented(file: Path):
+    assert undocumented_fields(ast.parse(file.read_text(encoding="utf-8"))) == []
+
+
+def test_an_undocumented_field_is_found():
+    source = "@dataclass(frozen=True)\nclass A:\n    x: int\n    '''Number.'''\n    y: int = 0\n"
+    assert undocumented_fields(ast.parse(source)) == ["A.y"]
+
+
+def locked() -> dict[str, Version]:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    return {canonicalize_name(name): Version(version) for name, version in pins.items()}
+
+
+def test_the_lock_fits_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lock = locked()
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        if requirement.name != "torch":
+            assert lock[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_the_lock_leaves_torch_and_torchvision_alone():
+    assert not set(locked()) & (TORCH_AND_ITS_OWN | {"torchvision"})
+
+
+def test_the_lock_holds_the_safe_lightning():
+    assert locked()["lightning"] == locked()["pytorch-lightning"] >= Version("2.6.4")
