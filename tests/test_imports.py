@@ -1,4 +1,4 @@
-"""Imports run one way: app -> callbacks -> modules, app -> datamodules -> modules/batch.py, and down inside modules/."""
+"""Imports run one way: app -> callbacks -> modules, app -> datamodules -> modules/batch.py, and down in modules/."""
 
 import ast
 import tomllib
