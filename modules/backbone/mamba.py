@@ -1,0 +1,75 @@
+"""The Mamba-2 mixer (arXiv 2405.21060) as Nemotron-H uses it.
+
+`in_proj` packs (gate, x, B, C, dt); x, B, C pass a causal convolution with SiLU; the scan; a gated group RMSNorm with
+the gate before the norm; `out_proj`. `A_log`, `D` and `dt_bias` are fp32 always, and dt is unlimited (0, inf).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modules.backbone.config import BackboneConfig
+from modules.backbone.normalization import GatedGroupRMSNorm
+from modules.ops.convolution import causal_convolution
+from modules.ops.documents import DocumentLayout
+from modules.ops.ssd import ssd
+from modules.precision.linear import Linear
+
+
+class CausalConvolution(nn.Module):
+    """Depthwise causal convolution with SiLU; its weight has the shape of `nn.Conv1d`'s, [C, 1, k].
+
+    Args:
+        channels: C.
+        taps: k.
+        bias: whether there is a bias [C].
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x: Tensor, documents: DocumentLayout | None) -> Tensor:
+        """Map [B, T, C] to [B, T, C] in the dtype of `x`, inside documents."""
+        return causal_convolution(x, self.weight.squeeze(1), self.bias, documents)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer.
+
+    Args:
+        config: the backbone's configuration.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.head_dim, self.state_size = config.mamba_head_dim, config.ssm_state_size
+        self.groups, self.chunk_size = config.n_groups, config.chunk_size
+        inner, heads = config.mamba_inner_size, config.mamba_num_heads
+        self.sizes = [inner, config.mamba_conv_size, heads]
+        self.in_proj = Linear(config.hidden_size, sum(self.sizes))
+        self.conv1d = CausalConvolution(config.mamba_conv_size, config.conv_kernel, config.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = GatedGroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.out_proj = Linear(inner, config.hidden_size)
+
+    def forward(self, x: Tensor, documents: DocumentLayout | None) -> Tensor:
+        """Map [B, T, D] to [B, T, D]; the state starts anew at each document."""
+        gate, mixed, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        mixed = self.conv1d(mixed, documents)
+        inner, group_states = self.sizes[0], self.groups * self.state_size
+        inputs, B, C = mixed.split([inner, group_states, group_states], dim=-1)
+        y = ssd(
+            inputs.unflatten(-1, (-1, self.head_dim)),
+            dt,
+            -torch.exp(self.A_log.float()),
+            B.unflatten(-1, (self.groups, -1)),
+            C.unflatten(-1, (self.groups, -1)),
+            self.D.float(),
+            self.dt_bias.float(),
+            documents,
+            self.chunk_size,
+        )
+        return self.out_proj(self.norm(y.flatten(-2), gate))

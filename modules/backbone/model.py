@@ -1,0 +1,173 @@
+"""The network: embedding, layers, final norm, head, and the MTP block beside them.
+
+Parameter names are those of the open checkpoints (`backbone.layers.{i}.mixer...`, `mtp.layers.{j}...`,
+`lm_head.weight`), with the experts of a layer stacked in one tensor.
+Shapes: B rows, T positions, D hidden, V vocabulary, M MTP depths.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.backbone.config import BackboneConfig
+from modules.backbone.layer import Layer
+from modules.backbone.mtp import MTPBlock
+from modules.backbone.normalization import RMSNorm
+from modules.backbone.router import Router, Routing
+from modules.ops.documents import DocumentLayout
+from modules.precision.linear import Embedding, FormattedModule, Head
+
+
+class Output(NamedTuple):
+    """Result of a forward pass."""
+
+    hidden: Tensor
+    """[B, T, D] after the final norm."""
+    mtp_hidden: list[Tensor]
+    """M tensors [B, T, D]: the normalised hidden state of each MTP depth."""
+    router: list[Routing]
+    """One `Routing` per router of `Network.routers()`, in that order; the MTP routers' counts are summed over depths
+    and their probabilities averaged."""
+
+
+@dataclass(frozen=True)
+class ShardingUnit:
+    """Modules whose parameters a strategy gathers together."""
+
+    modules: list[nn.Module]
+    """The modules, run one after the other."""
+    dtype: torch.dtype
+    """Dtype their parameters are gathered in."""
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm.
+
+    Args:
+        config: the configuration.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, letter) for letter in config.hybrid_override_pattern)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class Network(nn.Module):
+    """A hybrid Mamba-2 / attention / LatentMoE language model with MTP.
+
+    Weights are uninitialised: build on the meta device, apply a precision recipe, shard, then `initialize` or load.
+
+    Args:
+        config: the configuration.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.mtp = MTPBlock(config) if config.num_nextn_predict_layers else None
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, mtp_depths: int = 0) -> Output:
+        """Run the network.
+
+        Args:
+            tokens: int64 [B, T].
+            document_ids: int32 [B, T], see `PackedBatch`; None: each row is one document.
+            mtp_depths: number M of MTP depths to compute.
+
+        Returns:
+            `Output`; the head is applied by the loss or by `logits`.
+
+        Raises:
+            ValueError: if MTP depths are asked of a network without an MTP block.
+        """
+        documents = None if document_ids is None else DocumentLayout(document_ids)
+        x = self.backbone.embeddings(tokens)
+        routings: list[Routing] = []
+        for layer in self.backbone.layers:
+            x, routing = layer(x, documents)
+            if routing is not None:
+                routings.append(routing)
+        hidden = self.backbone.norm_f(x)
+        mtp_hidden, mtp_routings = self._run_mtp(hidden, tokens, documents, mtp_depths)
+        return Output(hidden, mtp_hidden, routings + mtp_routings)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [..., D] to fp32 logits [..., V]."""
+        return self.lm_head(hidden)
+
+    def routers(self) -> list[Router]:
+        """Return the routers in layer order, the MTP block's last."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def sharding_units(self) -> list[ShardingUnit]:
+        """Return what a strategy should gather together, inner before outer, the network itself last.
+
+        The matrix products of a layer form one unit per format, gathered in that format's dtype; what is left of the
+        layer (norms, router, `A_log D dt_bias`, convolution) forms an fp32 unit.
+        """
+        blocks = [*self.backbone.layers] + ([self.mtp] if self.mtp is not None else [])
+        units = []
+        for block in blocks:
+            units += [*_format_units(block), ShardingUnit([block], torch.float32)]
+        embeddings, head = self.backbone.embeddings, self.lm_head
+        if self.config.tie_word_embeddings:
+            units.append(ShardingUnit([embeddings, head], torch.float32))
+        else:
+            units += [ShardingUnit([embeddings], embeddings.compute_dtype), ShardingUnit([head], head.compute_dtype)]
+        return [*units, ShardingUnit([self], torch.float32)]
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the activations of every layer in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.checkpointed = True
+
+    def _run_mtp(
+        self, hidden: Tensor, tokens: Tensor, documents: DocumentLayout | None, depths: int
+    ) -> tuple[list[Tensor], list[Routing]]:
+        if depths == 0:
+            return [], []
+        if self.mtp is None:
+            raise ValueError(
+                "model.mtp_depths: the network has no MTP block; set model.backbone.num_nextn_predict_layers to 1"
+            )
+        states, routings = [], []
+        for depth in range(1, depths + 1):
+            embedded = self.backbone.embeddings(_ahead(tokens, documents, depth))
+            hidden, routing = self.mtp(embedded, hidden, documents)
+            states.append(hidden)
+            routings.append(routing)
+        merged = [
+            Routing(
+                torch.stack([routing.probabilities for routing in layer]).mean(0),
+                torch.stack([routing.counts for routing in layer]).sum(0),
+            )
+            for layer in zip(*routings, strict=True)
+        ]
+        return states, merged
+
+
+def _ahead(tokens: Tensor, documents: DocumentLayout | None, depth: int) -> Tensor:
+    """Return the token `depth` positions ahead in the same document, id 0 where there is none (no loss falls there)."""
+    ahead = F.pad(tokens[:, depth:], (0, min(depth, tokens.shape[1])))
+    if documents is None:
+        return ahead
+    same = F.pad(documents.ids[:, depth:] == documents.ids[:, :-depth], (0, min(depth, tokens.shape[1])))
+    return torch.where(same, ahead, 0)
+
+
+def _format_units(block: nn.Module) -> list[ShardingUnit]:
+    groups: dict[torch.dtype, list[nn.Module]] = {}
+    for module in block.modules():
+        if isinstance(module, FormattedModule) and module.compute_dtype != torch.float32:
+            groups.setdefault(module.compute_dtype, []).append(module)
+    return [ShardingUnit(modules, dtype) for dtype, modules in groups.items()]

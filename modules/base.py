@@ -1,0 +1,236 @@
+"""What the LightningModules of all stages share: building, sharding, optimising, skipping bad steps, logging.
+
+A stage says how one micro-batch's loss is computed (`micro_batch_loss`); everything that must not differ between stages
+lives here. A step is an optimiser step: one accumulation window on every rank.
+Shapes: M MTP depths, E experts.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from modules.backbone.config import BackboneConfig
+from modules.backbone.initialization import initialize
+from modules.backbone.model import Network
+from modules.backbone.router import Routing
+from modules.batch import PackedBatch, TrainingData
+from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
+from modules.optim.clipping import clip_gradients
+from modules.optim.schedule import ScheduleConfig
+from modules.precision.recipe import PrecisionRule, apply
+
+
+class MicroBatchLoss(NamedTuple):
+    """What a stage returns for one micro-batch."""
+
+    loss: Tensor
+    """fp32 scalar, differentiable; the losses of all micro-batches and ranks of a step add up to the step's loss."""
+    metrics: Mapping[str, Tensor]
+    """Detached scalars by name; summed over the micro-batches and ranks of a step, then logged."""
+    router: list[Routing]
+    """One `Routing` per router."""
+
+
+class TrainingDivergedError(ValueError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class StageModule(LightningModule):
+    """Base of all stages.
+
+    Args:
+        backbone: shape of the network (a mapping, or the path of a file in configs/model).
+        precision: number format of each module: ordered rules, the first matching pattern decides.
+        optimizer: settings of AdamW.
+        schedule: learning rate over tokens.
+        seed: seed of the initial weights.
+        activation_checkpointing: recompute the layers' activations in the backward pass; saves memory, costs a forward.
+        compile_layers: compile each layer with torch.compile (CUDA only; elsewhere it is an error).
+        expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
+        max_skipped_steps: stop after this many steps in a row with a loss or gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        precision: list[PrecisionRule],
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+        compile_layers: bool = False,
+        expert_bias_rate: float = 1e-3,
+        max_skipped_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.backbone_config, self.precision = backbone, precision
+        self.optimizer_config, self.schedule = optimizer, schedule
+        self.seed = seed
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
+        self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
+        if max_skipped_steps < 1:
+            raise ValueError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
+        self.network: Network | None = None
+        self.precision_table: list[tuple[str, str, str]] = []
+        self.metrics: dict[str, Tensor] = {}
+        """Values of the last finished step by TensorBoard name; read by callbacks, written at the logging interval."""
+        self.skipped_steps: Tensor
+        self.skipped_streak: Tensor
+        self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped_streak", torch.zeros((), dtype=torch.int64))
+        self._sums: dict[str, Tensor] = {}
+        self._expert_counts: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------ for the stages
+
+    @abstractmethod
+    def micro_batch_loss(self, batch: PackedBatch) -> MicroBatchLoss:
+        """Compute the loss of one micro-batch."""
+
+    @property
+    def data(self) -> TrainingData:
+        """The datamodule, by the protocol both sides know."""
+        return cast(TrainingData, self.trainer.datamodule)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def built_network(self) -> Network:
+        """The network, once `configure_model` has built it."""
+        assert self.network is not None, "configure_model has not run"
+        return self.network
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` summed over all ranks."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    # ------------------------------------------------------------------------------------------------------ building
+
+    def build_network(self) -> Network:
+        """Return a new network on the meta device with the precision recipe applied (see `precision_table`).
+
+        Raises:
+            ValueError: if the recipe does not fit the network.
+        """
+        with torch.device("meta"):
+            network = Network(self.backbone_config)
+        self.precision_table = apply(self.precision, network)
+        if self.activation_checkpointing:
+            network.checkpoint_activations()
+        return network
+
+    def configure_model(self) -> None:
+        """Build, shard, materialise and initialise the network; does nothing the second time.
+
+        Raises:
+            ValueError: if the recipe does not fit the network or an option does not fit the device.
+        """
+        if self.network is not None:
+            return
+        strategy = self.trainer.strategy
+        network = self.build_network()
+        if self.compile_layers:
+            if strategy.root_device.type != "cuda":
+                raise ValueError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
+            for layer in network.backbone.layers:
+                layer.compile()
+        strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
+        network.to_empty(device=strategy.root_device)
+        initialize(network, self.seed)
+        self.network = network
+
+    def configure_optimizers(self) -> Optimizer:
+        """Return the one optimiser."""
+        groups = parameter_groups(self.built_network, self.optimizer_config.weight_decay)
+        return AdamW(groups, self.optimizer_config)
+
+    def on_fit_start(self) -> None:
+        """Check that the schedule fits the run."""
+        self.schedule.check_length(self.data.total_tokens)
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch, times the window's length to undo Lightning's division by it."""
+        result = self.micro_batch_loss(batch)
+        for name, value in {"training/loss": result.loss.detach(), **result.metrics}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if result.router:
+            counts = torch.stack([routing.counts.sum(0) for routing in result.router])
+            self._expert_counts = counts if self._expert_counts is None else self._expert_counts + counts
+        return result.loss * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the learning rate of this step."""
+        tokens = self.data.tokens_at(self.trainer.global_step + 1)
+        factor = self.schedule.factor(tokens, self.data.total_tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = self.optimizer_config.learning_rate * factor
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm (the optimiser's own setting), and mark a step that is not finite as one to skip."""
+        norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
+        sums = {name: self.all_reduce(value) for name, value in self._sums.items()}
+        skip = ~(torch.isfinite(norm) & torch.isfinite(sums["training/loss"]))
+        cast(AdamW, optimizer).found_inf = skip.float()
+        self.skipped_steps += skip
+        self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
+        self.metrics = {
+            **sums,
+            "training/gradient_norm": norm,
+            "training/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
+            "training/skipped_steps": self.skipped_steps.clone(),
+        }
+        self._sums = {}
+        self._update_expert_bias(skip)
+
+    def on_train_batch_end(self, outputs: object, batch: PackedBatch, batch_idx: int) -> None:
+        """Log the finished step and stop a run that only skips.
+
+        Raises:
+            TrainingDivergedError: after `max_skipped_steps` bad steps in a row (looked at on the logging interval).
+        """
+        step = self.trainer.global_step
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches or step % self._log_interval:
+            return
+        self.write_metrics(self.metrics)
+        streak = int(self.skipped_streak)
+        if streak >= self.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"loss or gradient not finite in steps {step - streak + 1} to {step} (model.max_skipped_steps "
+                f"{self.max_skipped_steps}); lower model.optimizer.learning_rate or look at the data of these steps"
+            )
+
+    def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""
+        if self.trainer.logger is not None:
+            self.trainer.logger.log_metrics(
+                {name: float(value) for name, value in metrics.items()}, self.trainer.global_step
+            )
+
+    @property
+    def _log_interval(self) -> int:
+        return self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _update_expert_bias(self, skip: Tensor) -> None:
+        """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped."""
+        if self._expert_counts is None:
+            return
+        counts = self.all_reduce(self._expert_counts).float()
+        self._expert_counts = None
+        change = self.expert_bias_rate * torch.sign(counts.mean(1, keepdim=True) - counts)
+        change = torch.where(skip, 0.0, change)
+        for router, delta in zip(self.built_network.routers(), change, strict=True):
+            router.e_score_correction_bias += delta
