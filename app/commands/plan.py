@@ -1,0 +1,165 @@
+"""What a run file asks for, without a device: parameters, active parameters, precision, tokens and schedule.
+
+The file is parsed by fit's own parser and the network is built on the meta device, so the 120B model takes seconds on
+a laptop and a plan can never describe another model than the one `fit` would train.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modules.backbone.config import BackboneConfig
+    from modules.backbone.model import Network
+    from modules.base import StageModule
+
+MIXER_PARTS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+MIXTURE_PARTS = {
+    "experts": "MoE routed experts",
+    "shared_experts": "MoE shared expert",
+    "fc1_latent_proj": "MoE latent projections",
+    "fc2_latent_proj": "MoE latent projections",
+    "gate": "MoE router",
+}
+PARTS = (*MIXER_PARTS.values(), *dict.fromkeys(MIXTURE_PARTS.values()), "norms", "embedding", "head", "MTP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Sizes of one part of a network."""
+
+    parameters: int = 0
+    """Trained values."""
+    biases: int = 0
+    """Router biases: not trained by gradients, but stored in checkpoints."""
+    active: int = 0
+    """Parameters one token uses."""
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(
+            parameters=self.parameters + other.parameters,
+            biases=self.biases + other.biases,
+            active=self.active + other.active,
+        )
+
+    @property
+    def total(self) -> str:
+        """Parameters, then elements of a checkpoint (with the router biases) in brackets."""
+        return f"{self.parameters:,} ({self.parameters + self.biases:,})"
+
+
+def count_parts(network: "Network") -> dict[str, Count]:
+    """Count a network's parameters part by part.
+
+    Args:
+        network: on any device, meta included.
+
+    Returns:
+        A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding, and
+        is active in both.
+    """
+    config = network.config
+    counts: dict[str, Count] = {}
+    for name, parameter in network.named_parameters():
+        part, size = _part(name, config), parameter.numel()
+        active = size * config.num_experts_per_tok // config.n_routed_experts if ".mixer.experts." in name else size
+        counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
+    for name, buffer in network.named_buffers():
+        counts[_part(name, config)] += Count(biases=buffer.numel())
+    if config.tie_word_embeddings:
+        counts["head"] = Count(active=network.lm_head.weight.numel())
+    return {part: counts[part] for part in PARTS if part in counts}
+
+
+def _part(name: str, config: "BackboneConfig") -> str:
+    """Return the part of `PARTS` that a parameter or buffer belongs to, by its full name."""
+    match name.split("."):
+        case ["mtp", *_]:
+            return "MTP"
+        case ["lm_head", *_]:
+            return "head"
+        case ["backbone", "embeddings", *_]:
+            return "embedding"
+        case ["backbone", "layers", index, "mixer", inner, *_]:
+            letter = config.hybrid_override_pattern[int(index)]
+            return MIXTURE_PARTS[inner] if letter == "E" else MIXER_PARTS[letter]
+        case _:
+            return "norms"
+
+
+def _copies(config: "BackboneConfig") -> Counter[str]:
+    """Return how often each part occurs."""
+    letters = Counter(config.hybrid_override_pattern)
+    copies = Counter({"norms": letters.total() + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
+    copies.update({part: letters[letter] for letter, part in MIXER_PARTS.items()})
+    copies.update({part: letters["E"] for part in set(MIXTURE_PARTS.values())})
+    return copies
+
+
+def parameter_lines(network: "Network", mtp_depths: int) -> list[str]:
+    """Return the parameter table and the totals.
+
+    Args:
+        network: on any device, meta included.
+        mtp_depths: depths M the MTP block is applied at.
+    """
+    counts = count_parts(network)
+    copies = _copies(network.config)
+    rows = [("part", "copies", "parameters", "active per token")]
+    rows += [(part, str(copies[part]), f"{c.parameters:,}", f"{c.active:,}") for part, c in counts.items()]
+    backbone = sum((count for part, count in counts.items() if part != "MTP"), Count())
+    lines = [*_table(rows), "", "total: parameters (elements of a checkpoint, router biases included)"]
+    if "MTP" in counts:
+        lines += [
+            f"  with MTP           {(backbone + counts['MTP']).total}",
+            f"  without MTP        {backbone.total}",
+            f"  MTP depths         {mtp_depths}, all by the one block",
+        ]
+    else:
+        lines.append(f"  without MTP        {backbone.total}")
+    share = backbone.active / (backbone.parameters or 1)
+    return [
+        *lines,
+        f"  active per token   {backbone.active:,} ({share:.1%}), MTP left out",
+        f"  the same without the input embedding   {backbone.active - counts['embedding'].active:,}",
+    ]
+
+
+def run_lines(module: "StageModule", total_tokens: int, global_batch_size: int, sequence_length: int) -> list[str]:
+    """Return the length of the run and its learning rate, in tokens (positions, padding included) and steps.
+
+    Args:
+        module: the LightningModule.
+        total_tokens: length of the run in positions.
+        global_batch_size: rows per optimiser step, all devices together.
+        sequence_length: positions per row.
+    """
+    step_tokens = global_batch_size * sequence_length
+    steps = -(-total_tokens // step_tokens)
+    schedule, peak = module.schedule, module.optimizer_config.learning_rate
+    stable = total_tokens - schedule.warmup_tokens - schedule.decay_tokens
+
+    def phase(name: str, tokens: int, what: str) -> tuple[str, str, str, str]:
+        return (name, f"{tokens:,}", f"{tokens / step_tokens:,.0f}", what)
+
+    rows = [
+        ("phase", "tokens", "steps", "learning rate"),
+        phase("warm-up", schedule.warmup_tokens, f"0 to {peak:.3g}, linear"),
+        phase("stable", stable, f"{peak:.3g}"),
+        phase("decay", schedule.decay_tokens, f"{peak:.3g} to {peak * schedule.minimum_ratio:.3g}, minus-sqrt"),
+        ("run", f"{total_tokens:,}", f"{steps:,}", f"{global_batch_size:,} rows of {sequence_length:,} tokens a step"),
+    ]
+    return _table(rows, text_columns=(0, 3))
+
+
+def _table(rows: Sequence[tuple[str, ...]], text_columns: tuple[int, ...] = (0,)) -> list[str]:
+    """Align rows of equal length in columns: text to the left, numbers to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in text_columns else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
