@@ -1,0 +1,34 @@
+"""Writing files so that each exists completely or not at all, however the process ends."""
+
+import os
+from pathlib import Path
+
+_PARTIAL = ".partial"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name beside it, bring it to the disk, and rename it.
+
+    Raises:
+        ValueError: if the system refuses (full disk, no permission); the temporary file is removed.
+    """
+    partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; mend that (free space?) and run the same command again, "
+            "what is written so far is kept"
+        ) from error
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left behind under temporary names."""
+    for partial in folder.rglob(f"*{_PARTIAL}*"):
+        partial.unlink(missing_ok=True)

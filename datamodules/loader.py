@@ -1,0 +1,170 @@
+"""Loaders whose whole state is the number of optimiser steps they have handed out.
+
+A training item is an accumulation *window*: all micro-batches that one rank adds up for one optimiser step, because each
+must carry the target counts of the window (the loss is normalised by them). Worker processes, if any, prefetch windows;
+the state counts those that were handed out completely, so it is exact, and it is the same on all ranks (Lightning saves
+loader state from rank 0 only). Workers come from a fork server that has imported torch once: no fork of the training
+process, no second import per worker.
+
+Shapes: B rows of a micro-batch, T tokens in a row, M MTP depths.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.corpus import RowReader, build_document_ids
+from datamodules.mixture import Mixture
+from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, next_token_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part of the rows a rank takes, and how it is cut into micro-batches."""
+
+    rank: int
+    """Rank among those that read different data."""
+    ranks: int
+    """Their number R; rank r takes rows r, r + R, ... of a batch."""
+    micro_batch_size: int
+    """B, rows in a micro-batch."""
+    depths: int
+    """M, MTP depths to count targets for."""
+
+
+def build_batch(rows: list[tuple[Tensor, Tensor]], missing: int, depths: int) -> PackedBatch:
+    """Build a micro-batch.
+
+    Args:
+        rows: (int32 [T] tokens, int32 [n] lengths) of each row.
+        missing: rows to add without a target (at the end of a validation set).
+        depths: M, MTP depths to count targets for.
+
+    Returns:
+        A batch of `len(rows) + missing` rows whose counts are its own.
+    """
+    length = rows[0][0].shape[0]
+    tokens = torch.zeros(len(rows) + missing, length, dtype=torch.int64)
+    document_ids = torch.zeros(len(rows) + missing, length, dtype=torch.int32)
+    used = torch.zeros(len(rows) + missing, 1, dtype=torch.int64)
+    for number, (row, lengths) in enumerate(rows):
+        tokens[number] = row
+        document_ids[number], used[number, 0] = build_document_ids(lengths, length)
+    labels = next_token_labels(tokens, document_ids)
+    labels[torch.arange(length) >= used] = IGNORED_LABEL  # padding is a document without targets
+    counts = count_targets(labels, document_ids, depths)
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=document_ids, counts=counts)
+
+
+class Windows(Dataset[list[PackedBatch]]):
+    """The accumulation windows of one rank, by optimiser step.
+
+    Args:
+        mixture: says which rows a step has.
+        readers: the sources in the order of `mixture.names`.
+        placement: this rank's part.
+    """
+
+    def __init__(self, mixture: Mixture, readers: list[RowReader], placement: Placement) -> None:
+        self._mixture, self._readers, self._placement = mixture, readers, placement
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        """Return the micro-batches of a step, each with the counts of all of them."""
+        place = self._placement
+        draws = self._mixture.draw(step)
+        source, row = draws.source[place.rank :: place.ranks], draws.row[place.rank :: place.ranks]
+        rows = [self._readers[s].read(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
+        size = place.micro_batch_size
+        batches = [build_batch(rows[first : first + size], 0, place.depths) for first in range(0, len(rows), size)]
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        return [replace(batch, counts=counts) for batch in batches]
+
+
+class TrainingLoader:
+    """Iterates the micro-batches of a run from the step it stands at; one iteration is the whole rest of the run.
+
+    Args:
+        windows: this rank's windows.
+        steps: optimiser steps of the run.
+        accumulation: micro-batches in a window.
+        workers: loader processes; 0 reads in this one.
+    """
+
+    def __init__(self, windows: Windows, steps: int, accumulation: int, workers: int) -> None:
+        self._windows, self._steps, self._accumulation, self._workers = windows, steps, accumulation, workers
+        self._consumed = 0
+
+    def __len__(self) -> int:
+        """Return the micro-batches of the whole run (a loader without length is prefetched by Lightning)."""
+        return self._steps * self._accumulation
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yield micro-batches from the current step on."""
+        steps = range(self._consumed, self._steps)
+        for step, window in zip(steps, _load(self._windows, steps, self._workers), strict=True):
+            for number, batch in enumerate(window, start=1):
+                if number == len(window):
+                    self._consumed = step + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the optimiser steps whose batches were handed out."""
+        return {"steps": self._consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the given number of steps."""
+        self._consumed = state["steps"]
+
+
+class ValidationLoader:
+    """Iterates a fixed set of validation rows, the same number of batches on every rank.
+
+    Args:
+        readers: the validation splits.
+        rows: (reader, row) of each validation row.
+        placement: this rank's part; the last batches are filled up with rows without targets.
+    """
+
+    def __init__(self, readers: list[RowReader], rows: list[tuple[int, int]], placement: Placement) -> None:
+        self._readers, self._rows, self._placement = readers, rows, placement
+
+    def __len__(self) -> int:
+        """Return the batches of each rank."""
+        per_batch = self._placement.ranks * self._placement.micro_batch_size
+        return -(-len(self._rows) // per_batch)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yield this rank's batches."""
+        place = self._placement
+        size = place.micro_batch_size
+        for batch in range(len(self)):
+            numbers = range((batch * size) * place.ranks + place.rank, (batch + 1) * size * place.ranks, place.ranks)
+            present = [self._rows[number] for number in numbers if number < len(self._rows)]
+            # a rank with nothing left repeats a row for its shape and drops its targets
+            rows = [self._readers[reader].read(row) for reader, row in present or self._rows[:1]]
+            filled = build_batch(rows, size - len(rows), place.depths)
+            if not present:
+                filled.labels.fill_(IGNORED_LABEL)
+                filled.counts.zero_()
+            yield filled
+
+
+def _load(windows: Windows, steps: range, workers: int) -> Iterator[list[PackedBatch]]:
+    context = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    loader = DataLoader(
+        windows,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws its seed from the global generator: a resumed run would differ
+    )
+    return iter(loader)

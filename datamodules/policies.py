@@ -1,0 +1,110 @@
+"""What to do with bad input, and the count of what was done.
+
+Each kind of trouble has a named policy; `strict` always means: stop with an error that names the file. Whatever is
+skipped or changed is counted by reason, with sizes and a few examples, and ends up in the summary and in `corpus.json`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_EXAMPLES = 3
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Counts of skipped and changed documents by reason."""
+
+    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Reason -> `count`, `bytes`, `examples` of what is not in the corpus."""
+    changed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Reason -> the same of what is in the corpus, but not as it was."""
+
+    def skip(self, reason: str, name: str, size: int = 0) -> None:
+        """Count something left out."""
+        _count(self.skipped, reason, 1, size, [name])
+
+    def change(self, reason: str, name: str, size: int = 0) -> None:
+        """Count something altered."""
+        _count(self.changed, reason, 1, size, [name])
+
+    def merge(self, other: "Tally") -> None:
+        """Add the counts of another tally."""
+        for mine, theirs in ((self.skipped, other.skipped), (self.changed, other.changed)):
+            for reason, entry in theirs.items():
+                _count(mine, reason, entry["count"], entry["bytes"], entry["examples"])
+
+
+def _count(entries: dict[str, dict[str, Any]], reason: str, count: int, size: int, examples: list[str]) -> None:
+    entry = entries.setdefault(reason, {"count": 0, "bytes": 0, "examples": []})
+    entry["count"] += count
+    entry["bytes"] += size
+    entry["examples"] = (entry["examples"] + examples)[:_EXAMPLES]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies:
+    """How sources are read."""
+
+    encoding: Literal["strict", "replace", "skip"] = "replace"
+    """Text that is not UTF-8: stop, put U+FFFD for bad bytes, or leave the document out."""
+    empty: Literal["strict", "skip"] = "skip"
+    """A document without a visible character: stop or leave it out."""
+    malformed: Literal["strict", "skip"] = "skip"
+    """A JSONL line that is no object with the text key, a file that cannot be read: stop or leave it out."""
+    oversized: Literal["strict", "split", "skip"] = "split"
+    """A document over `max_document_bytes`: stop, cut it (at line ends) into documents, or leave it out."""
+    max_document_bytes: int = 1 << 20
+    """Largest document in bytes, >= 16."""
+    text_key: str = "text"
+    """Key of the text in JSONL objects."""
+
+    def __post_init__(self) -> None:
+        """Check the size limit."""
+        if self.max_document_bytes < 16:
+            raise ValueError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
+
+    def decode(self, data: bytes, name: str, tally: Tally) -> str | None:
+        """Return the text of UTF-8 bytes, or None where it is to be skipped."""
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.encoding == "strict":
+                raise ValueError(
+                    f"{name}: byte {error.start} is not UTF-8; convert the file, or set encoding to replace or skip"
+                ) from None
+        if self.encoding == "skip":
+            tally.skip("not UTF-8", name, len(data))
+            return None
+        tally.change("bad bytes replaced by U+FFFD", name, len(data))
+        return data.decode("utf-8", errors="replace")
+
+    def keeps_oversized(self, name: str, size: int, tally: Tally) -> bool:
+        """Return whether an oversized document is kept (split)."""
+        if self.oversized == "strict":
+            raise ValueError(
+                f"{name}: {size} bytes are over max_document_bytes ({self.max_document_bytes}); "
+                "raise it, or set oversized to split or skip"
+            )
+        if self.oversized == "skip":
+            tally.skip("over max_document_bytes", name, size)
+            return False
+        tally.change("over max_document_bytes, split", name, size)
+        return True
+
+    def skip_empty(self, name: str, size: int, tally: Tally) -> None:
+        """Count an empty document as skipped."""
+        if self.empty == "strict":
+            raise ValueError(f"{name}: the document is empty; remove it, or set empty to skip")
+        tally.skip("empty", name, size)
+
+    def malformed_line(self, name: str, reason: str, size: int, tally: Tally) -> None:
+        """Count a JSONL line that holds no text."""
+        if self.malformed == "strict":
+            raise ValueError(f"{name}: {reason}; mend the line, or set malformed to skip")
+        tally.skip(reason, name, size)
+
+    def unreadable(self, name: str, error: OSError, tally: Tally) -> None:
+        """Count a file that the system does not let us read."""
+        if self.malformed == "strict":
+            raise ValueError(f"{name}: {error.strerror}; mend it, or set malformed to skip") from None
+        tally.skip(f"unreadable ({error.strerror})", name)

@@ -1,0 +1,332 @@
+"""The data of pretraining: prepared corpora, mixed by weight, cut into batches.
+
+One "epoch" is the whole run, so that Lightning's epoch machinery has nothing to do; sources that are smaller than their
+share repeat with a new shuffle each time. The number of devices, micro-batches and workers never changes which rows a
+step trains on.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from datamodules.corpus import Corpus, RowReader, is_remote
+from datamodules.loader import Placement, TrainingLoader, ValidationLoader, Windows
+from datamodules.mixture import Consumption, Mixture, Stage
+from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
+from datamodules.sources import DEFAULT_CORPUS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A prepared corpus in a mixture."""
+
+    path: str
+    """Folder that `prepare` wrote, or a URL that LitData reads (`s3://...`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the run with constant weights."""
+
+    sources: dict[str, float]
+    """Weight of each source, > 0; only their ratios count."""
+    until_tokens: int | None = None
+    """Tokens of the run after which the next phase begins (rounded up to whole steps); null in the last phase."""
+
+
+class PretrainingData(LightningDataModule):
+    """Batches for pretraining.
+
+    Args:
+        path: The prepared corpus: a folder that `python -m app prepare` wrote, or a URL that LitData reads. A missing
+            folder whose name is `stdlib` is prepared at the start from the Python standard library's sources.
+        sources: Several corpora by name, `{name: {path: FOLDER}}`, instead of `path`.
+        phases: How `sources` are mixed: an ordered list of `{sources: {name: weight}, until_tokens: N}`; null mixes all
+            with equal weights.
+        sequence_length: Tokens in a row; must be that of the prepared rows.
+        global_batch_size: Rows in an optimiser step, over all devices.
+        micro_batch_size: Rows that one device computes at a time; gradients of the micro-batches of a step are added.
+        total_tokens: Length of the run in tokens (positions, padding included), rounded up to whole steps.
+        validation_rows: Rows of each validation, taken evenly from the held-out rows; null takes all, 0 none.
+        workers: Processes that read ahead on each device; 0 reads in the training process (enough on local disks).
+        seed: Seed of the order of the rows.
+    """
+
+    def __init__(
+        self,
+        path: str = "data/stdlib",
+        sources: dict[str, Source] | None = None,
+        phases: list[Phase] | None = None,
+        sequence_length: int = 512,
+        global_batch_size: int = 16,
+        micro_batch_size: int = 8,
+        total_tokens: int = 4_000_000,
+        validation_rows: int | None = None,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.prepare_data_per_node = False  # one preparation in all; a shared folder is assumed
+        _check_positive(
+            sequence_length=sequence_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            total_tokens=total_tokens,
+        )
+        self.sources = {Path(path).name: Source(path=path)} if sources is None else sources
+        self.phases = _check_phases(phases, self.sources)
+        self.sequence_length = sequence_length
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.validation_rows = validation_rows
+        self.workers = workers
+        self.seed = seed
+        self.steps = -(-total_tokens // self.tokens_at(1))
+        """Optimiser steps of the run."""
+        self.total_tokens = self.tokens_at(self.steps)
+        """Length of the run in positions: whole steps."""
+        self._placement = Placement(rank=0, ranks=1, micro_batch_size=micro_batch_size, depths=0)
+
+    def tokens_at(self, step: int) -> int:
+        """Return the positions that all ranks have consumed after `step` optimiser steps."""
+        return step * self.global_batch_size * self.sequence_length
+
+    def prepare_data(self) -> None:
+        """Prepare the default corpus where it is missing (on rank zero)."""
+        for source in self.sources.values():
+            folder = Path(source.path)
+            if is_remote(source.path) or folder.name != DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
+                continue
+            print(f"{folder} does not exist: preparing the Python standard library's sources", flush=True)
+            preparation = Preparation(
+                paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length
+            )
+            corpus, _ = prepare_corpus(preparation)
+            print(describe(corpus), flush=True)
+
+    def setup(self, stage: str) -> None:
+        """Open and check the corpora and find this rank's part of a batch.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            ValueError: if a corpus is missing or damaged, or sizes do not fit; the message names key or file.
+        """
+        _ = self.corpora, self.mixture, self._validation_readers
+        if self.trainer is None:
+            return
+        sampler = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        self._placement = Placement(
+            rank=sampler["rank"],
+            ranks=sampler["num_replicas"],
+            micro_batch_size=self.micro_batch_size,
+            depths=getattr(self.trainer.lightning_module, "mtp_depths", 0),
+        )
+        if stage == "fit":
+            self._set_accumulation()
+
+    def _set_accumulation(self) -> None:
+        assert self.trainer is not None
+        per_pass = self.micro_batch_size * self._placement.ranks
+        if self.global_batch_size % per_pass:
+            raise ValueError(
+                f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self._placement.ranks} "
+                f"devices with data.micro_batch_size {self.micro_batch_size}; make it a multiple of {per_pass}"
+            )
+        if self.trainer.accumulate_grad_batches not in (1, self.accumulation):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches} contradicts data."
+                f"global_batch_size / (data.micro_batch_size x devices) = {self.accumulation}; leave it out"
+            )
+        self.trainer.accumulate_grad_batches = self.accumulation
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one device in an optimiser step."""
+        return self.global_batch_size // (self.micro_batch_size * self._placement.ranks)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Return the loader of this rank's micro-batches of the whole run."""
+        windows = Windows(self.mixture, self._readers, self._placement)
+        return TrainingLoader(windows, self.steps, self.accumulation, self.workers)
+
+    def val_dataloader(self) -> ValidationLoader | list[Any]:
+        """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
+        readers = self._validation_readers
+        if self.validation_rows == 0:
+            return []
+        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._placement)
+
+    def test_dataloader(self) -> ValidationLoader | list[Any]:
+        """Return the validation rows: the held-out text is one."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the loader's step count means."""
+        fingerprints = {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()}
+        return {"tokens_per_step": self.tokens_at(1), "fingerprints": fingerprints}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that a resumed run counts in the same steps.
+
+        Raises:
+            ValueError: if a step has another number of tokens than before.
+        """
+        if state["tokens_per_step"] != self.tokens_at(1):
+            raise ValueError(
+                f"data.global_batch_size: a step of this run has {state['tokens_per_step']} tokens, not "
+                f"{self.tokens_at(1)}; keep global_batch_size x sequence_length, or start a new run"
+            )
+        if state["fingerprints"] != self.state_dict()["fingerprints"]:
+            rank_zero_info("note: the text of a corpus changed since the checkpoint; the run continues with the new one")
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus]:
+        """The corpora by name, checked against the options."""
+        corpora: dict[str, Corpus] = {}
+        for name, source in self.sources.items():
+            if not is_remote(source.path) and not (Path(source.path) / CORPUS_FILE).is_file():
+                raise ValueError(
+                    f"data.path: {source.path} is no prepared corpus; make it with: "
+                    f"python -m app prepare FILES --output {source.path}"
+                )
+            corpus = corpora[name] = Corpus(source.path)
+            if corpus.sequence_length != self.sequence_length:
+                raise ValueError(
+                    f"data.sequence_length: {source.path} has rows of {corpus.sequence_length} tokens, not "
+                    f"{self.sequence_length}; set it to {corpus.sequence_length}, or prepare again with "
+                    f"--sequence_length {self.sequence_length} and another --output"
+                )
+            first = next(iter(corpora.values()))
+            if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
+                raise ValueError(
+                    f"data.sources: {source.path} and {first.path} have different tokenizers; prepare one again with "
+                    f"--tokenizer {first.tokenizer_folder}"
+                )
+        return corpora
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Which rows each step takes."""
+        chunk_rows = {name: reader.chunk_rows for name, reader in zip(self.corpora, self._readers, strict=True)}
+        stages = []
+        for number, phase in enumerate(self.phases):
+            end = self.steps
+            if phase.until_tokens is not None and number < len(self.phases) - 1:
+                end = -(-phase.until_tokens // self.tokens_at(1))
+            stages.append(Stage(end_step=end, weights=phase.sources))
+        return Mixture(chunk_rows, stages, self.global_batch_size, self.seed)
+
+    def consumed(self, step: int) -> dict[str, Consumption]:
+        """Return rows and epochs that the first `step` optimiser steps take from each source."""
+        return self.mixture.consumed(step)
+
+    @cached_property
+    def _readers(self) -> list[RowReader]:
+        return [corpus.rows("train") for corpus in self.corpora.values()]
+
+    @cached_property
+    def _validation_readers(self) -> list[RowReader]:
+        readers = [corpus.rows("validation") for corpus in self.corpora.values()]
+        if self.validation_rows != 0 and not any(map(len, readers)):
+            raise ValueError(
+                "data.validation_rows: no corpus has held-out rows; prepare with a validation_fraction above 0, "
+                "or set validation_rows to 0"
+            )
+        return readers
+
+    @property
+    def _corpus(self) -> Corpus:
+        return next(iter(self.corpora.values()))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The Hugging Face tokenizer folder (goes into checkpoints)."""
+        return self._corpus.tokenizer_folder
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the tokens of the tokenizer: the least vocabulary a model needs."""
+        return self._corpus.vocab_size
+
+    @cached_property
+    def token_bytes(self) -> Tensor:
+        """int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
+        return torch.from_numpy(self._corpus.tokenizer.token_bytes())
+
+    @property
+    def gzip_bits_per_byte(self) -> float | None:
+        """What `gzip -9` needs for the held-out text (several sources: the mean by bytes); None without any."""
+        splits = [corpus.metadata for corpus in self.corpora.values() if corpus.metadata["validation"]["bytes"]]
+        total = sum(metadata["validation"]["bytes"] for metadata in splits)
+        bits = sum(metadata["gzip_bits_per_byte"] * metadata["validation"]["bytes"] for metadata in splits)
+        return bits / total if total else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without BOS or EOS; names of special tokens in it become those tokens."""
+        return self._corpus.tokenizer.encode(text, special_tokens=True)
+
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """Return the text of token ids."""
+        return self._corpus.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else ids)
+
+    def sample_prompts(self, n: int, length: int) -> list[list[int]]:
+        """Return the beginnings of up to `n` held-out documents, exactly `length` token ids each.
+
+        Args:
+            n: wanted prompts; fewer come back where fewer held-out documents are long enough.
+            length: tokens of a prompt, at most 256.
+        """
+        openings = [ids for corpus in self.corpora.values() for ids in corpus.openings()]
+        return [ids[:length] for ids in openings if len(ids) > length][:n]
+
+
+def _check_positive(**values: int) -> None:
+    for key, value in values.items():
+        if value < 1:
+            raise ValueError(f"data.{key}: {value} is not positive")
+
+
+def _check_phases(phases: list[Phase] | None, sources: dict[str, Source]) -> list[Phase]:
+    """Return the phases (one with equal weights by default) after checking names, weights and order."""
+    if not sources:
+        raise ValueError("data.sources: give at least one source")
+    if phases is None:
+        return [Phase(sources=dict.fromkeys(sources, 1.0))]
+    before = 0
+    for number, phase in enumerate(phases):
+        key = f"data.phases[{number}]"
+        for name, weight in phase.sources.items():
+            if name not in sources:
+                raise ValueError(f"{key}.sources: '{name}' is not in data.sources ({', '.join(sources)})")
+            if not weight > 0:
+                raise ValueError(f"{key}.sources.{name}: the weight {weight} is not positive; leave the source out")
+        if not phase.sources:
+            raise ValueError(f"{key}.sources: give at least one source")
+        last = number == len(phases) - 1
+        if last != (phase.until_tokens is None):
+            raise ValueError(f"{key}.until_tokens: every phase but the last needs it, the last must not have it")
+        if phase.until_tokens is not None and phase.until_tokens <= before:
+            raise ValueError(f"{key}.until_tokens: {phase.until_tokens} is not after {before}")
+        before = phase.until_tokens or before
+    if not phases:
+        raise ValueError("data.phases: give at least one phase or leave it out")
+    return phases
+
+
+def _choose_rows(readers: list[RowReader], wanted: int | None) -> list[tuple[int, int]]:
+    """Return (reader, row) of the validation rows: evenly from all sources, evenly spaced in each."""
+    rows: list[tuple[int, int]] = []
+    for number, reader in enumerate(readers):
+        share = len(reader)
+        if wanted is not None:
+            share = min(share, -(-(wanted - len(rows)) // (len(readers) - number)))
+        rows.extend((number, place * len(reader) // share) for place in range(share))
+    return rows

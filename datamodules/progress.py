@@ -1,0 +1,47 @@
+"""Progress of a long job: a bar on a terminal, a plain line every few seconds elsewhere (logs, CI)."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Shows how many bytes of a job are done; a context manager.
+
+    Args:
+        title: what is being done.
+        total: bytes to do.
+        done: bytes that were done before (a resumed job).
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self._title, self._total, self._done = title, total, done
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, leave=False)
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` more bytes as done."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            share = self._done / max(self._total, 1)
+            print(f"{self._title}: {self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({share:.0%})", flush=True)

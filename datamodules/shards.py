@@ -1,0 +1,169 @@
+"""The two jobs of preparation that run in worker processes: scanning units and writing shards.
+
+A scan reads units and returns a digest and a size per document: enough to find duplicates, to choose the validation
+documents and to notice sources that change between an interrupted run and its resumption. A shard is the unit of work,
+packing and resume: its documents are tokenised, packed, shuffled and written as LitData chunks; its report is written
+last and marks it as done.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.documents import Document, read_unit
+from datamodules.files import write_file
+from datamodules.packing import pack
+from datamodules.policies import Policies, Tally
+from datamodules.rows import build_chunks, build_row
+from datamodules.shuffle import hash64, permutation
+from datamodules.sources import Unit
+from datamodules.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+"""Folders of a corpus; a document's fate is the position of its split here, or `DUPLICATE`."""
+DUPLICATE = 2
+DIGEST_BYTES = 16
+OPENING_TOKENS = 256
+"""Tokens kept of the beginning of held-out documents, for sample continuations."""
+OPENINGS_PER_SHARD = 8
+
+_WORK = ".preparation"
+
+
+def work_folder(output: Path) -> Path:
+    """Return the folder of everything that a finished corpus does not need."""
+    return output / _WORK
+
+
+def report_path(output: Path, shard: int) -> Path:
+    """Return where the report of a finished shard lies."""
+    return work_folder(output) / f"shard-{shard:06d}.json"
+
+
+def held_out_path(output: Path, shard: int) -> Path:
+    """Return where the validation texts of a shard lie until they have been compressed."""
+    return work_folder(output) / f"held-out-{shard:06d}.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanJob:
+    """Units to read and digest."""
+
+    units: list[Unit]
+    policies: Policies
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanResult:
+    """What a scan found: per unit the documents' digests and sizes."""
+
+    digests: list[bytes]
+    """Per unit, `DIGEST_BYTES` a document."""
+    sizes: list[np.ndarray]
+    """Per unit, int64 [documents]: UTF-8 bytes."""
+    tally: Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """A shard to write."""
+
+    index: int
+    units: list[Unit]
+    fates: list[bytes]
+    """Per unit one byte a document: position in `SPLITS`, or `DUPLICATE`."""
+    digests: list[bytes]
+    """Per unit what the scan saw."""
+    policies: Policies
+    output: Path
+    sequence_length: int
+    seed: int
+    tokenizer: str
+    """Fingerprint of the tokenizer in the output folder."""
+
+
+def scan_units(job: ScanJob) -> ScanResult:
+    """Read units and return digests and sizes of their documents."""
+    tally = Tally()
+    digests, sizes = [], []
+    for unit in job.units:
+        texts = [document.text.encode() for document in read_unit(unit, job.policies, tally)]
+        digests.append(b"".join(map(digest, texts)))
+        sizes.append(np.array([len(text) for text in texts], dtype=np.int64))
+    return ScanResult(digests=digests, sizes=sizes, tally=tally)
+
+
+def digest(text: bytes) -> bytes:
+    """Return the digest of a document's text: documents are equal when their digests are."""
+    return hashlib.sha256(text).digest()[:DIGEST_BYTES]
+
+
+def write_shard(job: ShardJob) -> dict[str, Any]:
+    """Tokenise, pack and write a shard.
+
+    Returns:
+        Its report: for each split `documents`, `bytes`, `tokens`, `rows` and `chunks` (entries of LitData's index), and
+        `openings` (token ids of the beginnings of held-out documents).
+
+    Raises:
+        ValueError: if a source is not what the scan saw, or a file cannot be written.
+    """
+    documents = _read_again(job)
+    report: dict[str, Any] = {"openings": []}
+    for split, name in enumerate(SPLITS):
+        chosen = [document for document, fate in documents if fate == split]
+        report[name], tokens = _write_split(job, name, chosen)
+        if name == "validation":
+            write_file(held_out_path(job.output, job.index), "".join(document.text for document in chosen).encode())
+            openings = [ids[:OPENING_TOKENS].tolist() for ids in tokens[:OPENINGS_PER_SHARD]]
+            report["openings"] = openings
+    write_file(report_path(job.output, job.index), json.dumps(report).encode())
+    return report
+
+
+def _read_again(job: ShardJob) -> list[tuple[Document, int]]:
+    documents: list[tuple[Document, int]] = []
+    for unit, fates, expected in zip(job.units, job.fates, job.digests, strict=True):
+        found = list(read_unit(unit, job.policies, Tally()))
+        if b"".join(digest(document.text.encode()) for document in found) != expected:
+            raise ValueError(f"{unit.name}: changed while it was being prepared; run the command with a new output")
+        documents.extend(zip(found, fates, strict=True))
+    return documents
+
+
+def _write_split(job: ShardJob, split: str, documents: list[Document]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    tokenizer = _load_tokenizer(job.output / "tokenizer", job.tokenizer)
+    tokens = tokenizer.encode_documents([document.text for document in documents])
+    eos = np.array([tokenizer.eos_id], dtype=np.int32)
+    tokens = [
+        np.concatenate([ids, eos]) if document.ends else ids for ids, document in zip(tokens, documents, strict=True)
+    ]
+    packed = pack(np.array([len(ids) for ids in tokens], dtype=np.int64), job.sequence_length)
+    # packing sorts by length; batches must not
+    order = permutation(len(packed), hash64("rows", job.seed, job.index, split))
+    rows = [build_row(packed[n], tokens, job.sequence_length, tokenizer.pad_id) for n in order]
+    chunks = []
+    for number, (size, content) in enumerate(build_chunks(rows)):
+        name = f"chunk-{job.index}-{number}.bin"
+        write_file(job.output / split / name, content)
+        chunks.append({"filename": name, "chunk_bytes": len(content), "chunk_size": size})
+    report = {
+        "documents": len(documents),
+        "bytes": sum(len(document.text.encode()) for document in documents),
+        "tokens": sum(map(len, tokens)),
+        "rows": len(rows),
+        "chunks": chunks,
+    }
+    return report, tokens
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.fingerprint == fingerprint
+    return tokenizer
