@@ -4,6 +4,7 @@ The file is parsed by fit's own parser and the network is built on the meta devi
 a laptop and a plan can never describe another model than the one `fit` would train.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from modules.backbone.config import BackboneConfig
     from modules.backbone.model import Network
     from modules.base import StageModule
+    from modules.batch import TrainingData
 
 MIXER_PARTS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
 MIXTURE_PARTS = {
@@ -23,6 +25,31 @@ MIXTURE_PARTS = {
     "gate": "MoE router",
 }
 PARTS = (*MIXER_PARTS.values(), *dict.fromkeys(MIXTURE_PARTS.values()), "norms", "embedding", "head", "MTP")
+
+
+def plan(*, config: list[str]) -> None:
+    """Print what a run asks for: parameters, precision, tokens, schedule; no device and no data needed.
+
+    Args:
+        config: Run files, for example configs/pretrain/super.yaml; of a key in several of them the last one counts.
+
+    Raises:
+        ValueError: a file or key is wrong; the message names it and the mend.
+    """
+    from app.cli import parse_run
+    from modules.base import StageModule
+
+    run = parse_run([argument for file in config for argument in ("--config", file)])
+    module, data = run.instantiate("model"), run.instantiate("data")
+    if not isinstance(module, StageModule):
+        raise ValueError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
+    network = module.build_network()
+    sections = {
+        f"Parameters of {run.config.name}": parameter_lines(network, getattr(module, "mtp_depths", 0)),
+        "Precision": precision_lines(module.precision_table),
+        "Run": run_lines(module, data),
+    }
+    print("\n\n".join("\n".join([title, *lines]) for title, lines in sections.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,30 +153,47 @@ def parameter_lines(network: "Network", mtp_depths: int) -> list[str]:
     ]
 
 
-def run_lines(module: "StageModule", total_tokens: int, global_batch_size: int, sequence_length: int) -> list[str]:
+def precision_lines(table: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return which modules compute in which format, alike modules of different layers in one row.
+
+    Args:
+        table: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
+    """
+    alike = Counter((re.sub(r"\.\d+", ".*", name), chosen, pattern) for name, chosen, pattern in table)
+    rows = [("module", "format", "layers", "decided by")]
+    rows += [(name, chosen, str(layers), pattern) for (name, chosen, pattern), layers in alike.items()]
+    return [
+        *_table(rows, text_columns=(0, 1, 3)),
+        "norms, routers, convolutions, A_log, D and dt_bias: fp32; all weights are kept in fp32",
+    ]
+
+
+def run_lines(module: "StageModule", data: "TrainingData") -> list[str]:
     """Return the length of the run and its learning rate, in tokens (positions, padding included) and steps.
 
     Args:
         module: the LightningModule.
-        total_tokens: length of the run in positions.
-        global_batch_size: rows per optimiser step, all devices together.
-        sequence_length: positions per row.
+        data: the datamodule.
+
+    Raises:
+        ValueError: if the schedule is longer than the run.
     """
-    step_tokens = global_batch_size * sequence_length
-    steps = -(-total_tokens // step_tokens)
-    schedule, peak = module.schedule, module.optimizer_config.learning_rate
-    stable = total_tokens - schedule.warmup_tokens - schedule.decay_tokens
-
-    def phase(name: str, tokens: int, what: str) -> tuple[str, str, str, str]:
-        return (name, f"{tokens:,}", f"{tokens / step_tokens:,.0f}", what)
-
-    rows = [
-        ("phase", "tokens", "steps", "learning rate"),
-        phase("warm-up", schedule.warmup_tokens, f"0 to {peak:.3g}, linear"),
-        phase("stable", stable, f"{peak:.3g}"),
-        phase("decay", schedule.decay_tokens, f"{peak:.3g} to {peak * schedule.minimum_ratio:.3g}, minus-sqrt"),
-        ("run", f"{total_tokens:,}", f"{steps:,}", f"{global_batch_size:,} rows of {sequence_length:,} tokens a step"),
+    schedule, peak, total, step_tokens = (
+        module.schedule,
+        module.optimizer_config.learning_rate,
+        data.total_tokens,
+        data.tokens_at(1),
+    )
+    schedule.check_length(total)
+    stable = total - schedule.warmup_tokens - schedule.decay_tokens
+    phases = [
+        ("warm-up", schedule.warmup_tokens, f"0 to {peak:.3g}, linear"),
+        ("stable", stable, f"{peak:.3g}"),
+        ("decay", schedule.decay_tokens, f"{peak:.3g} to {peak * schedule.minimum_ratio:.3g}, minus-sqrt"),
+        ("run", total, f"{step_tokens:,} tokens a step"),
     ]
+    rows = [("phase", "tokens", "steps", "learning rate")]
+    rows += [(name, f"{tokens:,}", f"{tokens / step_tokens:,.0f}", what) for name, tokens, what in phases if tokens]
     return _table(rows, text_columns=(0, 3))
 
 

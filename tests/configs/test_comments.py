@@ -9,10 +9,12 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SYNTAX = {"class_path", "init_args"}
 """How jsonargparse names a class and its arguments; the key above says what the class is for."""
+CHOSEN = {"data.init_args.sources", "data.init_args.phases[].sources"}
+"""Mappings whose keys are names that the writer of the file chose: the first one needs a comment."""
 
 
 def uncommented_keys(text: str) -> list[str]:
-    """Return the keys without a comment; within a list, a key needs one the first time only."""
+    """Return the keys without a comment; within a list or a mapping of chosen names, the first time only."""
     lines = text.splitlines()
     seen: set[str] = set()
     found: list[str] = []
@@ -23,7 +25,7 @@ def uncommented_keys(text: str) -> list[str]:
                 walk(item, path + "[]")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                name = f"{path}.{key.value}".lstrip(".")
+                name = f"{path}.{'*' if path in CHOSEN else key.value}".lstrip(".")
                 line = key.start_mark.line
                 above = lines[line - 1].strip() if line else ""
                 commented = above.startswith("# ") or " # " in lines[line]

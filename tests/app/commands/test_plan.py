@@ -1,16 +1,21 @@
 """The parameter counts of `plan` against the published ones, and what the command prints."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from app.__main__ import main
 from app.commands import plan
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
+from modules.precision.recipe import PrecisionRule, apply
 
 ROOT = Path(__file__).parent.parent.parent.parent
+PRETRAIN = ROOT / "configs" / "pretrain"
 TINY = {
     "vocab_size": 10,
     "hidden_size": 8,
@@ -110,3 +115,59 @@ def test_every_parameter_is_counted():
     count = total(plan.count_parts(network))
     assert count.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert count.biases == sum(buffer.numel() for buffer in network.buffers())
+
+
+def test_the_plan_of_super(capsys: pytest.CaptureFixture[str]):
+    code = main(
+        ["plan", "--config", str(PRETRAIN / "super.yaml"), "--config", str(PRETRAIN.parent / "layout" / "gpu8.yaml")]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "with MTP           123,611,012,096 (123,611,033,088)" in printed
+    assert "without MTP        120,668,687,360 (120,668,707,840)" in printed
+    assert "active per token   12,770,216,960 (10.6%)" in printed
+    assert re.search(r"backbone\.layers\.\*\.mixer\.experts\.up_proj +bf16 +40 +\*", printed)
+    assert re.search(r"warm-up +200,000,000,000 +7,947 ", printed)
+    assert re.search(r"decay +5,000,000,000,000 +198,682 +0\.00045 to 4\.5e-06", printed)
+
+
+def test_a_recipe_with_two_formats_shows_both():
+    recipe = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*", format="bf16")]
+    lines = plan.precision_lines(apply(recipe, build(**TINY)))
+    assert sum(line.split()[:2] == ["lm_head", "fp32"] for line in lines) == 1
+    assert sum(line.split()[0] == "backbone.embeddings" and line.split()[1] == "bf16" for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "x"}, "model"),
+        ({"schedule": {"warmup_tokens": 30_000_000_000_000}}, "model.schedule"),
+        ({"backbone": "../model/missing.yaml"}, "missing.yaml"),
+        ({"mtp_depths": 0}, "model.mtp_depths"),
+        ({"mtp_dephts": 2}, "mtp_depths"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_mistake_costs_one_line(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tree = yaml.safe_load((PRETRAIN / "super.yaml").read_text(encoding="utf-8"))
+    tree["model"]["init_args"]["backbone"] = str(ROOT / "configs" / "model" / "super.yaml")
+    if "model" in change:
+        tree |= change
+    else:
+        tree["model"]["init_args"] |= change
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert main(["plan", "--config", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "error: nowhere.yaml: there is no such file (--config)\n"

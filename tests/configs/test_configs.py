@@ -1,0 +1,93 @@
+"""Every run file is what it was when somebody last looked, builds its model and its data, and takes every layout."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.cli import RunCLI, parse_run
+from modules.backbone.config import BackboneConfig
+from modules.base import StageModule
+from tests.configs.prints import CONFIGS, RESOLVED, RUNS, print_of, resolve
+
+LAYOUTS = sorted((CONFIGS / "layout").glob("*.yaml"))
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+LAYOUT_KEYS = {"accelerator", "devices", "num_nodes"}
+REGENERATE = "changed; if that is meant: .venv/bin/python -m tests.configs.prints"
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(CONFIGS))
+
+
+def parse(*files: Path) -> RunCLI:
+    return parse_run([argument for file in files for argument in ("--config", str(file))])
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name)
+def test_the_resolved_configuration_is_the_committed_one(file: Path):
+    assert resolve(file) == print_of(file).read_text(encoding="utf-8"), f"{name(file)} {REGENERATE}"
+
+
+def test_every_print_has_its_run_file():
+    assert sorted(RESOLVED.rglob("*.yaml")) == sorted(print_of(file) for file in RUNS)
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name)
+def test_model_and_data_of_every_run_fit_together(file: Path):
+    run = parse(file)
+    module, data = run.instantiate("model"), run.instantiate("data")
+    assert isinstance(module, StageModule)
+    module.build_network()
+    module.schedule.check_length(data.total_tokens)
+    assert data.total_tokens == data.steps * data.global_batch_size * data.sequence_length
+    assert data.global_batch_size % data.micro_batch_size == 0
+
+
+def test_no_two_runs_share_a_folder():
+    names = [parse(file).config.name for file in RUNS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("file", MODELS, ids=name)
+def test_every_model_file_is_a_backbone(file: Path):
+    BackboneConfig(**yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_a_layout_changes_devices_and_nothing_else(layout: Path):
+    for file in RUNS:
+        plain, laid_out = parse(file).config.as_dict(), parse(file, layout).config.as_dict()
+        changed = {key for key, value in laid_out["trainer"].items() if plain["trainer"][key] != value}
+        assert changed
+        assert changed <= LAYOUT_KEYS
+        for config in (plain, laid_out):
+            del config["trainer"], config["config"]
+        assert plain == laid_out
+
+
+@pytest.mark.parametrize(
+    ("run", "layout"), [("super", "gpu8x64"), ("nano", "gpu8x64"), ("ultra", "gpu8x64"), ("nano_9b_v2", "gpu8")]
+)
+def test_the_layout_a_run_file_recommends_divides_its_batch(run: str, layout: str):
+    files = CONFIGS / "pretrain" / f"{run}.yaml", CONFIGS / "layout" / f"{layout}.yaml"
+    assert f"configs/layout/{layout}.yaml" in files[0].read_text(encoding="utf-8")
+    parsed = parse(*files)
+    data, trainer = parsed.instantiate("data"), parsed.config.trainer
+    assert data.global_batch_size % (data.micro_batch_size * trainer.devices * trainer.num_nodes) == 0
+
+
+def test_super_has_the_published_run():
+    run = parse(CONFIGS / "pretrain" / "super.yaml")
+    module, data = run.instantiate("model"), run.instantiate("data")
+    assert (data.global_batch_size, data.sequence_length) == (3072, 8192)
+    assert abs(data.steps - 993_404) <= 10  # published iterations; ours follow from 25T tokens
+    assert round(module.schedule.decay_tokens / data.tokens_at(1)) == 198_682
+    rate = module.optimizer_config.learning_rate
+    assert rate * module.schedule.factor(200_000_000_000, data.total_tokens) == 4.5e-4
+    assert rate * module.schedule.factor(data.total_tokens, data.total_tokens) == pytest.approx(4.5e-6)
+    for phase, tokens in zip(data.phases, (20e12, None), strict=True):
+        assert phase.until_tokens == tokens
+        assert sum(phase.sources.values()) == pytest.approx(100)
+    drawn = {source for phase in data.phases for source in phase.sources}
+    assert drawn == set(data.sources)
