@@ -170,7 +170,7 @@ def build_document_ids(lengths: Tensor, sequence_length: int) -> tuple[Tensor, i
     return torch.repeat_interleave(torch.arange(len(repeats), dtype=torch.int32), repeats), used
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> Any:  # noqa: ANN401 (any JSON)
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

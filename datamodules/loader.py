@@ -1,16 +1,16 @@
 """Loaders whose whole state is the number of optimiser steps they have handed out.
 
-A training item is an accumulation *window*: all micro-batches that one rank adds up for one optimiser step, because each
-must carry the target counts of the window (the loss is normalised by them). Worker processes, if any, prefetch windows;
-the state counts those that were handed out completely, so it is exact, and it is the same on all ranks (Lightning saves
-loader state from rank 0 only). Workers come from a fork server that has imported torch once: no fork of the training
-process, no second import per worker.
+A training item is an accumulation *window*: all micro-batches that one rank adds up for one optimiser step, because
+each must carry the target counts of the window (the loss is normalised by them). Worker processes, if any, prefetch
+windows; the state counts those that were handed out completely, so it is exact, and it is the same on all ranks
+(Lightning saves loader state from rank 0 only). Workers come from a fork server that has imported torch once: no fork
+of the training process, no second import per worker.
 
 Shapes: B rows of a micro-batch, T tokens in a row, M MTP depths.
 """
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,10 +92,14 @@ class TrainingLoader:
         steps: optimiser steps of the run.
         accumulation: micro-batches in a window.
         workers: loader processes; 0 reads in this one.
+        on_resume: called with the steps consumed when a state is loaded.
     """
 
-    def __init__(self, windows: Windows, steps: int, accumulation: int, workers: int) -> None:
+    def __init__(
+        self, windows: Windows, steps: int, accumulation: int, workers: int, on_resume: Callable[[int], None]
+    ) -> None:
         self._windows, self._steps, self._accumulation, self._workers = windows, steps, accumulation, workers
+        self._on_resume = on_resume
         self._consumed = 0
 
     def __len__(self) -> int:
@@ -118,6 +122,7 @@ class TrainingLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the given number of steps."""
         self._consumed = state["steps"]
+        self._on_resume(self._consumed)
 
 
 class ValidationLoader:

@@ -2,7 +2,7 @@
 
 Concatenating and cutting everywhere breaks one document in eight at 8k tokens; best-fit-decreasing breaks only the
 documents that are longer than a row and still fills over 99.9% of the positions for windows of some thousand documents.
-With at most `capacity` distinct free lengths the search is a bisection: O(N log L), 200,000 documents in under a second.
+With at most `capacity` distinct free lengths the search is a bisection: O(N log L), some 200,000 documents a second.
 """
 
 from bisect import bisect_left, insort

@@ -45,8 +45,8 @@ from datamodules.shards import (
     write_shard,
 )
 from datamodules.shuffle import hash64, permutation
-from datamodules.sources import Unit, list_units
-from datamodules.tokenizer import Tokenizer
+from datamodules.sources import DEFAULT_CORPUS, Unit, list_units
+from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from datamodules.workers import Workers
 
 CORPUS_FILE = "corpus.json"
@@ -59,6 +59,7 @@ _TOKENIZER_BYTES = 32 << 20
 _SHARD_DOCUMENTS = 10_000
 _SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 256 << 20, 64
 _MOST_OPENINGS = 64
+_COUNTS = ("documents", "bytes", "tokens", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +92,13 @@ class Preparation:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not self.paths:
-            raise ValueError(f"paths: give at least one file or folder, or the word '{'stdlib'}'")
+            raise ValueError(f"paths: give at least one file or folder, or the word '{DEFAULT_CORPUS}'")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length: {self.sequence_length} leaves nothing to predict, give at least 2")
+        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size: {self.vocab_size} is too small, {SMALLEST_VOCABULARY} ids are special tokens and bytes"
+            )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction: {self.validation_fraction} is not in [0, 1)")
         if self.shard_bytes is not None and self.shard_bytes < 1:
@@ -130,19 +135,17 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
             shutil.rmtree(work_folder(output), ignore_errors=True)
             return corpus, True
         state_file = work_folder(output) / "state.json"
-        state: dict[str, Any] = {"options": options, "fingerprint": None}
+        state: dict[str, Any] = {}
         if state_file.is_file():
             state = json.loads(state_file.read_text())
             _check_same(state["options"], options, output)
-        else:
-            write_file(state_file, json.dumps(state).encode())
         remove_partial_files(output)
         count = preparation.workers or len(os.sched_getaffinity(0))
         with Workers(count) as workers:
             scan = _scan(preparation, workers)
-            if state["fingerprint"] not in (None, scan.fingerprint):
+            if state and state["fingerprint"] != scan.fingerprint:
                 raise ValueError(f"output: the sources changed since {output} was begun; delete it or choose another")
-            write_file(state_file, json.dumps(state | {"fingerprint": scan.fingerprint}).encode())
+            write_file(state_file, json.dumps({"options": options, "fingerprint": scan.fingerprint}).encode())
             tokenizer = _make_tokenizer(preparation, given, scan)
             reports = _write_shards(preparation, tokenizer, scan, workers)
         corpus = _finish(preparation, options, tokenizer, scan, reports)
@@ -169,6 +172,8 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not any(output.iterdir()):  # nothing was begun
+            output.rmdir()
         os.close(descriptor)
 
 
@@ -276,6 +281,8 @@ def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: _Sc
         if tokenizer is None:
             print("training the tokenizer", flush=True)
             tokenizer = Tokenizer.train(_training_texts(preparation, scan), preparation.vocab_size)
+            if tokenizer.vocab_size < preparation.vocab_size:
+                print(f"the text gives only {tokenizer.vocab_size} of {preparation.vocab_size} tokens", flush=True)
         partial = work_folder(preparation.output) / "tokenizer"
         try:
             tokenizer.save(partial)
@@ -348,7 +355,7 @@ def _finish(
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         chunks = [chunk for report in reports for chunk in report[split]["chunks"]]
-        counts = {key: sum(report[split][key] for report in reports) for key in ("documents", "bytes", "tokens", "rows")}
+        counts = {key: sum(report[split][key] for report in reports) for key in _COUNTS}
         positions = counts["rows"] * preparation.sequence_length
         splits[split] = counts | {"packing_use": counts["tokens"] / positions if positions else None}
         if chunks:
@@ -392,7 +399,8 @@ def describe(corpus: dict[str, Any]) -> str:
     """Return a summary of `corpus.json` for people."""
     train, held_out = corpus["train"], corpus["validation"]
     lines = [
-        f"documents    {corpus['documents']:>14,}   ({train['documents']:,} training, {held_out['documents']:,} held out)",
+        f"documents    {corpus['documents']:>14,}   "
+        f"({train['documents']:,} training, {held_out['documents']:,} held out)",
         f"text         {corpus['bytes']:>14,} bytes",
         f"tokens       {corpus['tokens']:>14,}   ({corpus['bytes'] / corpus['tokens']:.3f} bytes a token, "
         f"vocabulary {corpus['tokenizer']['vocab_size']:,})",

@@ -104,9 +104,7 @@ class PretrainingData(LightningDataModule):
             if is_remote(source.path) or folder.name != DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
                 continue
             print(f"{folder} does not exist: preparing the Python standard library's sources", flush=True)
-            preparation = Preparation(
-                paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length
-            )
+            preparation = Preparation(paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length)
             corpus, _ = prepare_corpus(preparation)
             print(describe(corpus), flush=True)
 
@@ -155,7 +153,17 @@ class PretrainingData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Return the loader of this rank's micro-batches of the whole run."""
         windows = Windows(self.mixture, self._readers, self._placement)
-        return TrainingLoader(windows, self.steps, self.accumulation, self.workers)
+        return TrainingLoader(windows, self.steps, self.accumulation, self.workers, self._place_loop)
+
+    def _place_loop(self, steps: int) -> None:
+        """Count the micro-batches of the steps done as they are cut now: Lightning's own count is of the old cut."""
+        if self.trainer is None:
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        for counters in (progress.current, progress.total):
+            shift = steps * self.accumulation - counters.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counters, name, getattr(counters, name) + shift)
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
@@ -173,19 +181,19 @@ class PretrainingData(LightningDataModule):
         fingerprints = {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()}
         return {"tokens_per_step": self.tokens_at(1), "fingerprints": fingerprints}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a resumed run counts in the same steps.
 
         Raises:
             ValueError: if a step has another number of tokens than before.
         """
-        if state["tokens_per_step"] != self.tokens_at(1):
+        if state_dict["tokens_per_step"] != self.tokens_at(1):
             raise ValueError(
-                f"data.global_batch_size: a step of this run has {state['tokens_per_step']} tokens, not "
+                f"data.global_batch_size: a step of this run has {state_dict['tokens_per_step']} tokens, not "
                 f"{self.tokens_at(1)}; keep global_batch_size x sequence_length, or start a new run"
             )
-        if state["fingerprints"] != self.state_dict()["fingerprints"]:
-            rank_zero_info("note: the text of a corpus changed since the checkpoint; the run continues with the new one")
+        if state_dict["fingerprints"] != self.state_dict()["fingerprints"]:
+            rank_zero_info("note: the text of a corpus changed since the checkpoint; the run goes on with the new one")
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:

@@ -9,6 +9,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from datamodules.policies import Policies, Tally
@@ -127,7 +128,7 @@ def _file_units(path: str, name: str, policies: Policies, tally: Tally) -> Itera
             yield Unit(path=path, name=name, jsonl=False, start=0, end=size)
         elif policies.keeps_oversized(name, size, tally):
             cuts = [0, *_cuts(path, size, policies.max_document_bytes), size]
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 yield Unit(path=path, name=name, jsonl=False, start=start, end=end, last=end == size)
     except OSError as error:
         policies.unreadable(name, error, tally)

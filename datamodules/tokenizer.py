@@ -17,7 +17,6 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -75,15 +74,10 @@ class Tokenizer:
 
         Args:
             texts: the training texts.
-            vocab_size: wanted number of tokens, special ones included; a small text may give fewer.
-
-        Raises:
-            ValueError: if `vocab_size` has no room for the special tokens and the bytes.
+            vocab_size: wanted number of tokens, special ones included, at least `SMALLEST_VOCABULARY`; a small text
+                may give fewer.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
-                f"vocab_size: {vocab_size} is too small, {SMALLEST_VOCABULARY} ids are special tokens and single bytes"
-            )
+        assert vocab_size >= SMALLEST_VOCABULARY
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -217,7 +211,7 @@ def _special_names(folder: Path) -> dict[str, str]:
     return names
 
 
-def _types(node: Any) -> Iterable[str]:
+def _types(node: object) -> Iterable[str]:
     """Yield every `type` in a part of tokenizer.json."""
     if isinstance(node, dict):
         if "type" in node:

@@ -9,14 +9,25 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """A user's mistake that a worker found: a `ValueError` raised by our own code, not by a library inside it."""
+
+    message: str
 
 
 class Workers:
@@ -49,7 +60,7 @@ class Workers:
             jobs: its arguments.
 
         Raises:
-            ValueError: if a process is killed from outside.
+            ValueError: a user's mistake that a job found, or a process that was killed from outside.
         """
         if self._count == 1 or len(jobs) < 2:
             for position, job in enumerate(jobs):
@@ -58,14 +69,30 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._count, mp_context=context, initializer=_begin_worker)
-        positions: dict[Future[Result], int] = {self._pool.submit(function, job): n for n, job in enumerate(jobs)}
+        guarded = partial(_call, function)
+        positions: dict[Future[Result | _Mistake], int] = {
+            self._pool.submit(guarded, job): position for position, job in enumerate(jobs)
+        }
         try:
             for future in as_completed(positions):
-                yield positions[future], future.result()
+                result = future.result()
+                if isinstance(result, _Mistake):
+                    raise ValueError(result.message)
+                yield positions[future], result
         except BrokenProcessPool:
             raise ValueError(
                 "workers: a worker process was killed (out of memory?); run the same command again with fewer workers"
             ) from None
+
+
+def _call(function: Callable[[Job], Result], job: Job) -> "Result | _Mistake":
+    try:
+        return function(job)
+    except ValueError as error:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if origin.parent != Path(__file__).parent:
+            raise
+        return _Mistake(str(error))
 
 
 def _begin_worker() -> None:
