@@ -25,7 +25,6 @@ from datamodules.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-
 class RowReader:
     """Random access to the rows of one split; opened anew in each process that it is sent to.
 
@@ -72,7 +71,8 @@ class RowReader:
             if self._dataset is None:
                 self._dataset = litdata.StreamingDataset(self.folder, batch_decode=0)
             item = self._dataset[row]
-            tokens, lengths = item["tokens"], item["lengths"]
+            # copies: LitData's arrays lie in a file mapping that the next chunk closes
+            tokens, lengths = (torch.from_numpy(np.array(item[key])) for key in ("tokens", "lengths"))
         except Exception as error:  # LitData lets struct, index, value and OS errors through
             raise self._corrupt(row, f"{type(error).__name__}: {error}") from error
         if tokens.shape != (self._sequence_length,) or lengths.ndim != 1:

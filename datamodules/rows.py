@@ -20,7 +20,7 @@ INDEX_NAME = "index.json"
 MAX_CHUNK_BYTES = 64 << 20
 """Chunks of this size keep object stores busy; an index entry costs some 90 bytes."""
 
-_INT32 = "no_header_tensor:16"  # LitData's name of "raw int32 tensor"
+_INT32 = "no_header_numpy:2"  # LitData's name of "raw int32 array"
 _LEAF = {"type": None, "context": None, "children_spec": []}
 _TREE = [1, {"type": "builtins.dict", "context": '["tokens", "lengths"]', "children_spec": [_LEAF, _LEAF]}]
 
@@ -81,7 +81,7 @@ def build_index(chunks: list[dict[str, Any]], stamp: str) -> str:
         "encryption": None,
         "ipc_compression": None,
         "item_loader": "PyTreeLoader",
-        "types": {"lengths": "tensor", "tokens": "tensor"},
+        "types": {"lengths": "json", "tokens": "json"},
     }
     entries = [{**chunk, "dim": None} for chunk in chunks]
     return json.dumps({"chunks": entries, "config": config, "updated_at": stamp}, sort_keys=True)

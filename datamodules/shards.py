@@ -55,7 +55,9 @@ class ScanJob:
     """Units to read and digest."""
 
     units: list[Unit]
+    """What to read."""
     policies: Policies
+    """What to do with bad input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class ScanResult:
     sizes: list[np.ndarray]
     """Per unit, int64 [documents]: UTF-8 bytes."""
     tally: Tally
+    """What was skipped and changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +77,21 @@ class ShardJob:
     """A shard to write."""
 
     index: int
+    """Number of the shard."""
     units: list[Unit]
+    """What to read."""
     fates: list[bytes]
     """Per unit one byte a document: position in `SPLITS`, or `DUPLICATE`."""
     digests: list[bytes]
     """Per unit what the scan saw."""
     policies: Policies
+    """What to do with bad input."""
     output: Path
+    """Folder of the corpus."""
     sequence_length: int
+    """T, tokens in a row."""
     seed: int
+    """Seed of the order of the rows."""
     tokenizer: str
     """Fingerprint of the tokenizer in the output folder."""
 
