@@ -1,0 +1,211 @@
+"""Small networks, batches, trainers and comparisons that the module tests share."""
+
+import dataclasses
+
+import lightning
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from modules.backbone.config import BackboneConfig
+from modules.backbone.initialization import initialize
+from modules.backbone.model import Network
+from modules.batch import PackedBatch, count_targets, next_token_labels
+from modules.optim.adamw import OptimizerConfig
+from modules.optim.schedule import ScheduleConfig
+from modules.precision.recipe import PrecisionRule, apply
+from modules.pretraining import Pretraining
+
+FP32 = (PrecisionRule(pattern="*", format="fp32"),)
+BF16 = (PrecisionRule(pattern="*", format="bf16"),)
+
+
+def tiny_config(**changes) -> BackboneConfig:
+    """A configuration with every kind of layer and an MTP block, small enough to run in milliseconds."""
+    fields = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "hybrid_override_pattern": "ME*-ME",
+        "initializer_range": 0.15,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_latent_size": 16,
+        "moe_shared_expert_intermediate_size": 40,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+    }
+    return BackboneConfig(**{**fields, **changes})
+
+
+def make_network(config: BackboneConfig, recipe=FP32, seed: int = 0) -> Network:
+    """A materialised network whose norms, skips, biases and router biases all differ from their neutral start."""
+    network = Network(config)
+    apply(recipe, network)
+    initialize(network, seed)
+    perturb(network, seed)
+    return network
+
+
+@torch.no_grad()
+def perturb(module: nn.Module, seed: int = 0) -> None:
+    """Move every vector and every router bias away from a value that would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    for tensor in [*module.parameters(), *buffers]:
+        if tensor.ndim == 1:
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest difference over the largest expected value (at least `floor`)."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max().item()
+    scale = max(expected.double().abs().max().item(), floor)
+    return difference / scale if scale else difference
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "", floor: float = 0.0) -> None:
+    """Hold the relative error (see `relative_error`) to a tolerance; NaN fails."""
+    error = relative_error(actual, expected, floor)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name; zeros where there is none."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare gradients tensor by tensor; names must be equal.
+
+    A gradient that is zero but for rounding (the router's, for a normalised top 1) has no relative error: none is
+    measured against less than 1e-5 of the largest gradient.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 1e-5 * max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, tolerance, f"gradient of {name}", floor)
+
+
+def document_ids(*rows: list[int]) -> Tensor:
+    """int32 [B, T] from the document lengths of each row."""
+    return torch.stack(
+        [torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in rows]
+    ).int()
+
+
+def spans(ids: Tensor) -> list[tuple[int, slice]]:
+    """(row, positions) of every document of [B, T] ids, by a plain loop."""
+    found = []
+    for row, values in enumerate(ids.tolist()):
+        start = 0
+        for position in range(1, len(values) + 1):
+            if position == len(values) or values[position] != values[start]:
+                found.append((row, slice(start, position)))
+                start = position
+    return found
+
+
+def packed_batch(ids: Tensor, vocab_size: int, depths: int, seed: int = 0, masked: float = 0.0) -> PackedBatch:
+    """Random tokens in the given documents; a share `masked` of the labels is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, ids.shape, generator=generator)
+    labels = next_token_labels(tokens, ids)
+    if masked:
+        labels = torch.where(torch.rand(ids.shape, generator=generator) < masked, -100, labels)
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
+
+
+class LocalStrategy(SingleDeviceStrategy):
+    """One device, nothing sharded: the least a LightningModule of ours can run under."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def shard(self, network: nn.Module) -> None:
+        pass
+
+
+class ListData(lightning.LightningDataModule):
+    """Serves prepared micro-batches; `window` of them make a step."""
+
+    def __init__(self, batches: list[PackedBatch], window: int = 1, vocab_size: int = 64, validation=None) -> None:
+        super().__init__()
+        self.batches = [
+            stamped
+            for start in range(0, len(batches), window)
+            for stamped in self._stamp(batches[start : start + window])
+        ]
+        self.window, self.vocab_size, self.validation = window, vocab_size, validation
+        self.total_tokens = sum(batch.tokens.numel() for batch in batches)
+        self.token_bytes = torch.arange(vocab_size) % 5
+
+    @staticmethod
+    def _stamp(window: list[PackedBatch]) -> list[PackedBatch]:
+        counts = torch.stack([batch.counts for batch in window]).sum(0)
+        return [dataclasses.replace(batch, counts=counts) for batch in window]
+
+    def tokens_at(self, step: int) -> int:
+        return sum(batch.tokens.numel() for batch in self.batches[: step * self.window])
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return DataLoader(self.validation, batch_size=None) if self.validation else []
+
+
+def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes) -> Pretraining:
+    """A pretraining module with the settings the tests do not care about filled in."""
+    settings = {
+        "backbone": config or tiny_config(),
+        "precision": list(FP32),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "schedule": ScheduleConfig(),
+        "mtp_depths": 2,
+    }
+    return cls(**{**settings, **changes})
+
+
+def make_trainer(window: int = 1, **changes) -> lightning.Trainer:
+    """A silent trainer on `LocalStrategy`."""
+    settings = {
+        "strategy": LocalStrategy(),
+        "max_epochs": 1,
+        "accumulate_grad_batches": window,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return lightning.Trainer(**{**settings, **changes})
+
+
+def fit(module: Pretraining, data: ListData, **trainer_changes) -> lightning.Trainer:
+    """Train over all micro-batches of `data`."""
+    trainer = make_trainer(data.window, **trainer_changes)
+    trainer.fit(module, data)
+    return trainer
+
+
+def network_state(module: Pretraining) -> dict[str, Tensor]:
+    """Copies of all tensors of the module's network."""
+    return {name: tensor.clone() for name, tensor in module.built_network.state_dict().items()}
