@@ -1,4 +1,5 @@
 import json
+import zlib
 
 import numpy as np
 from litdata import StreamingDataset
@@ -28,12 +29,16 @@ def as_items(rows: list[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
     return items
 
 
+def crc(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.array([zlib.crc32(tokens.tobytes() + lengths.tobytes())], dtype=np.uint32).view(np.int32)
+
+
 def test_chunks_and_index_are_what_litdata_writes(tmp_path):
     rows = make_rows(7, 32)
     items = as_items(rows)
     cache = Cache(str(tmp_path), chunk_size=7)
     for number, (tokens, lengths) in enumerate(rows):
-        cache[number] = {"tokens": tokens, "lengths": lengths}
+        cache[number] = {"tokens": tokens, "lengths": lengths, "checksum": crc(tokens, lengths)}
     cache.done()
     cache.merge()
     [(count, content)] = build_chunks(items)
@@ -70,4 +75,6 @@ def test_litdata_reads_every_row_of_every_chunk(tmp_path):
 def test_what_the_pieces_leave_is_padding():
     documents = [np.arange(10, 20, dtype=np.int32), np.arange(30, 33, dtype=np.int32)]
     row = build_row([Piece(1, 0, 3), Piece(0, 6, 4)], documents, 9, 5)
-    assert np.frombuffer(row, dtype="<i4").tolist() == [36, 8, 30, 31, 32, 16, 17, 18, 19, 5, 5, 3, 4]
+    numbers = [30, 31, 32, 16, 17, 18, 19, 5, 5, 3, 4]
+    expected = crc(np.array(numbers[:9], dtype=np.int32), np.array(numbers[9:], dtype=np.int32))
+    assert np.frombuffer(row, dtype="<i4").tolist() == [36, 8, 4, *numbers, *expected.tolist()]
