@@ -135,6 +135,11 @@ class StageModule(LightningModule):
         if self.network is not None:
             return
         strategy = self.trainer.strategy
+        if self.data.vocab_size > self.backbone_config.vocab_size:
+            raise ValueError(
+                f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
+                f"{self.data.vocab_size}; raise it to at least that"
+            )
         network = self.build_network()
         if self.compile_layers:
             if strategy.root_device.type != "cuda":
@@ -143,6 +148,7 @@ class StageModule(LightningModule):
                 layer.compile()
         strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
         network.to_empty(device=strategy.root_device)
+        network.tie_weights()
         initialize(network, self.seed)
         self.network = network
 

@@ -90,6 +90,11 @@ class TrainingData(Protocol):
     total_tokens: int
     """Length of the run in positions (rows x T), padding included."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Size of the tokenizer's vocabulary."""
+        ...
+
     def tokens_at(self, step: int) -> int:
         """Return the positions consumed by all ranks after `step` optimiser steps."""
         ...

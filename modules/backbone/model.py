@@ -72,7 +72,14 @@ class Network(nn.Module):
         self.backbone = Backbone(config)
         self.mtp = MTPBlock(config) if config.num_nextn_predict_layers else None
         self.lm_head = Head(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight where the configuration says so.
+
+        `to_empty` gives every module a tensor of its own: call this after it.
+        """
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None, mtp_depths: int = 0) -> Output:

@@ -14,8 +14,8 @@ from torch.autograd import Function
 
 from modules.batch import IGNORED_LABEL
 
-_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
-"""Logits held at once (fp32): 32 MiB fit a CPU's caches better, 512 MiB keep a GPU busy."""
+_CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+"""Logits held at once (fp32): 16 MiB stay in a CPU's cache, 512 MiB keep a GPU busy."""
 
 
 def linear_cross_entropy(
@@ -49,23 +49,32 @@ class _LinearCrossEntropy(Function):
         kept = labels != IGNORED_LABEL
         targets = torch.where(kept, labels, 0).unsqueeze(-1)
         scales = torch.where(kept, token_weights, 0.0)
+        # The token weights scale the D-wide sides of the two gradient products, never the V-wide logits.
+        scaled_hidden = (hidden * scales.unsqueeze(-1)).to(hidden.dtype) if needs_weight else None
         nats = torch.empty_like(scales)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        chunk = max(1, _CHUNK_LOGITS[hidden.device.type] // weight.shape[0])
+        chunk = min(len(labels), max(1, _CHUNK_LOGITS[hidden.device.type] // weight.shape[0]))
+        # Buffers are reused: a fresh allocation of this size costs more in page faults than the arithmetic in it.
+        logits_buffer = hidden.new_empty(chunk, weight.shape[0])
+        log_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            nats[part] = (log_sum - logits.gather(1, targets[part])).squeeze(-1)
-            if not (needs_hidden or needs_weight):
+            rows = len(labels[part])
+            logits, log_probabilities = logits_buffer[:rows], log_buffer[:rows]
+            torch.mm(hidden[part], weight.T, out=logits)
+            torch.log_softmax(logits, -1, dtype=torch.float32, out=log_probabilities)
+            nats[part] = -log_probabilities.gather(1, targets[part]).squeeze(-1)
+            if grad_hidden is None and grad_weight is None:
                 continue
-            scale = scales[part].unsqueeze(-1)
-            gradient = logits.sub_(log_sum).exp_().mul_(scale).scatter_add_(1, targets[part], -scale).to(hidden.dtype)
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, targets[part], gradient.new_full((rows, 1), -1.0))
+            gradient = gradient if gradient.dtype == hidden.dtype else logits.copy_(gradient)
             if grad_hidden is not None:
-                grad_hidden[part] = gradient @ weight
+                grad_hidden[part] = (gradient @ weight) * scales[part].unsqueeze(-1)
             if grad_weight is not None:
-                grad_weight += gradient.T @ hidden[part]
+                assert scaled_hidden is not None
+                grad_weight += gradient.T @ scaled_hidden[part]
         nats = torch.where(kept, nats, 0.0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

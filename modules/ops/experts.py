@@ -23,7 +23,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [R, O] in the dtype of `x`.
     """
-    if all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:]):
+    if len(x) and all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
     ends = offsets.tolist()
     starts = [0, *ends[:-1]]

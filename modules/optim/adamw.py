@@ -45,9 +45,9 @@ class OptimizerConfig:
 class AdamW(torch.optim.AdamW):
     """Fused AdamW on the local shards of DTensors.
 
-    Set `found_inf` (fp32 scalar, 1 = skip) before `step` to leave parameters, moments and step counts as they are without
-    asking the host. The fused kernel takes no mix of DTensors and plain tensors, hence the local shards; its arithmetic
-    is elementwise, so the result is the same.
+    Set `found_inf` (fp32 scalar, 1 = skip) before `step` to leave parameters, moments and step counts as they are
+    without asking the host. The fused kernel takes no mix of DTensors and plain tensors, hence the local shards; its
+    arithmetic is elementwise, so the result is the same.
     """
 
     found_inf: Tensor | None = None
