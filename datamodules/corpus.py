@@ -25,6 +25,7 @@ from datamodules.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
+
 class RowReader:
     """Random access to the rows of one split; opened anew in each process that it is sent to.
 

@@ -57,7 +57,7 @@ FORMAT_VERSION = 1
 _SCAN_BYTES = 8 << 20
 _TOKENIZER_BYTES = 32 << 20
 _SHARD_DOCUMENTS = 10_000
-_SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 256 << 20, 64
+_SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 64 << 20, 64
 _MOST_OPENINGS = 64
 _COUNTS = ("documents", "bytes", "tokens", "rows")
 
@@ -83,7 +83,7 @@ class Preparation:
     policies: Policies = field(default_factory=Policies)
     """What to do with bad input."""
     shard_bytes: int | None = None
-    """Text in a shard; None chooses by the size of the corpus (2 MiB to 256 MiB, some 64 shards)."""
+    """Text in a shard; None chooses by the size of the corpus (2 MiB to 64 MiB, some 64 shards)."""
     seed: int = 0
     """Seed of the order of documents and rows."""
     workers: int | None = None

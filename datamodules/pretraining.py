@@ -79,7 +79,8 @@ class PretrainingData(LightningDataModule):
             micro_batch_size=micro_batch_size,
             total_tokens=total_tokens,
         )
-        self.sources = {Path(path).name: Source(path=path)} if sources is None else sources
+        # the name seeds the order of rows: a fixed one, so that a corpus can be moved
+        self.sources = {"corpus": Source(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size

@@ -2,9 +2,11 @@
 
 A row is the item `{"tokens": int32 [T], "lengths": int32 [n], "checksum": int32 [1]}`: `lengths` are the tokens of each
 document piece in order, and what their sum leaves of T is padding; the checksum is the CRC-32 of both arrays (1
-microsecond a row), because a flipped bit would otherwise be trained on silently. LitData's own writer needs torch in every worker process (2 s each),
-stamps the time into its index and names chunks by worker; a chunk is only a header with offsets and the raw arrays, so
-it is written here with numpy: fast, and the same bytes for the same rows. A test reads and compares with LitData's own.
+microsecond a row), because a flipped bit would otherwise be trained on silently.
+
+LitData's own writer needs torch in every worker process (2 s each), stamps the time into its index and names chunks by
+worker; a chunk is only a header with offsets and the raw arrays, so it is written here with numpy: fast, and the same
+bytes for the same rows. A test reads it with LitData and compares it with LitData's own.
 
 Chunk: uint32 number of items N; uint32 [N + 1] offsets from the start of the file; then the items. Item: uint32 [3]
 bytes of each array; the arrays. All little-endian.

@@ -49,7 +49,7 @@ def prepare(
             (split), or leave them out (skip).
         max_document_bytes: Largest document in bytes.
         text_key: Key of the text in the objects of JSONL files.
-        shard_bytes: Text that is packed together and redone if interrupted, in bytes; null chooses 2 MiB to 256 MiB.
+        shard_bytes: Text that is packed together and redone if interrupted, in bytes; null chooses 2 MiB to 64 MiB.
         seed: Seed of the order of documents and rows.
         workers: Processes; null takes one per available core.
     """

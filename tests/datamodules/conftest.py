@@ -7,7 +7,9 @@ import pytest
 
 from datamodules.preparation import Preparation, prepare_corpus
 
-WORDS = "def return self value for in range len print if else None True αβγ naïve 日本 😀 0 17 204 x_1 </s> <think>".split()
+WORDS = (
+    "def return self value for in range len print if else None True αβγ naïve 日本 😀 0 17 204 x_1 </s> <think>".split()
+)
 
 
 def make_document(generator: random.Random) -> str:
@@ -34,7 +36,13 @@ def sources(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 def small(sources: Path, output: Path, **options: object) -> Preparation:
     """Options that make many shards of the small corpus."""
-    defaults = {"sequence_length": 64, "vocab_size": 400, "validation_fraction": 0.15, "shard_bytes": 4000, "workers": 1}
+    defaults = {
+        "sequence_length": 64,
+        "vocab_size": 400,
+        "validation_fraction": 0.15,
+        "shard_bytes": 4000,
+        "workers": 1,
+    }
     return Preparation(paths=[str(sources)], output=output, **(defaults | options))  # type: ignore[arg-type]
 
 

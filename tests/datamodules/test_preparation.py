@@ -12,6 +12,7 @@ import pytest
 
 from datamodules import files
 from datamodules.corpus import Corpus
+from datamodules.policies import Policies
 from datamodules.preparation import Preparation, describe, prepare_corpus
 from datamodules.tokenizer import Tokenizer
 from tests.datamodules.conftest import small
@@ -86,11 +87,15 @@ def test_gzip_equals_the_gzip_program(tmp_path):
     for number, text in enumerate(texts):
         (tmp_path / "in" / f"{number}.txt").write_text(text)
     corpus, _ = prepare_corpus(
-        Preparation(paths=[str(tmp_path / "in")], output=tmp_path / "out", sequence_length=32, vocab_size=300, workers=1)
+        Preparation(
+            paths=[str(tmp_path / "in")], output=tmp_path / "out", sequence_length=32, vocab_size=300, workers=1
+        )
     )
     chosen = [t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") / 2**64 < 0.05]
     assert len(chosen) == 2 == corpus["validation"]["documents"]
-    sizes = [len(gzip.compress(joined.encode(), 9, mtime=0)) for joined in (chosen[0] + chosen[1], chosen[1] + chosen[0])]
+    sizes = [
+        len(gzip.compress(joined.encode(), 9, mtime=0)) for joined in (chosen[0] + chosen[1], chosen[1] + chosen[0])
+    ]
     assert corpus["gzip_bits_per_byte"] in [8 * size / len(chosen[0] + chosen[1]) for size in sizes]
 
 
@@ -107,7 +112,9 @@ def test_the_result_depends_on_nothing_but_sources_and_options(sources: Path, co
     assert tree(tmp_path / "seed")["train/chunk-0-0.bin"] != expected["train/chunk-0-0.bin"]
 
 
-def test_a_finished_corpus_is_returned_at_once_and_other_options_are_refused(sources: Path, corpus_folder: Path, tmp_path):
+def test_a_finished_corpus_is_returned_at_once_and_other_options_are_refused(
+    sources: Path, corpus_folder: Path, tmp_path
+):
     before = tree(corpus_folder)
     (corpus_folder / ".preparation").mkdir()  # killed between the last file and the clean-up
     corpus, complete = prepare_corpus(small(sources, corpus_folder, workers=2))
@@ -118,7 +125,7 @@ def test_a_finished_corpus_is_returned_at_once_and_other_options_are_refused(sou
     for key, value in (("sequence_length", 32), ("seed", 3), ("validation_fraction", 0.5), ("vocab_size", 401)):
         with pytest.raises(ValueError, match=f"^{key}: .* was prepared with .*, not {value}; "):
             prepare_corpus(small(sources, corpus_folder, **{key: value}))
-    with pytest.raises(ValueError, match="^paths: "):
+    with pytest.raises(ValueError, match=r"^paths: "):
         prepare_corpus(small(tmp_path, corpus_folder))
 
 
@@ -159,16 +166,18 @@ def test_sources_that_change_in_between_are_refused(sources: Path, tmp_path, mon
         prepare_corpus(small(tmp_path / "in", tmp_path / "out"))
     monkeypatch.undo()
     (tmp_path / "in" / "new.txt").write_text("a new document")
-    with pytest.raises(ValueError, match="^output: the sources changed"):
+    with pytest.raises(ValueError, match=r"^output: the sources changed"):
         prepare_corpus(small(tmp_path / "in", tmp_path / "out"))
-    with pytest.raises(ValueError, match="^seed: "):
+    with pytest.raises(ValueError, match=r"^seed: "):
         prepare_corpus(small(tmp_path / "in", tmp_path / "out", seed=9))
 
 
 def test_a_full_disk_is_one_error_and_what_is_written_stays(sources: Path, corpus_folder: Path, tmp_path, monkeypatch):
     output = tmp_path / "out"
     interrupt_after(monkeypatch, 12, OSError(28, "No space left on device"))
-    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device; .*run the same command again") as error:
+    with pytest.raises(
+        ValueError, match=r"cannot write .*: No space left on device; .*run the same command again"
+    ) as error:
         prepare_corpus(small(sources, output))
     assert "\n" not in str(error.value)
     assert not list(output.rglob("*.partial*"))
@@ -181,6 +190,7 @@ def test_a_full_disk_is_one_error_and_what_is_written_stays(sources: Path, corpu
 def test_a_real_write_error_in_a_worker_process_arrives_as_one_line(sources: Path, tmp_path):
     code = f"""
 from pathlib import Path
+from datamodules.policies import Policies
 from datamodules.preparation import Preparation, prepare_corpus
 if __name__ == "__main__":
     options = dict(sequence_length=64, vocab_size=400, shard_bytes=20_000, workers=2)
@@ -226,9 +236,9 @@ def test_two_preparations_of_one_folder_are_refused(sources: Path, tmp_path):
 def test_foreign_folders_and_files_are_left_alone(sources: Path, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="^output: .* holds no corpus"):
+    with pytest.raises(ValueError, match=r"^output: .* holds no corpus"):
         prepare_corpus(small(sources, tmp_path / "mine"))
-    with pytest.raises(ValueError, match="^output: "):
+    with pytest.raises(ValueError, match=r"^output: "):
         prepare_corpus(small(sources, tmp_path / "mine" / "thesis.txt"))
     assert [file.name for file in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
@@ -264,18 +274,12 @@ def test_one_byte_is_a_corpus_when_nothing_is_held_out(tmp_path):
 def test_a_single_long_file_is_split_so_that_some_of_it_can_be_held_out(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"chapter {n}, words and words\n" for n in range(2000)))
     output = tmp_path / "out"
-    options = small(tmp_path / "book.txt", output, policies=files_policies(5000), validation_fraction=0.01)
+    options = small(tmp_path / "book.txt", output, policies=Policies(max_document_bytes=5000), validation_fraction=0.01)
     corpus, _ = prepare_corpus(options)
     assert corpus["validation"]["documents"] >= 1
     assert corpus["bytes"] == (tmp_path / "book.txt").stat().st_size
     ends = [piece[-1] == 2 for split in ("train", "validation") for piece in read_pieces(output, split)]
     assert sum(ends) == 1  # the pieces are no ends of text
-
-
-def files_policies(limit: int):  # noqa: ANN201
-    from datamodules.policies import Policies
-
-    return Policies(max_document_bytes=limit)
 
 
 def test_a_given_tokenizer_is_used_and_travels_along(sources: Path, corpus_folder: Path, tmp_path):

@@ -66,7 +66,8 @@ def test_digits_stay_single(tokenizer: Tokenizer):
 def test_training_does_not_depend_on_threads():
     code = (
         "import random; from datamodules.tokenizer import Tokenizer; g = random.Random(0);"
-        "texts = [' '.join(g.choice('abcdefg') * g.randint(1, 4) + g.choice('xyz') for _ in range(300)) for _ in range(60)];"
+        "word = lambda: g.choice('abcdefg') * g.randint(1, 4) + g.choice('xyz');"
+        "texts = [' '.join(word() for _ in range(300)) for _ in range(60)];"
         "print(Tokenizer.train(texts, 600).fingerprint)"
     )
     prints = {

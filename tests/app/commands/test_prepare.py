@@ -1,0 +1,130 @@
+"""The command as a user starts it: `python -m app prepare`."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def start(*args: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "app", "prepare", *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    process = start(*args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two megabytes in a thousand files, some JSONL, some bad."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = random.Random(0)
+    words = [f"{generator.choice('bcdfglmnprst')}{generator.choice('aeiou')}{n % 97}" for n in range(4000)]
+
+    def document() -> str:
+        return " ".join(generator.choices(words, k=int(generator.lognormvariate(5, 1)) + 1))
+
+    lines = [json.dumps({"text": document()}) for _ in range(100)]
+    (folder / "documents.jsonl").write_text("\n".join([*lines, "{broken", lines[0]]) + "\n")
+    (folder / "code").mkdir()
+    for number in range(1400):
+        (folder / "code" / f"m{number}.py").write_text(f"# {document()}\n")
+    (folder / "code" / "bad.md").write_bytes(b"bad \xff bytes")
+    return folder
+
+
+OPTIONS = ("--sequence_length", 128, "--vocab_size", 600, "--shard_bytes", 20_000, "--workers", 2)
+
+
+def test_kill_9_again_and_again_and_the_result_is_the_same_to_the_byte(text: Path, tmp_path):
+    code, out, err = run(text, "--output", tmp_path / "whole", *OPTIONS)
+    assert (code, err) == (0, "")
+    for line in ("documents", "1,501", "bytes a token", "not JSON", "duplicate", "replaced by U+FFFD", "fingerprint"):
+        assert line in out
+    expected = tree(tmp_path / "whole")
+    output = tmp_path / "killed"
+    generator = random.Random(1)
+    kills = shards = 0
+    while not (output / "corpus.json").exists():
+        process = start(text, "--output", output, *OPTIONS)
+        wanted = shards + generator.randint(1, 25)
+        while process.poll() is None and shards < wanted:
+            time.sleep(0.002)
+            shards = len(list((output / ".preparation").glob("shard-*.json")))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert kills < 100
+    assert kills >= 3
+    code, out, _ = run(text, "--output", output, *OPTIONS)
+    assert code == 0
+    assert tree(output) == expected
+
+
+def test_a_finished_output_says_so_and_other_options_are_refused(text: Path, tmp_path):
+    arguments = (text / "documents.jsonl", "--output", tmp_path / "out", "--sequence_length", 64, "--vocab_size", 300)
+    assert run(*arguments)[0] == 0
+    before = tree(tmp_path / "out")
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert "is complete already" in out
+    code, out, err = run(*arguments, "--seed", 3)
+    assert code == 2
+    assert err.startswith("error: seed: ")
+    assert err.count("\n") == 1
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "error: paths: nowhere does not exist"),
+        (["one.txt"], "error: paths: 1 document of 1 bytes in all is too little"),
+        (["bad.txt", "--encoding", "strict"], "bad.txt: byte 0 is not UTF-8"),
+        (["one.txt", "--vocab_size", "10"], "error: vocab_size: 10 is too small"),
+        (["one.txt", "--tokenizer", "nowhere"], "error: tokenizer: nowhere is not a folder"),
+        (["one.txt", "--no_such_option", "1"], "no_such_option"),
+        (["one.txt", "--encoding", "latin"], "encoding"),
+    ],
+)
+def test_mistakes_cost_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path):
+    (tmp_path / "one.txt").write_bytes(b"a")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    arguments[0] = str(tmp_path / arguments[0]) if arguments[0].endswith(".txt") else arguments[0]
+    code, _, err = run(*arguments, "--output", tmp_path / "out")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") <= 3
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_explains_every_option():
+    code, out, _ = run("--help")
+    assert code == 0
+    for option in ("output", "sequence_length", "encoding", "oversized", "workers"):
+        assert f"--{option}" in out
+    assert "default: 512" in out
