@@ -1,7 +1,7 @@
 """The MTP chain equals a second statement of it, made of transformers' layers and plain torch.
 
-Depth k at position i: h_k = norm(block(eh_proj[enorm(emb(t_{i+k})); hnorm(h_{k-1})])), h_0 after the final norm, the same
-block at every depth. The reference keeps only the positions that have a token k ahead.
+Depth k at position i: h_k = norm(block(eh_proj[enorm(emb(t_{i+k})); hnorm(h_{k-1})])), h_0 after the final norm, the
+same block at every depth. The reference keeps only the positions that have a token k ahead.
 """
 
 import dataclasses

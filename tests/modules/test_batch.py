@@ -1,0 +1,78 @@
+"""The label helpers against loops over positions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, next_token_labels, shifted_labels
+from tests.modules.helpers import document_ids, packed_batch
+
+ROWS = {
+    "one document": ([11], [11]),
+    "several": ([4, 4, 3], [10, 1]),
+    "single tokens": ([1] * 11, [1, 10]),
+}
+
+
+def shift_by_loop(labels: Tensor, ids: Tensor, shift: int) -> list[list[int]]:
+    length = labels.shape[1]
+    return [
+        [
+            labels[row, t + shift].item() if t + shift < length and ids[row, t] == ids[row, t + shift] else -100
+            for t in range(length)
+        ]
+        for row in range(len(labels))
+    ]
+
+
+def make_inputs(rows: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
+    ids = document_ids(*rows)
+    return torch.randint(0, 50, ids.shape, generator=torch.Generator().manual_seed(0)), ids
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("shift", [0, 1, 2, 5, 10, 11, 12, 30])
+def test_shifted_labels(rows: tuple[list[int], list[int]], shift: int) -> None:
+    labels, ids = make_inputs(rows)
+    before = labels.clone()
+    shifted = shifted_labels(labels, ids, shift)
+    assert shifted.tolist() == shift_by_loop(labels, ids, shift)
+    assert shifted.dtype == torch.int64
+    assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_next_token_labels(rows: tuple[list[int], list[int]]) -> None:
+    tokens, ids = make_inputs(rows)
+    assert next_token_labels(tokens, ids).tolist() == shift_by_loop(tokens, ids, 1)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("depths", [0, 1, 3])
+def test_count_targets(rows: tuple[list[int], list[int]], depths: int) -> None:
+    tokens, ids = make_inputs(rows)
+    labels = next_token_labels(tokens, ids)
+    labels[0, 2:4] = IGNORED_LABEL
+    expected = [
+        sum(label != -100 for row in shift_by_loop(labels, ids, depth) for label in row) for depth in range(depths + 1)
+    ]
+    counts = count_targets(labels, ids, depths)
+    assert counts.tolist() == expected
+    assert counts.dtype == torch.int64
+
+
+def test_depth_targets_are_further_tokens_of_the_same_document() -> None:
+    """Depth k of position t is the token k + 1 ahead of it, in words a person can check."""
+    tokens = torch.tensor([[10, 11, 12, 13, 20, 21]])
+    ids = document_ids([4, 2])
+    labels = next_token_labels(tokens, ids)
+    assert labels.tolist() == [[11, 12, 13, -100, 21, -100]]
+    assert shifted_labels(labels, ids, 1).tolist() == [[12, 13, -100, -100, -100, -100]]
+    assert shifted_labels(labels, ids, 2).tolist() == [[13, -100, -100, -100, -100, -100]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_pin_memory_pins_every_tensor() -> None:
+    pinned = packed_batch(document_ids([3, 5]), 50, 1).pin_memory()
+    assert isinstance(pinned, PackedBatch)
+    assert all(tensor.is_pinned() for tensor in vars(pinned).values())
