@@ -1,0 +1,115 @@
+"""The program: `python -m app COMMAND ...`.
+
+It starts fast: what a command needs is imported when the command is called, and `--help` reads the first line of each
+command's documentation without importing it.
+"""
+
+import ast
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAINING = {
+    "fit": "train a model, or go on with a run",
+    "validate": "print the validation metrics of a run's newest checkpoint",
+    "test": "print the test metrics of a run's newest checkpoint",
+}
+COMMANDS = Path(__file__).parent / "commands"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 defect, 2 user's mistake, 130 interrupted.
+
+    Args:
+        args: command line after the program's name; that of the process unless given.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        return dispatch(given)
+    except KeyboardInterrupt:
+        return interrupted()
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
+            return interrupted()
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from app.errors import mistake
+
+        message = mistake(error)
+        if message is None:
+            raise
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
+        return 2
+
+
+def dispatch(args: list[str]) -> int:
+    """Call the command that the first argument names.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    others = commands()
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(others))
+        return 0 if args else 2
+    command, rest = args[0], args[1:]
+    if command in TRAINING:
+        from app.cli import RunCLI
+
+        RunCLI(rest, command).run()
+        return 0
+    if command in others:
+        from app.command_line import call
+
+        return call(command, rest)
+    from difflib import get_close_matches
+
+    from app.errors import UserError
+
+    near = get_close_matches(command, [*TRAINING, *others], n=1)
+    raise UserError(f"no command {command}; " + (f"did you mean {near[0]}?" if near else "see python -m app --help"))
+
+
+def commands() -> dict[str, str]:
+    """Return the commands of app/commands with the first line of their documentation."""
+    found = {}
+    for file in sorted(COMMANDS.glob("[a-z]*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == file.stem:
+                found[file.stem] = (ast.get_docstring(node) or "").partition("\n")[0].rstrip(".")
+    return found
+
+
+def usage(others: dict[str, str]) -> str:
+    """Return the text of `--help`."""
+    listed = {**TRAINING, **{name: text[:1].lower() + text[1:] for name, text in others.items()}}
+    width = max(map(len, listed))
+    lines = [f"  {name:<{width}}  {text}" for name, text in listed.items()]
+    return "\n".join(
+        [
+            "usage: python -m app COMMAND ...   (or: superbolt COMMAND ...)",
+            "",
+            "Train models of the Nemotron 3 Super kind, on a laptop or on a cluster.",
+            "",
+            *lines,
+            "",
+            "python -m app COMMAND --help explains a command.",
+            "python -m app fit --config configs/pretrain.yaml trains the small model.",
+        ]
+    )
+
+
+def interrupted() -> int:
+    """Say that the program was interrupted."""
+    print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

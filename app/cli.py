@@ -1,0 +1,308 @@
+"""`fit`, `validate` and `test`: a LightningCLI that reads a run file, and goes on with a run that exists.
+
+It keeps Lightning's way of building model, data and trainer from YAML, and departs from it where a run would lose
+exactness or a user would be surprised:
+
+* only the parser of the command that was called is built, at the top level (no `fit:` key);
+* nothing in a checkpoint changes the configuration: the command line wins over YAML, YAML over the defaults;
+* trainer settings that the program depends on are not keys at all; asking for one names the key to use instead;
+* every callback of ours is a group of keys (`validation.every_n_steps`), so that a second run file cannot lose one;
+* the same command in the same folder resumes by itself, or says that the run is finished.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import app.strategies  # noqa: F401 (registers the strategy "sharded")
+from app.errors import UserError, shorten
+from app.keys import parameters_of
+from app.loop import use_step_loop
+from app.noise import silence
+from app.parser import RunParser
+from app.run_folder import SHOWN, RunFolder, differences
+from app.strategies import ShardedStrategy, folder
+from callbacks.checkpoint import Checkpoint
+from callbacks.console import Console, validation_line
+from callbacks.preemption import Preemption
+from callbacks.random_state import RandomState
+from callbacks.samples import Samples
+from callbacks.startup import Startup
+from callbacks.summary import Summary
+from callbacks.validation import Validation
+
+COMMANDS = ("fit", "validate", "test")
+CALLBACKS: dict[str, type[Callback]] = {
+    "console": Console,
+    "validation": Validation,
+    "samples": Samples,
+    "checkpoint": Checkpoint,
+}
+"""Group of keys -> callback."""
+
+FORCED: dict[str, Any] = {
+    "precision": "32-true",
+    "max_epochs": 1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_autolog_hparams": False,
+    "inference_mode": False,
+}
+"""Trainer arguments that the program depends on."""
+
+OWNED = {
+    "precision": "weights are always fp32 and the formats of the layers are model.init_args.precision",
+    "plugins": "formats are set by model.init_args.precision, processes by torchrun or SLURM",
+    "max_epochs": "the whole run is one epoch, as long as data.init_args.total_tokens",
+    "min_epochs": "the whole run is one epoch, as long as data.init_args.total_tokens",
+    "min_steps": "the run is as long as data.init_args.total_tokens",
+    "accumulate_grad_batches": "it follows from data.init_args.global_batch_size and micro_batch_size",
+    "gradient_clip_val": "clipping is a setting of the optimiser in model.init_args",
+    "gradient_clip_algorithm": "clipping is a setting of the optimiser in model.init_args",
+    "check_val_every_n_epoch": "use validation.every_n_steps",
+    "val_check_interval": "use validation.every_n_steps",
+    "num_sanity_val_steps": "the model is validated before the first step",
+    "overfit_batches": "use a small corpus",
+    "limit_train_batches": "use trainer.max_steps",
+    "limit_predict_batches": "there is no predict",
+    "use_distributed_sampler": "the data module gives each device its rows",
+    "reload_dataloaders_every_n_epochs": "the whole run is one epoch",
+    "enable_checkpointing": "use checkpoint.every_n_steps",
+    "enable_progress_bar": "use console.every_n_steps",
+    "enable_model_summary": "`plan` prints the parameters",
+    "enable_autolog_hparams": "config.yaml in the run folder says it all",
+    "inference_mode": "sharded weights need plain no-gradient mode",
+    "sync_batchnorm": "the models have no batch normalisation",
+    "barebones": "callbacks are part of the program",
+    "fast_dev_run": "use trainer.max_steps",
+    "model_registry": "it is a product of Lightning's makers",
+}
+"""Trainer arguments that are no keys of a run file, each with what to use instead."""
+
+
+class RunCLI(LightningCLI):
+    """Parses a run; `run` carries it out.
+
+    Args:
+        args: command line after the command's name.
+        command: `fit`, `validate` or `test`.
+
+    Raises:
+        UserError: the command line or a run file is wrong.
+    """
+
+    def __init__(self, args: list[str], command: str = "fit") -> None:
+        self.command = command
+        silence()
+        super().__init__(
+            save_config_callback=None,  # written by `fit`, which also keeps a copy in each checkpoint
+            seed_everything_default=1,
+            parser_class=RunParser,
+            parser_kwargs={"prog": f"python -m app {command}", "description": SUMMARIES[command], "dump_header": None},
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+        root = self.config.trainer.default_root_dir
+        self.run_folder = RunFolder(Path(root), self.config.name)
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys of a run file."""
+        parser.add_argument(
+            "--name", type=str, default="run", help="Name of the run; its folder is trainer.default_root_dir / name."
+        )
+        parser.add_class_arguments(
+            Trainer, "trainer", skip=set(OWNED), instantiate=False, fail_untyped=False, sub_configs=True
+        )
+        parser.set_defaults(
+            {"trainer.strategy": "sharded", "trainer.default_root_dir": "runs", "trainer.log_every_n_steps": 1}
+        )
+        parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        if self.command != "fit":
+            parser.add_argument(
+                "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
+            )
+        assert isinstance(parser, RunParser)
+        trainer = parameters_of(Trainer) or {}
+        parser.owned = {f"trainer.{key}": mend for key, mend in OWNED.items()} | {
+            "fit": "its keys stand at the top level",
+            "ckpt_path": "a run resumes by its name",
+        }
+        parser.keys = {
+            "name": str,
+            "seed_everything": int,
+            "trainer": {key: kind for key, kind in trainer.items() if key not in OWNED},
+            "model": LightningModule,
+            "data": LightningDataModule,
+            **{key: parameters_of(callback) for key, callback in CALLBACKS.items()},
+            **({} if self.command == "fit" else {"ckpt_path": str}),
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+        """Parse the command line."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: Lightning would overwrite it with what a checkpoint holds."""
+
+    def config_text(self) -> str:
+        """Return the resolved configuration, complete with all defaults and the content of files that it names."""
+        return self.parser.dump(self.config, skip_unset=False)
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def instantiate_classes(self) -> None:
+        """Build nothing yet: `plan` only parses, and a finished run needs nothing."""
+
+    def instantiate(self, key: str) -> Any:  # noqa: ANN401
+        """Build `model`, `data` or a group of a callback from the configuration.
+
+        Raises:
+            UserError: a value is refused by the class.
+        """
+        from jsonargparse import Namespace
+
+        try:
+            return self.parser.instantiate_classes(Namespace({key: self.config[key]}))[key]
+        except ValueError as error:
+            raise UserError(shorten(str(error))) from error
+
+    def _build(self, callbacks: list[Callback], logger: Any) -> Trainer:  # noqa: ANN401
+        self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
+        given = self.instantiate("trainer").as_dict()
+        own = given["callbacks"] or []
+        given["callbacks"] = [callback for callback in callbacks if not isinstance(callback, LATE)]
+        given["callbacks"] += own if isinstance(own, list) else [own]
+        given["callbacks"] += [callback for callback in callbacks if isinstance(callback, LATE)]
+        given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
+        given["default_root_dir"] = str(self.run_folder.path)
+        try:
+            trainer = Trainer(**given, **FORCED)
+        except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
+            raise UserError(f"trainer: {shorten(str(error))}") from error
+        if not isinstance(trainer.strategy, ShardedStrategy):
+            raise UserError(
+                f"trainer.strategy: {self.config.trainer.strategy} is none of ours; leave it out or say sharded"
+            )
+        use_step_loop(trainer)
+        return trainer
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Carry out the command."""
+        getattr(self, self.command)()
+
+    def fit(self) -> None:
+        """Train, from the start or from the run's newest checkpoint; say so if nothing is left to do."""
+        from app.logger import RunLogger
+
+        config = self.config_text()
+        checkpoint = self._newest()
+        if checkpoint is not None and self._is_finished(checkpoint, differences(checkpoint, config)):
+            return
+        step = folder.step_of(checkpoint) if checkpoint is not None else 0
+        self._prepare_folder(config)
+        groups: dict[str, Any] = {key: self.instantiate(key) for key in CALLBACKS}
+        logger = RunLogger(self.run_folder.path, step)
+        preemption = Preemption(groups["checkpoint"])
+        trainer = self._build([RandomState(), Startup(), *groups.values(), preemption, Summary()], logger)
+        logger.trainer = trainer
+        trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
+
+    def validate(self) -> None:
+        """Print the validation metrics of the run's newest checkpoint, or of `--ckpt_path`."""
+        self._evaluate()
+
+    def test(self) -> None:
+        """Print the test metrics of the run's newest checkpoint, or of `--ckpt_path`."""
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        checkpoint = Path(self.config.ckpt_path) if self.config.ckpt_path else self._newest()
+        if checkpoint is None:
+            raise UserError(
+                f"{self.run_folder.checkpoints} holds no checkpoint: run fit first, or give --ckpt_path FOLDER"
+            )
+        if problem := folder.damage(checkpoint):
+            raise UserError(f"{checkpoint} is no complete checkpoint: {problem}")
+        trainer = self._build([], None)
+        evaluate = getattr(trainer, self.command)
+        evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+        gzip = getattr(self.datamodule, "gzip_bits_per_byte", None)
+        about = folder.describe(checkpoint)
+        _say(f"{checkpoint}: {validation_line(about['step'], trainer.callback_metrics, gzip)}")
+
+    @rank_zero_only
+    def _prepare_folder(self, config: str) -> None:
+        self.run_folder.clean()
+        self.run_folder.save_config(config)
+
+    def _newest(self) -> Path | None:
+        checkpoint, passed = self.run_folder.newest()
+        for line in passed:
+            _say(f"warning: {line}")
+        return checkpoint
+
+    def _is_finished(self, checkpoint: Path, changes: list[str]) -> bool:
+        """Say where the run stands and what has changed; return whether there is nothing left to do."""
+        about = folder.describe(checkpoint)
+        run = f"run {self.run_folder.name} ({self.run_folder.path})"
+        if about["finished"] and not changes:
+            _say(f"{run} is finished: {about['step']} steps. " + _metrics(about["metrics"]))
+            _say("Nothing to do. Give another --name for a new run, or change the configuration to train longer.")
+            return True
+        _say(f"{run} goes on after step {about['step']} of {about['last_step']}")
+        if changes:
+            _say("changed since the checkpoint:")
+            for line in changes[:SHOWN]:
+                _say(f"  {line}")
+            if len(changes) > SHOWN:
+                _say(f"  and {len(changes) - SHOWN} more")
+        return False
+
+
+SUMMARIES = {command: (getattr(RunCLI, command).__doc__ or "").splitlines()[0] for command in COMMANDS}
+LATE = (Checkpoint, Preemption, Summary)
+"""Callbacks that come after the user's own, whose state must be in the checkpoint."""
+
+
+def parse_run(args: list[str]) -> RunCLI:
+    """Parse a run with the parser of `fit`, building nothing (for `plan`).
+
+    Args:
+        args: like the command line of `fit`, for example `["--config", "configs/pretrain.yaml"]`.
+
+    Raises:
+        UserError: a file or key is wrong.
+    """
+    return RunCLI(args)
+
+
+def _loggers(given: Any) -> list[Any]:  # noqa: ANN401
+    if given in (None, True, False):
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,82 @@
+"""The command line of a function in app/commands: positional parameters first, keyword-only ones as options."""
+
+import importlib
+import inspect
+import typing
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from app.errors import UserError, reason
+
+
+class CommandParser(ArgumentParser):
+    """jsonargparse's parser with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a UserError with the essence of a message of jsonargparse."""
+        raise UserError(f"{message_of(message)}; see {self.prog} --help") from ex
+
+
+def call(command: str, args: list[str]) -> int:
+    """Parse a command line by the signature of a command's function, and call it.
+
+    Args:
+        command: name of a file in app/commands and of the function in it.
+        args: command line after the command's name.
+
+    Returns:
+        What the function returns if that is a number, else 0.
+
+    Raises:
+        UserError: the command line is wrong.
+    """
+    function = getattr(importlib.import_module(f"app.commands.{command}"), command)
+    parser = build_parser(command, function)
+    values = vars(parser.instantiate_classes(parser.parse_args(args)))
+    parameters = inspect.signature(function).parameters.values()
+    positional = [values[parameter.name] for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    named = {
+        parameter.name: values[parameter.name] for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    result = function(*positional, **named)
+    return result if isinstance(result, int) else 0
+
+
+def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
+    """Return the parser of a command's function.
+
+    Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options;
+    their documentation becomes the help.
+    """
+    import docstring_parser
+
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    described = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
+    description = "\n\n".join(filter(None, [documentation.short_description, documentation.long_description]))
+    parser = CommandParser(prog=f"python -m app {command}", description=description)
+    hints = typing.get_type_hints(function)
+    options = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options.append(name)
+            continue
+        kind, many = hints[name], typing.get_origin(hints[name]) is list
+        kind = typing.get_args(kind)[0] if many else kind
+        if parameter.default is not parameter.empty:
+            parser.add_argument(name, type=kind, help=described.get(name), nargs="?", default=parameter.default)
+        elif many:
+            parser.add_argument(name, type=kind, help=described.get(name), nargs="+")
+        else:
+            parser.add_argument(name, type=kind, help=described.get(name))
+    skip: set[str | int] = {name for name in inspect.signature(function).parameters if name not in options}
+    parser.add_function_arguments(function, as_group=False, skip=skip)
+    return parser
+
+
+def message_of(message: str) -> str:
+    """Return a message of jsonargparse in one line, the option first."""
+    if message.startswith("Parser key"):
+        key, _, rest = message.removeprefix('Parser key "').partition('":')
+        return f"--{key}: {reason(rest)}"
+    return reason(message)

@@ -1,0 +1,81 @@
+"""How a user's mistake is told from a defect of ours, and in how many words it is answered.
+
+A mistake (a `ValueError` raised by our code, a file that is not there, a full disk) costs one to three lines and exit
+code 2; everything else keeps its traceback and exits with 1, because somebody will have to read it.
+"""
+
+import re
+import traceback
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+PACKAGES = ("app", "callbacks", "datamodules", "modules")
+NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
+"""Kinds of OSError that no edit of a file or key mends."""
+FROM_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n")
+LONGEST = 600
+"""Characters of a message that are shown: about three lines of a wide terminal."""
+
+
+class UserError(ValueError):
+    """A mistake of the user; the message names the key or file and the mend."""
+
+
+def mistake(error: BaseException) -> str | None:
+    """Return the line that answers a user's mistake, or None if the error is a defect of the program."""
+    message = str(error).strip()
+    if from_worker := FROM_WORKER.match(message):
+        if from_worker[1] != "ValueError" and not issubclass(_builtin_error(from_worker[1]), OSError):
+            return None
+        files = re.findall(r'File "([^"]+)", line', message)
+        if from_worker[1] == "ValueError" and not (files and _is_ours(files[-1])):
+            return None
+        return shorten(message.splitlines()[-1].partition(": ")[2])
+    if isinstance(error, OSError):
+        return None if isinstance(error, NOT_A_MISTAKE) else shorten(_os_error(error))
+    if isinstance(error, UserError):
+        return shorten(message)
+    if isinstance(error, ValueError):
+        frames = traceback.extract_tb(error.__traceback__)
+        return shorten(message) if frames and _is_ours(frames[-1].filename) else None
+    return None
+
+
+def shorten(message: str) -> str:
+    """Return a message without line breaks, cut to about three lines."""
+    text = " ".join(message.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
+
+
+def reason(message: str) -> str:
+    """Return the essence of jsonargparse's explanation of a value that it refuses."""
+    given = re.search(r"Given value: (.*)", message, re.DOTALL)
+    text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", message)
+    if found := re.search(r"Problem with given class_path '([^']+)':\s*(.*?)(?:\n\s*- |\Z)", text, re.DOTALL):
+        inner = re.sub(r"^Parser key \"([^\"]+)\":\s*", r"\1: ", " ".join(found[2].split()))
+        return f"class_path {found[1]}: {inner}"
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
+        return f"class_path {found[1]} is no {found[2]}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", text):
+        return f"expected a class path like package.module.Class, got {found[1]}"
+    if given and (found := re.search(r"Subtypes: \[(.*?)\]\n", text)):
+        wanted = found[1].replace("NoneType", "null").replace(", ", " or ")
+        return f"expected {wanted}, got {given[1].strip()}"
+    text = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", text)
+    return " ".join(text.split())
+
+
+def _os_error(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
+
+
+def _builtin_error(name: str) -> type:
+    kind = getattr(__builtins__, name, None) if not isinstance(__builtins__, dict) else __builtins__.get(name)
+    return kind if isinstance(kind, type) else Exception
+
+
+def _is_ours(filename: str) -> bool:
+    path = Path(filename).resolve()
+    return any(path.is_relative_to(PROJECT / package) for package in PACKAGES)

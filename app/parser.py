@@ -1,0 +1,145 @@
+"""The parser of run files and their command line, with answers of one line.
+
+jsonargparse prints its whole usage (some fifty lines) before an error and nests the reasons in more; here its message
+is cut to the key, the reason and the file.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from app.errors import UserError, reason
+from app.keys import Keys, check_keys, find, unknown_key
+
+CONFIG_OPTIONS = ("-c", "--config")
+
+
+class RunParser(LightningArgumentParser):
+    """LightningCLI's parser with short errors. `keys` and `owned` are set by the CLI that fills it."""
+
+    keys: Keys
+    owned: dict[str, str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+        super().__init__(*args, **kwargs)
+        self._files: dict[str, Any] = {}
+        self._arguments: list[str] = []
+
+    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """Parse a command line; unknown keys in its files are answered first.
+
+        Raises:
+            UserError: with one line that names the key or file and the mend.
+        """
+        if self.keys_are_set:
+            self._arguments = list(args)
+            self._files = {name: read_yaml(Path(name)) for name in config_files(args)}
+            for name, tree in self._files.items():
+                check_keys(tree, self.keys, name, "", self.owned)
+        return super().parse_args(args, **kwargs)
+
+    @property
+    def keys_are_set(self) -> bool:
+        """Whether this is the parser of a run file (jsonargparse makes copies of its class for parts of one)."""
+        return hasattr(self, "keys")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a UserError with the essence of a message of jsonargparse."""
+        raise UserError(self._condense(message)) from ex
+
+    def _condense(self, message: str) -> str:
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            return self._unknown_argument(found[1])
+        if found := re.match(r"the following arguments are required: (.+)", message):
+            return self._missing([name.strip() for name in found[1].split(",")])
+        if found := re.match(r"(?:Group '(\S+)' does not accept option|Option) '(\S+)'", message):
+            name = self._full_name(".".join(part for part in found.groups() if part))
+            return self._unknown(name)
+        if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
+            return f"{self._full_name(found[1])}: {reason(found[2])}"
+        return reason(message)
+
+    def _unknown_argument(self, argument: str) -> str:
+        option, _, _ = argument.partition("=")
+        if not option.startswith("-"):
+            return f"unexpected argument {argument}: options start with --, several values of one are given as [a,b]"
+        given = next((given for given in self._arguments if given.endswith(argument.lstrip("-"))), argument)
+        return self._unknown(given.partition("=")[0].lstrip("-"))
+
+    def _unknown(self, name: str) -> str:
+        parents = name.split(".")[:-1]
+        short = [*parents[:1], "init_args", *parents[1:]]  # --model.width means model.init_args.width
+        for tree in [*self._files.values(), {}]:
+            if keys := find(self.keys, tree, parents) or find(self.keys, tree, short):
+                return unknown_key(name, keys, self.owned)
+        return f"unknown key {name}"
+
+    def _missing(self, names: list[str]) -> str:
+        if not self._files:
+            return "no run file: give one with --config FILE (configs/pretrain.yaml is an example)"
+        full = []
+        for name in names:
+            parents = name.split(".")
+            for top in ("model", "data"):
+                places = [find(self.keys, tree, [top, "init_args", *parents[:-1]]) for tree in self._files.values()]
+                if any(place and parents[-1] in place for place in places):
+                    name = f"{top}.init_args.{name}"
+                    break
+            full.append(name)
+        return f"{', '.join(self._files)}: missing key {', '.join(full)}"
+
+    def _full_name(self, name: str) -> str:
+        """Return the whole dotted key that ends with `name` in a file or on the command line."""
+        for argument in self._arguments:
+            given = argument.partition("=")[0].lstrip("-")
+            if given == name or given.endswith("." + name):
+                return given
+        for tree in self._files.values():
+            for path in _paths(tree):
+                if path == name or path.endswith("." + name):
+                    return path
+        return name
+
+
+def config_files(args: list[str]) -> list[str]:
+    """Return the run files that a command line names."""
+    files = []
+    for index, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        if option in CONFIG_OPTIONS:
+            files += [value] if equals else args[index + 1 : index + 2]
+    return files
+
+
+def read_yaml(path: Path) -> Any:  # noqa: ANN401
+    """Return what a YAML file holds.
+
+    Raises:
+        UserError: it is missing, no YAML, or no mapping of keys to values.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file (--config)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a run file holds `key: value` lines, this one holds {type(tree).__name__}")
+    return tree
+
+
+def _paths(tree: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
+    if not isinstance(tree, dict):
+        return []
+    found = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found += [name, *_paths(value, name + ".")]
+    return found

@@ -1,0 +1,131 @@
+"""Checkpoint folders that are either complete or not there.
+
+A folder is written under a temporary name beside its target, every file is flushed to the disk, a manifest
+(`checkpoint.json`) is written last, and one rename makes it visible; removal renames first and deletes then. So
+whatever carries the final name was complete once. The manifest holds the size of each file and a checksum of those up
+to `CHECKSUM_LIMIT` bytes (reading more at every start would cost minutes on a large model): later damage shows too.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+PARTIAL = ".partial"
+REMOVED = ".removed"
+CHECKSUM_LIMIT = 256 * 2**20
+STEP_FOLDER = re.compile(r"step=(\d{8,})")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk (a folder: its list of names)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def begin(target: Path) -> Path:
+    """Make an empty temporary folder for `target` and return it."""
+    partial = target.with_name(target.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(target: Path, about: dict[str, Any]) -> None:
+    """Give the temporary folder of `target` its final name, once everything in it is on the disk.
+
+    Args:
+        target: final folder; one that exists is replaced.
+        about: what the manifest says of the checkpoint (plain JSON values).
+    """
+    partial = target.with_name(target.name + PARTIAL)
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    for path in files:
+        sync(path)
+    manifest = about | {"files": {str(path.relative_to(partial)): _fingerprint(path) for path in files}}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    sync(partial / MANIFEST)
+    for folder in {partial, *(path.parent for path in files)}:
+        sync(folder)
+    if target.exists():
+        remove(target)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint folder: first its name, then its files, so that no half of it can be taken for a whole."""
+    removed = folder.with_name(folder.name + REMOVED)
+    if removed.exists():
+        shutil.rmtree(removed)
+    folder.rename(removed)
+    shutil.rmtree(removed)
+
+
+def clean(parent: Path) -> None:
+    """Delete what an interrupted save or removal left in a folder of checkpoints."""
+    for suffix in (PARTIAL, REMOVED):
+        for leftover in parent.glob(f"*{suffix}"):
+            shutil.rmtree(leftover)
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, newest first, whether damaged or not."""
+    found = [path for path in parent.glob("step=*") if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the optimiser step in the name of a checkpoint folder.
+
+    Raises:
+        ValueError: the name is not of the form `step=00000123`.
+    """
+    match = STEP_FOLDER.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not named like a checkpoint (step=00000123)")
+    return int(match[1])
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint folder.
+
+    Raises:
+        ValueError: the folder has none that can be read.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder in a few words, or None if it is complete."""
+    try:
+        files = describe(folder)["files"]
+    except (KeyError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected[0]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
+        if _fingerprint(path) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def _fingerprint(path: Path) -> list[int | None]:
+    size = path.stat().st_size
+    if size > CHECKSUM_LIMIT:
+        return [size, None]
+    return [size, zlib.crc32(path.read_bytes())]

@@ -1,0 +1,300 @@
+"""How a module is laid over devices: FSDP2 over one mesh axis, from one CPU process up, and folder checkpoints.
+
+One class for the laptop and the cluster: FSDP2 on a single process costs under 2%, and no format or code path changes
+when devices are added. It differs from Lightning's ModelParallelStrategy in three things:
+
+* gradients are summed over ranks, never averaged: losses are divided by the global number of targets already;
+* one process needs no network port, and several share one that the first of them already holds;
+* checkpoints are folders that are complete or absent, hold tensors only (nothing that unpickles to code), leave the
+  optimiser's settings to the YAML file, and are compared with the model before a single tensor is read.
+"""
+
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from app.strategies import folder
+from app.strategies.reader import SafeReader
+
+ABOUT = "about"
+"""Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
+ATTACHMENTS = "attachments"
+"""Key of the checkpoint dictionary: files and folders to copy into the checkpoint."""
+OTHER_STATE = "meta.pt"
+TIMEOUT = timedelta(minutes=30)
+MODEL = "model."
+OPTIMIZER = "optimizer."
+
+
+class ShardingUnit(Protocol):
+    """Modules that FSDP2 gathers together (`Network.sharding_units()` yields them, inner ones first)."""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Modules of the unit."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type in which the parameters are gathered; None: as stored."""
+        ...
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices, one mesh axis `data_parallel`."""
+
+    def __init__(self) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=TIMEOUT)
+        self._store: dist.TCPStore | None = None
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        environment = self.cluster_environment
+        if self._launcher is None or self.num_processes == 1 or not isinstance(environment, LightningEnvironment):
+            return
+        # Hold the port from now on. Lightning looks for a free one, lets it go and takes it again seconds later, when
+        # the other processes have started; another run may have it by then.
+        self._store = _tcp_store("127.0.0.1", 0, is_master=True)
+        environment._main_port = self._store.port
+        os.environ["MASTER_PORT"] = str(self._store.port)
+
+    def setup_environment(self) -> None:
+        """Start the process group and make the mesh."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup_device(self.root_device)
+        self.set_world_ranks()
+        reset_seed()
+        if not dist.is_initialized():
+            self._start_process_group()
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",))
+        self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    def _start_process_group(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        backend = self._get_process_group_backend()
+        device = None if self.root_device.type == "cpu" else self.root_device
+        if self.world_size == 1:
+            store = dist.HashStore()
+        elif isinstance(environment, LightningEnvironment):
+            store = self._store or _tcp_store(environment.main_address, environment.main_port, is_master=False)
+        else:
+            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_PORT"] = str(environment.main_port)
+            store = None
+        dist.init_process_group(
+            backend, store=store, rank=self.global_rank, world_size=self.world_size, timeout=TIMEOUT, device_id=device
+        )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that this one started: they would wait for it, and then complain about its absence."""
+        super().on_exception(exception)
+        for process in getattr(self._launcher, "procs", []):
+            process.kill()
+
+    def teardown(self) -> None:
+        """Leave the process group."""
+        super().teardown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def shard(self, network: nn.Module) -> None:
+        """Lay a network over the devices, in place; called by `configure_model` before weights exist.
+
+        Args:
+            network: offers `sharding_units()`; parameters may be on the meta device.
+        """
+        units: list[ShardingUnit] = network.sharding_units()  # type: ignore[operator]
+        assert units[-1].modules == [network], "the network itself is the last sharding unit"
+        mesh = self.device_mesh["data_parallel"]
+        for unit in units:
+            gathered = None if unit.dtype == torch.float32 else unit.dtype
+            policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            modules = unit.modules[0] if len(unit.modules) == 1 else unit.modules
+            fully_shard(modules, mesh=mesh, mp_policy=policy)
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the parameters and buffers, sharded as they are."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimiser's tensors as `{parameter name}.{state name}`; its settings come from the YAML file."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        assert self.lightning_module is not None
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.lightning_module.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | os.PathLike,
+        storage_options: Any | None = None,  # noqa: ANN401
+    ) -> None:
+        """Write a checkpoint folder; all ranks call this.
+
+        Args:
+            checkpoint: Lightning's checkpoint dictionary, optionally with `ABOUT` and `ATTACHMENTS`.
+            filepath: the folder; it appears under this name when it is complete.
+            storage_options: must be None.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        """
+        assert storage_options is None
+        target = Path(self.broadcast(str(filepath)))
+        about, attachments = checkpoint.pop(ABOUT, {}), checkpoint.pop(ATTACHMENTS, [])
+        tensors = {MODEL + name: value for name, value in checkpoint.pop("state_dict").items()}
+        for state in checkpoint.pop("optimizer_states", []):
+            tensors |= {OPTIMIZER + name: value for name, value in state.items()}
+        if self.is_global_zero:
+            folder.begin(target)
+        self.barrier()
+        partial = target.with_name(target.name + folder.PARTIAL)
+        try:
+            _run_collectively(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial)))
+            if self.is_global_zero:
+                torch.save(checkpoint, partial / OTHER_STATE)
+                for path in attachments:
+                    copy = shutil.copytree if Path(path).is_dir() else shutil.copyfile
+                    copy(path, partial / Path(path).name)
+                folder.publish(target, about)
+        except OSError:
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.barrier()
+
+    def remove_checkpoint(self, filepath: str | os.PathLike) -> None:
+        """Remove a checkpoint folder (first its name, then its files)."""
+        if self.is_global_zero:
+            folder.remove(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and, in `fit`, the optimiser's state in place; any number of ranks may read any checkpoint.
+
+        Args:
+            checkpoint_path: folder that `save_checkpoint` wrote.
+            weights_only: ignored; nothing but tensors and plain values is ever loaded.
+
+        Returns:
+            The other state: loops, callbacks, loaders.
+
+        Raises:
+            ValueError: the folder is damaged, or was written for a model with other tensors.
+        """
+        path = Path(self.broadcast(str(checkpoint_path)))
+        reader = SafeReader(path)
+        metadata = reader.read_metadata()
+        assert self.lightning_module is not None
+        model = self.lightning_module.state_dict()
+        _check_same_tensors(path, metadata, model)
+        tensors = {MODEL + name: value for name, value in model.items()}
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            tensors |= self._empty_optimizer_state(metadata)
+        _run_collectively(lambda: dcp.load(tensors, storage_reader=reader))
+        if fitting:
+            self._set_optimizer_state(tensors)
+        return torch.load(path / OTHER_STATE, weights_only=True, map_location="cpu")
+
+    def _empty_optimizer_state(self, metadata: Metadata) -> dict[str, Tensor]:
+        """Return uninitialised tensors for the optimiser state of the checkpoint, laid out like the parameters."""
+        parameters = dict(self.lightning_module.named_parameters())  # type: ignore[union-attr]
+        state = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if not key.startswith(OPTIMIZER):
+                continue
+            name, _, _ = key.removeprefix(OPTIMIZER).rpartition(".")
+            assert isinstance(entry, TensorStorageMetadata)
+            parameter, dtype = parameters[name], entry.properties.dtype
+            if entry.size == parameter.shape and parameter.ndim > 0:
+                state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                state[key] = torch.empty(entry.size, dtype=dtype, device=self.root_device)
+        return state
+
+    def _set_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.lightning_module.named_parameters())  # type: ignore[union-attr]
+        for key, value in tensors.items():
+            if key.startswith(OPTIMIZER):
+                name, _, state_name = key.removeprefix(OPTIMIZER).rpartition(".")
+                (optimizer,) = self.optimizers
+                optimizer.state[parameters[name]][state_name] = value
+
+
+def _tcp_store(address: str, port: int, is_master: bool) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=TIMEOUT)
+
+
+def _run_collectively(function: Any) -> None:  # noqa: ANN401
+    """Call a function of torch's distributed checkpoints; raise the failure of a rank as it is, not wrapped."""
+    try:
+        function()
+    except dcp.CheckpointException as exception:
+        failures = [failure for failure, _ in exception.failures.values()]
+        for kind in (OSError, ValueError):
+            for failure in failures:
+                if isinstance(failure, kind):
+                    raise failure from None
+        raise
+
+
+def _check_same_tensors(path: Path, metadata: Metadata, model: dict[str, Tensor]) -> None:
+    """Raise a ValueError that names the difference if a checkpoint is not of this model."""
+    stored = {
+        key.removeprefix(MODEL): tuple(entry.size)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    misshaped = sorted(name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name])
+    differences = []
+    if misshaped:
+        name = misshaped[0]
+        differences.append(
+            f"{len(misshaped)} of another shape ({name}: {list(stored[name])} there, {list(wanted[name])} here)"
+        )
+    if missing:
+        differences.append(f"{len(missing)} missing there ({missing[0]})")
+    if unexpected:
+        differences.append(f"{len(unexpected)} unknown here ({unexpected[0]})")
+    if differences:
+        raise ValueError(
+            f"{path} is a checkpoint of another architecture; tensors: {', '.join(differences)}. "
+            f"Give the run another --name, or delete {path.parent.parent} to start it anew"
+        )
+
+
+StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2 over all devices; one process too")

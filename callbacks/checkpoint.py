@@ -1,0 +1,82 @@
+"""When the run is saved, and how many checkpoints are kept.
+
+A checkpoint is taken at the end of an optimiser step only, after its metrics and a validation that was due: gradients
+of a half accumulated window are never lost, and a resumed run neither repeats nor misses a point of a curve.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.step import StepCallback, check_interval, is_due, step_loop
+
+
+class Checkpoint(StepCallback):
+    """Saves the run so that it can go on exactly where it was.
+
+    Args:
+        every_n_steps: Optimiser steps between checkpoints (>= 1); the last step is always saved.
+        keep_last: Number of checkpoints to keep (>= 1); older ones are deleted.
+    """
+
+    def __init__(self, every_n_steps: int = 100, keep_last: int = 2) -> None:
+        self.every_n_steps = check_interval(every_n_steps, "checkpoint.every_n_steps")
+        if keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last is {keep_last}: at least one checkpoint must be kept")
+        self.keep_last = keep_last
+        self.saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what a resumed run has on disk already."""
+        self.saved_step = trainer.global_step
+
+    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save if it is due."""
+        if is_due(self.every_n_steps, trainer):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> Path:
+        """Save the run now, unless this step is saved already; all ranks call this.
+
+        Returns:
+            The checkpoint folder.
+
+        Raises:
+            OSError: the disk is full; earlier checkpoints are untouched.
+        """
+        parent = Path(trainer.default_root_dir) / "checkpoints"
+        path = parent / f"step={trainer.global_step:08d}"
+        if self.saved_step != trainer.global_step:
+            for logger in trainer.loggers:
+                getattr(logger, "sync", logger.save)()  # no checkpoint may be newer than the curves on the disk
+            trainer.save_checkpoint(path, weights_only=False)
+            self.saved_step = trainer.global_step
+            self._remove_old(trainer, parent)
+        return path
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what the folder holds, and which files travel with it."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        run_folder = Path(trainer.default_root_dir)
+        attachments = [run_folder / "config.yaml", getattr(data, "tokenizer_folder", None)]
+        checkpoint["attachments"] = [str(path) for path in attachments if path is not None and Path(path).exists()]
+        checkpoint["about"] = {
+            "step": trainer.global_step,
+            "last_step": step_loop(trainer).last_step,
+            "finished": step_loop(trainer).is_last_step,
+            "tokens": data.tokens_at(trainer.global_step),
+            "metrics": {
+                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")
+            },
+            "devices": trainer.world_size,
+            "torch": str(torch.__version__),
+        }
+
+    def _remove_old(self, trainer: Trainer, parent: Path) -> None:
+        if trainer.is_global_zero:
+            found = sorted(path for path in parent.glob("step=*") if re.fullmatch(r"step=\d{8,}", path.name))
+            for path in found[: -self.keep_last]:
+                trainer.strategy.remove_checkpoint(path)

@@ -1,0 +1,107 @@
+"""The console: what the run is at, in one readable line every so many steps, and one for each validation.
+
+Plain lines everywhere: they survive log files, pipes and job schedulers, where a bar becomes noise.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.step import StepCallback, check_interval, is_due, step_loop
+from callbacks.throughput import Throughput
+
+
+class Console(StepCallback):
+    """Prints progress and logs `training/tokens_per_second`.
+
+    Args:
+        every_n_steps: Optimiser steps between lines (>= 1).
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = check_interval(every_n_steps, "console.every_n_steps")
+        self.throughput = Throughput()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.throughput.resume()
+
+    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop the clock; print a line if it is due."""
+        self.throughput.pause()
+        step, last = trainer.global_step, step_loop(trainer).last_step
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.throughput.add(data.tokens_at(step) - data.tokens_at(step - 1))
+        if not is_due(self.every_n_steps, trainer):
+            return
+        speed = self.throughput.read()
+        left = self.throughput.seconds_left(data.tokens_at(last) - data.tokens_at(step))
+        if trainer.is_global_zero:
+            metrics = getattr(module, "metrics", trainer.callback_metrics)
+            print(progress_line(step, last, metrics, speed, left), flush=True)
+        for logger in trainer.loggers:
+            logger.log_metrics({"training/tokens_per_second": speed}, step)
+
+    def on_steps_resume(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock again: validation and checkpoints are over."""
+        self.throughput.resume()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics of a validation during training."""
+        if not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        gzip = getattr(trainer.datamodule, "gzip_bits_per_byte", None)  # type: ignore[attr-defined]
+        print(validation_line(trainer.global_step, trainer.callback_metrics, gzip), flush=True)
+
+
+def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float, seconds_left: float) -> str:
+    """Return the console line of a step.
+
+    Args:
+        step: optimiser steps done.
+        last: optimiser steps of the run.
+        metrics: by name; `training/loss`, `training/learning_rate` and `training/gradient_norm` are shown if there.
+        speed: tokens per second.
+        seconds_left: estimated time to the end.
+    """
+    parts = [f"step {step:>{len(str(last))}}/{last} {100 * step / last:5.1f}%"]
+    for name, label, form in (
+        ("training/loss", "loss", ".4f"),
+        ("training/learning_rate", "lr", ".2e"),
+        ("training/gradient_norm", "grad", ".2f"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {float(metrics[name]):{form}}")
+    return "  ".join([*parts, f"{number(speed)} tokens/s", f"{duration(seconds_left)} left"])
+
+
+def validation_line(step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: float | None) -> str:
+    """Return the console line of a validation after `step` steps."""
+    shown = {
+        name.removeprefix("validation/"): value for name, value in metrics.items() if name.startswith("validation/")
+    }
+    text = "  ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in shown.items())
+    if "bits_per_byte" in shown and gzip_bits_per_byte:
+        text += f" (gzip -9: {gzip_bits_per_byte:.4f})"
+    return f"validation after step {step}: {text}"
+
+
+def number(value: float) -> str:
+    """Return a number with three digits and k, M or G: 12345 -> 12.3k."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units: 3725 -> 1h02m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,58 @@
+"""What the model writes by now: continuations of fixed prompts, as text in TensorBoard and on the console at the end.
+
+A loss says little to a person; three lines of text show at once whether a model has learnt its language.
+"""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.step import StepCallback
+from modules.generation.sampling import sample
+
+
+class Samples(StepCallback):
+    """Continues the data's sample prompts at each validation.
+
+    Args:
+        max_new_tokens: Length of a continuation in tokens; 0 switches sampling off.
+        temperature: Divides the logits; 0 takes the most likely token.
+        seed: Seed of the draws; the same at each validation, so that texts differ by the model alone.
+    """
+
+    def __init__(self, max_new_tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
+        if max_new_tokens < 0:
+            raise ValueError(f"samples.max_new_tokens is {max_new_tokens}: it must not be negative")
+        if temperature < 0:
+            raise ValueError(f"samples.temperature is {temperature}: it must not be negative")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.texts: list[tuple[str, str]] = []
+        """(prompt, continuation) of the newest validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample and log; all ranks take part, as the weights are sharded."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        prompts: list[list[int]] = getattr(data, "sample_prompts", [])
+        if not self.max_new_tokens or not prompts or trainer.state.fn != "fit":
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        network = pl_module.network
+        added = sample(network, prompts, self.max_new_tokens, self.temperature, generator)  # type: ignore[arg-type]
+        self.texts = [(data.decode(old), data.decode(new)) for old, new in zip(prompts, added, strict=True)]
+        if trainer.is_global_zero and trainer.logger is not None:
+            writer = trainer.logger.experiment  # type: ignore[attr-defined]
+            for index, (prompt, continuation) in enumerate(self.texts):
+                writer.add_text(f"samples/{index}", markdown(prompt, continuation), trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the newest texts."""
+        if trainer.is_global_zero:
+            for prompt, continuation in self.texts:
+                print(f"--- sample: {prompt!r} goes on with\n{continuation}", flush=True)
+
+
+def markdown(prompt: str, continuation: str) -> str:
+    """Return a text for TensorBoard, which renders Markdown: code blocks keep line breaks and spaces."""
+    indented = "\n".join("    " + line for line in (prompt + "\u27e6" + continuation + "\u27e7").splitlines())
+    return f"prompt \u27e6continuation\u27e7\n\n{indented}"

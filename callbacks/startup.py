@@ -1,0 +1,38 @@
+"""The table at the start: on what the run computes, with which kernels, in which formats.
+
+Most slow runs are slow because a kernel is missing, and most surprising numbers come from a format nobody looked at.
+"""
+
+import platform
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.step import step_loop
+from modules.ops.kernels import kernel_table
+from modules.precision.recipe import summarize
+
+
+class Startup(Callback):
+    """Prints what is active before training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        if trainer.is_global_zero:
+            print("\n".join(f"{name:<12}{text}" for name, text in rows(trainer, pl_module)), flush=True)
+
+
+def rows(trainer: Trainer, module: LightningModule) -> list[tuple[str, str]]:
+    """Return the lines of the table as (name, text)."""
+    device = trainer.strategy.root_device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    table = [
+        ("run", str(trainer.default_root_dir)),
+        ("device", f"{trainer.world_size} x {device.type} ({kind}), {torch.get_num_threads()} threads"),
+        ("torch", str(torch.__version__)),
+    ]
+    table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
+    if formats := getattr(module, "precision_table", None):
+        table += [("precision", line) for line in summarize(formats).splitlines()]
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]

@@ -1,0 +1,34 @@
+"""The last lines of a run: what it reached, beside what a general compressor makes of the same text."""
+
+import time
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.console import duration, number
+from callbacks.step import StepCallback
+
+
+class Summary(StepCallback):
+    """Prints the result when the last step is done."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when and where this start of the program began."""
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary."""
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        tokens = data.tokens_at(trainer.global_step) - data.tokens_at(self._first_step)
+        passed = duration(time.perf_counter() - self._started)
+        print(f"finished after step {trainer.global_step}: {number(tokens)} tokens in {passed}", flush=True)
+        reached = trainer.callback_metrics.get("validation/bits_per_byte")
+        gzip = getattr(data, "gzip_bits_per_byte", None)
+        if reached is not None and gzip:
+            print(f"held-out text: {float(reached):.3f} bits per byte; gzip -9 needs {gzip:.3f}", flush=True)
+        print(f"curves: tensorboard --logdir {trainer.default_root_dir}", flush=True)
