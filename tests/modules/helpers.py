@@ -167,8 +167,8 @@ class ListData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.batches, batch_size=None)
 
-    def val_dataloader(self) -> DataLoader | list:
-        return DataLoader(self.validation, batch_size=None) if self.validation else []
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.validation, batch_size=None)
 
 
 def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes) -> Pretraining:
@@ -201,9 +201,18 @@ def make_trainer(window: int = 1, **changes) -> lightning.Trainer:
 
 def fit(module: Pretraining, data: ListData, **trainer_changes) -> lightning.Trainer:
     """Train over all micro-batches of `data`."""
-    trainer = make_trainer(data.window, **trainer_changes)
+    unused = {} if data.validation else {"limit_val_batches": 0}
+    trainer = make_trainer(data.window, **unused, **trainer_changes)
     trainer.fit(module, data)
     return trainer
+
+
+def build(module: Pretraining, vocab_size: int = 64) -> Network:
+    """Run `configure_model` as a trainer does, without training."""
+    module.trainer = make_trainer()
+    module.trainer.datamodule = ListData([], vocab_size=vocab_size)
+    module.configure_model()
+    return module.built_network
 
 
 def network_state(module: Pretraining) -> dict[str, Tensor]:
