@@ -80,6 +80,8 @@ class ShardJob:
     """Number of the shard."""
     units: list[Unit]
     """What to read."""
+    places: list[int]
+    """Per unit its place in the order of the sources."""
     fates: list[bytes]
     """Per unit one byte a document: position in `SPLITS`, or `DUPLICATE`."""
     digests: list[bytes]
@@ -116,32 +118,35 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     """Tokenise, pack and write a shard.
 
     Returns:
-        Its report: for each split `documents`, `bytes`, `tokens`, `rows` and `chunks` (entries of LitData's index), and
-        `openings` (token ids of the beginnings of held-out documents).
+        Its report: for each split `documents`, `bytes`, `tokens`, `rows` and `chunks` (entries of LitData's index);
+        `openings` (token ids of the beginnings of held-out documents); and `held_out`, for each unit with held-out text
+        its place among the sources and the bytes of that text in the shard's file of it.
 
     Raises:
         ValueError: if a source is not what the scan saw, or a file cannot be written.
     """
     documents = _read_again(job)
-    report: dict[str, Any] = {"openings": []}
+    report: dict[str, Any] = {}
+    tokens: dict[str, list[np.ndarray]] = {}
     for split, name in enumerate(SPLITS):
-        chosen = [document for document, fate in documents if fate == split]
-        report[name], tokens = _write_split(job, name, chosen)
-        if name == "validation":
-            write_file(held_out_path(job.output, job.index), "".join(document.text for document in chosen).encode())
-            openings = [ids[:OPENING_TOKENS].tolist() for ids in tokens[:OPENINGS_PER_SHARD]]
-            report["openings"] = openings
+        chosen = [document for unit in documents for document, fate in unit if fate == split]
+        report[name], tokens[name] = _write_split(job, name, chosen)
+    report["openings"] = [ids[:OPENING_TOKENS].tolist() for ids in tokens["validation"][:OPENINGS_PER_SHARD]]
+    held_out = ["".join(document.text for document, fate in unit if fate == 1).encode() for unit in documents]
+    report["held_out"] = [[place, len(text)] for place, text in zip(job.places, held_out, strict=True) if text]
+    write_file(held_out_path(job.output, job.index), b"".join(held_out))
     write_file(report_path(job.output, job.index), json.dumps(report).encode())
     return report
 
 
-def _read_again(job: ShardJob) -> list[tuple[Document, int]]:
-    documents: list[tuple[Document, int]] = []
+def _read_again(job: ShardJob) -> list[list[tuple[Document, int]]]:
+    """Return per unit its documents with their fates."""
+    documents: list[list[tuple[Document, int]]] = []
     for unit, fates, expected in zip(job.units, job.fates, job.digests, strict=True):
         found = list(read_unit(unit, job.policies, Tally()))
         if b"".join(digest(document.text.encode()) for document in found) != expected:
             raise ValueError(f"{unit.name}: changed while it was being prepared; run the command with a new output")
-        documents.extend(zip(found, fates, strict=True))
+        documents.append(list(zip(found, fates, strict=True)))
     return documents
 
 
