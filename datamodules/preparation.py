@@ -14,7 +14,6 @@ processes or interruptions: the same command gives the same bytes. Each step is 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,27 +24,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from datamodules.documents import read_unit
 from datamodules.files import remove_partial_files, write_file
 from datamodules.policies import Policies, Tally
 from datamodules.progress import Progress
 from datamodules.rows import INDEX_NAME, build_index
-from datamodules.shards import (
-    DIGEST_BYTES,
-    DUPLICATE,
-    SPLITS,
-    ScanJob,
-    ShardJob,
-    held_out_path,
-    report_path,
-    scan_units,
-    work_folder,
-    write_shard,
-)
+from datamodules.scan import Scan, group_sizes, scan_sources
+from datamodules.shards import SPLITS, ShardJob, held_out_path, report_path, work_folder, write_shard
 from datamodules.shuffle import hash64, permutation
-from datamodules.sources import DEFAULT_CORPUS, Unit, list_units
+from datamodules.sources import DEFAULT_CORPUS
 from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from datamodules.workers import Workers
 
@@ -54,9 +41,7 @@ OPENINGS_FILE = "openings.json"
 FORMAT_VERSION = 1
 """Raised when the layout of a corpus changes."""
 
-_SCAN_BYTES = 8 << 20
 _TOKENIZER_BYTES = 32 << 20
-_SHARD_DOCUMENTS = 10_000
 _SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 64 << 20, 64
 _MOST_OPENINGS = 64
 _COUNTS = ("documents", "bytes", "tokens", "rows")
@@ -142,7 +127,13 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
         remove_partial_files(output)
         count = preparation.workers or len(os.sched_getaffinity(0))
         with Workers(count) as workers:
-            scan = _scan(preparation, workers)
+            scan = scan_sources(
+                preparation.paths,
+                preparation.policies,
+                preparation.deduplicate,
+                preparation.validation_fraction,
+                workers,
+            )
             if state and state["fingerprint"] != scan.fingerprint:
                 raise ValueError(f"output: the sources changed since {output} was begun; delete it or choose another")
             write_file(state_file, json.dumps({"options": options, "fingerprint": scan.fingerprint}).encode())
@@ -185,96 +176,7 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scan:
-    units: list[Unit]
-    digests: list[bytes]
-    """Per unit."""
-    sizes: list[np.ndarray]
-    """Per unit, int64 [documents]: bytes."""
-    fates: list[bytes]
-    """Per unit one byte a document."""
-    tally: Tally
-    fingerprint: str
-
-    def kept_bytes(self, unit: int) -> int:
-        """Return the bytes of a unit's documents that are in the corpus."""
-        return int(self.sizes[unit][np.frombuffer(self.fates[unit], dtype=np.uint8) != DUPLICATE].sum())
-
-
-def _scan(preparation: Preparation, workers: Workers) -> _Scan:
-    tally = Tally()
-    units = list_units(preparation.paths, preparation.policies, tally)
-    groups = _group([unit.end - unit.start for unit in units], _SCAN_BYTES, _SHARD_DOCUMENTS)
-    jobs = [ScanJob(units=[units[n] for n in group], policies=preparation.policies) for group in groups]
-    digests: list[bytes] = [b""] * len(units)
-    sizes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(units)
-    tallies: dict[int, Tally] = {}
-    with Progress("reading", sum(unit.end - unit.start for unit in units)) as progress:
-        for position, result in workers.run(scan_units, jobs):
-            tallies[position] = result.tally
-            for unit, unit_digests, unit_sizes in zip(groups[position], result.digests, result.sizes, strict=True):
-                digests[unit], sizes[unit] = unit_digests, unit_sizes
-                progress.advance(units[unit].end - units[unit].start)
-    for position in sorted(tallies):
-        tally.merge(tallies[position])
-    fates = _decide(preparation, units, digests, sizes, tally)
-    kept = hashlib.sha256()
-    for unit_digests, unit_fates in zip(digests, fates, strict=True):
-        for number, fate in enumerate(unit_fates):
-            if fate != DUPLICATE:
-                kept.update(unit_digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
-    return _Scan(units=units, digests=digests, sizes=sizes, fates=fates, tally=tally, fingerprint=kept.hexdigest())
-
-
-def _decide(
-    preparation: Preparation, units: list[Unit], digests: list[bytes], sizes: list[np.ndarray], tally: Tally
-) -> list[bytes]:
-    """Return each document's fate: training, validation or duplicate."""
-    joined = b"".join(digests)
-    if not joined:
-        reasons = "; ".join(f"{entry['count']} {reason}" for reason, entry in tally.skipped.items())
-        raise ValueError(f"paths: no document in {', '.join(preparation.paths)} ({reasons or 'nothing there'})")
-    keys = np.frombuffer(joined, dtype=f"V{DIGEST_BYTES}")
-    fates = np.zeros(len(keys), dtype=np.uint8)
-    if preparation.deduplicate:
-        _, first = np.unique(keys, return_index=True)
-        fates[:] = DUPLICATE
-        fates[first] = 0
-    # a digest read as a number in [0, 1); big-endian, so that its order is that of the bytes
-    place = np.frombuffer(joined, dtype=">u8")[:: DIGEST_BYTES // 8] / 2.0**64
-    if preparation.validation_fraction:
-        place = np.where(fates == DUPLICATE, 2.0, place)
-        fates[(place < preparation.validation_fraction) | (place == place.min())] = 1
-    ends = np.cumsum([len(unit_sizes) for unit_sizes in sizes])
-    result = [part.tobytes() for part in np.split(fates, ends[:-1])]
-    for unit, unit_sizes, unit_fates in zip(units, sizes, result, strict=True):
-        for size, fate in zip(unit_sizes, unit_fates, strict=True):
-            if fate == DUPLICATE:
-                tally.skip("duplicate", unit.name, int(size))
-    if not (fates == 0).any():
-        kept = sum(int(unit_sizes.sum()) for unit_sizes in sizes)
-        raise ValueError(
-            f"paths: {np.count_nonzero(fates == 1)} document of {kept} bytes in all is too little for training and "
-            "validation; give more documents, a smaller max_document_bytes (cuts long ones), or validation_fraction 0"
-        )
-    return result
-
-
-def _group(sizes: list[int], limit: int, most: int) -> list[list[int]]:
-    """Return consecutive positions in groups of about `limit` bytes and at most `most` members."""
-    groups: list[list[int]] = []
-    size = limit
-    for position, amount in enumerate(sizes):
-        if size >= limit or len(groups[-1]) >= most:
-            groups.append([])
-            size = 0
-        groups[-1].append(position)
-        size += amount
-    return groups
-
-
-def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: _Scan) -> Tokenizer:
+def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: Scan) -> Tokenizer:
     folder = preparation.output / "tokenizer"
     if not folder.is_dir():
         tokenizer = given
@@ -293,7 +195,7 @@ def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: _Sc
     return Tokenizer.load(folder)
 
 
-def _training_texts(preparation: Preparation, scan: _Scan) -> Iterator[str]:
+def _training_texts(preparation: Preparation, scan: Scan) -> Iterator[str]:
     room = _TOKENIZER_BYTES
     for number in permutation(len(scan.units), hash64("tokenizer", preparation.seed)):
         documents = read_unit(scan.units[number], preparation.policies, Tally())
@@ -305,15 +207,13 @@ def _training_texts(preparation: Preparation, scan: _Scan) -> Iterator[str]:
                     return
 
 
-def _write_shards(
-    preparation: Preparation, tokenizer: Tokenizer, scan: _Scan, workers: Workers
-) -> list[dict[str, Any]]:
+def _write_shards(preparation: Preparation, tokenizer: Tokenizer, scan: Scan, workers: Workers) -> list[dict[str, Any]]:
     """Write the shards that are not done yet and return the reports of all."""
     order = permutation(len(scan.units), hash64("units", preparation.seed))
     sizes = [scan.kept_bytes(n) for n in order]
     total = sum(sizes)
     wanted = min(max(total // _WANTED_SHARDS, _SMALLEST_SHARD), _LARGEST_SHARD)
-    groups = _group(sizes, preparation.shard_bytes or wanted, _SHARD_DOCUMENTS)
+    groups = group_sizes(sizes, preparation.shard_bytes or wanted)
     reports: dict[int, dict[str, Any]] = {}
     jobs: list[ShardJob] = []
     for index, group in enumerate(groups):
@@ -348,7 +248,7 @@ def _finish(
     preparation: Preparation,
     options: dict[str, Any],
     tokenizer: Tokenizer,
-    scan: _Scan,
+    scan: Scan,
     reports: list[dict[str, Any]],
 ) -> dict[str, Any]:
     output = preparation.output

@@ -5,6 +5,7 @@ share repeat with a new shuffle each time. The number of devices, micro-batches 
 step trains on.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,10 @@ class PretrainingData(LightningDataModule):
             micro_batch_size=micro_batch_size,
             total_tokens=total_tokens,
         )
+        if validation_rows is not None and validation_rows < 0:
+            raise ValueError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
+        if workers < 0:
+            raise ValueError(f"data.workers: {workers} is negative")
         # the name seeds the order of rows: a fixed one, so that a corpus can be moved
         self.sources = {"corpus": Source(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
@@ -104,7 +109,7 @@ class PretrainingData(LightningDataModule):
             folder = Path(source.path)
             if is_remote(source.path) or folder.name != DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
                 continue
-            print(f"{folder} does not exist: preparing the Python standard library's sources", flush=True)
+            print(f"{folder} is not there yet: preparing the Python standard library's sources", flush=True)
             preparation = Preparation(paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length)
             corpus, _ = prepare_corpus(preparation)
             print(describe(corpus), flush=True)
@@ -315,7 +320,7 @@ def _check_phases(phases: list[Phase] | None, sources: dict[str, Source]) -> lis
         for name, weight in phase.sources.items():
             if name not in sources:
                 raise ValueError(f"{key}.sources: '{name}' is not in data.sources ({', '.join(sources)})")
-            if not weight > 0:
+            if not 0 < weight < math.inf:
                 raise ValueError(f"{key}.sources.{name}: the weight {weight} is not positive; leave the source out")
         if not phase.sources:
             raise ValueError(f"{key}.sources: give at least one source")

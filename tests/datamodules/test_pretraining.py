@@ -1,6 +1,7 @@
 import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -209,6 +210,8 @@ def test_mistakes_name_the_key_and_the_mend(corpus_folder: Path, second_folder: 
     )
     for key in ("sequence_length", "global_batch_size", "micro_batch_size", "total_tokens"):
         check(rf"^data\.{key}: 0 is not positive", corpus_folder, **{key: 0})
+    for key in ("validation_rows", "workers"):
+        check(rf"^data\.{key}: -1 is negative", corpus_folder, **{key: -1})
     mixed = {"a": Source(path=str(corpus_folder)), "b": Source(path=str(second_folder))}
     for phases, message in (
         ([], r"^data\.phases: give at least one"),
@@ -257,6 +260,26 @@ def test_accumulation_follows_from_the_batch_sizes(corpus_folder: Path):
         )
         with pytest.raises(ValueError, match=message):
             trainer.fit(Recorder(), datamodule=data)
+
+
+def test_each_rank_takes_its_part_of_a_step(corpus_folder: Path):
+    whole = make_data(corpus_folder)
+    whole.setup("fit")
+    expected = torch.cat([batch.tokens for _, batch in zip(range(4), whole.train_dataloader(), strict=False)])
+    parts = []
+    for rank in range(2):
+        data = make_data(corpus_folder)
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            strategy=SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}),
+            lightning_module=SimpleNamespace(mtp_depths=3),
+            accumulate_grad_batches=1,
+        )
+        data.setup("fit")
+        assert data.trainer.accumulate_grad_batches == data.accumulation == 2
+        batches = [batch for _, batch in zip(range(2), data.train_dataloader(), strict=False)]
+        assert batches[0].counts.shape == (4,)
+        parts.append(torch.cat([batch.tokens for batch in batches]))
+    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), expected)
 
 
 def test_a_corrupt_chunk_stops_a_run_with_the_name_of_the_file(corpus_folder: Path, tmp_path):
