@@ -14,10 +14,8 @@ from typing import Any
 
 import litdata
 import numpy as np
-import torch
 from litdata.streaming.downloader import get_downloader
 from litdata.utilities.dataset_utilities import get_default_cache_dir
-from torch import Tensor
 
 from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
 from datamodules.rows import INDEX_NAME, checksum
@@ -52,7 +50,7 @@ class RowReader:
         """Leave the open dataset behind."""
         return vars(self) | {"_dataset": None}
 
-    def read(self, row: int) -> tuple[Tensor, Tensor]:
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row.
 
         Args:
@@ -75,7 +73,7 @@ class RowReader:
             raise self._corrupt(row, f"{type(error).__name__}: {error}") from error
         if not intact or tokens.shape != (self._sequence_length,):
             raise self._corrupt(row, "its checksum is wrong")
-        return torch.from_numpy(tokens), torch.from_numpy(lengths)
+        return tokens, lengths
 
     def _corrupt(self, row: int, reason: str) -> ValueError:
         name = self._chunk_names[int(np.searchsorted(self._ends, row, side="right"))]
@@ -147,21 +145,6 @@ class Corpus:
 def is_remote(path: str) -> bool:
     """Return whether a path is one that LitData has to download."""
     return "://" in path or path.startswith("local:")
-
-
-def build_document_ids(lengths: Tensor, sequence_length: int) -> tuple[Tensor, int]:
-    """Return the document ids of a row.
-
-    Args:
-        lengths: int32 [n], tokens of each document piece.
-        sequence_length: T.
-
-    Returns:
-        int32 [T] ids counting from 0, padding being the last one; and the number of positions that are not padding.
-    """
-    used = int(lengths.sum())
-    repeats = torch.cat([lengths, lengths.new_tensor([sequence_length - used])])
-    return torch.repeat_interleave(torch.arange(len(repeats), dtype=torch.int32), repeats), used
 
 
 def _read_json(file: Path) -> Any:  # noqa: ANN401 (any JSON)

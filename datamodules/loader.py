@@ -13,11 +13,11 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.corpus import RowReader, build_document_ids
+from datamodules.corpus import RowReader
 from datamodules.mixture import Mixture
 from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, next_token_labels
 
@@ -36,28 +36,31 @@ class Placement:
     """M, MTP depths to count targets for."""
 
 
-def build_batch(rows: list[tuple[Tensor, Tensor]], missing: int, depths: int) -> PackedBatch:
+def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths: int) -> PackedBatch:
     """Build a micro-batch.
 
     Args:
-        rows: (int32 [T] tokens, int32 [n] lengths) of each row.
+        rows: (int32 [T] tokens, int32 [n] tokens of each document piece) of each row.
         missing: rows to add without a target (at the end of a validation set).
         depths: M, MTP depths to count targets for.
 
     Returns:
         A batch of `len(rows) + missing` rows whose counts are its own.
     """
-    length = rows[0][0].shape[0]
-    tokens = torch.zeros(len(rows) + missing, length, dtype=torch.int64)
-    document_ids = torch.zeros(len(rows) + missing, length, dtype=torch.int32)
-    used = torch.zeros(len(rows) + missing, 1, dtype=torch.int64)
+    shape = len(rows) + missing, len(rows[0][0])
+    tokens, document_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int32)
+    padding = np.ones(shape, dtype=bool)
     for number, (row, lengths) in enumerate(rows):
+        used = int(lengths.sum())
         tokens[number] = row
-        document_ids[number], used[number, 0] = build_document_ids(lengths, length)
-    labels = next_token_labels(tokens, document_ids)
-    labels[torch.arange(length) >= used] = IGNORED_LABEL  # padding is a document without targets
-    counts = count_targets(labels, document_ids, depths)
-    return PackedBatch(tokens=tokens, labels=labels, document_ids=document_ids, counts=counts)
+        document_ids[number, :used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        document_ids[number, used:] = len(lengths)
+        padding[number, :used] = False
+    ids, documents = torch.from_numpy(tokens), torch.from_numpy(document_ids)
+    labels = next_token_labels(ids, documents)
+    labels[torch.from_numpy(padding)] = IGNORED_LABEL  # padding is a document without targets
+    counts = count_targets(labels, documents, depths)
+    return PackedBatch(tokens=ids, labels=labels, document_ids=documents, counts=counts)
 
 
 class Windows(Dataset[list[PackedBatch]]):
