@@ -179,6 +179,8 @@ class RunCLI(LightningCLI):
         try:
             return self.parser.instantiate_classes(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
+            while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
+                error = error.__cause__  # the parser wraps what the class said
             raise UserError(shorten(str(error))) from error
 
     def _build(self, callbacks: list[Callback], logger: Any) -> Trainer:  # noqa: ANN401

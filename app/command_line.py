@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from app.errors import UserError, reason
+from app.errors import UserError
+from app.explain import explain
 
 
 class CommandParser(ArgumentParser):
@@ -76,7 +77,5 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
 
 def message_of(message: str) -> str:
     """Return a message of jsonargparse in one line, the option first."""
-    if message.startswith("Parser key"):
-        key, _, rest = message.removeprefix('Parser key "').partition('":')
-        return f"--{key}: {reason(rest)}"
-    return reason(message)
+    refusal = explain(message)
+    return f"--{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason

@@ -47,24 +47,6 @@ def shorten(message: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
 
 
-def reason(message: str) -> str:
-    """Return the essence of jsonargparse's explanation of a value that it refuses."""
-    given = re.search(r"Given value: (.*)", message, re.DOTALL)
-    text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", message)
-    if found := re.search(r"Problem with given class_path '([^']+)':\s*(.*?)(?:\n\s*- |\Z)", text, re.DOTALL):
-        inner = re.sub(r"^Parser key \"([^\"]+)\":\s*", r"\1: ", " ".join(found[2].split()))
-        return f"class_path {found[1]}: {inner}"
-    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
-        return f"class_path {found[1]} is no {found[2]}"
-    if found := re.search(r"Expected a dot import path string: (\S+)", text):
-        return f"expected a class path like package.module.Class, got {found[1]}"
-    if given and (found := re.search(r"Subtypes: \[(.*?)\]\n", text)):
-        wanted = found[1].replace("NoneType", "null").replace(", ", " or ")
-        return f"expected {wanted}, got {given[1].strip()}"
-    text = re.sub(r"Expected an? (.+?)\. Got value: ", r"expected \1, got ", text)
-    return " ".join(text.split())
-
-
 def _os_error(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)

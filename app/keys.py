@@ -67,6 +67,8 @@ def keys_of(kind: Any, tree: Any) -> Keys | None:  # noqa: ANN401
         return kind
     if isinstance(tree, dict) and isinstance(tree.get("class_path"), str):
         chosen = _import(tree["class_path"])
+        if isinstance(kind, type) and not (isinstance(chosen, type) and issubclass(chosen, kind)):
+            return None  # the parser says so itself
         parameters = None if chosen is None else parameters_of(chosen)
         return {"class_path": str, "init_args": Any if parameters is None else parameters, "dict_kwargs": Any}
     classes = [kind, *_arguments(kind)]

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.errors import UserError, reason
+from app.errors import UserError
+from app.explain import explain
 from app.keys import Keys, check_keys, find, unknown_key
 
 CONFIG_OPTIONS = ("-c", "--config")
@@ -43,24 +44,26 @@ class RunParser(LightningArgumentParser):
 
     @property
     def keys_are_set(self) -> bool:
-        """Whether this is the parser of a run file (jsonargparse makes copies of its class for parts of one)."""
+        """Whether this is the parser of a run file (jsonargparse makes others for parts of one)."""
         return hasattr(self, "keys")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
+        if not self.keys_are_set:
+            super().error(message, ex)
         raise UserError(self._condense(message)) from ex
 
     def _condense(self, message: str) -> str:
         if found := re.match(r"unrecognized arguments: (\S+)", message):
             return self._unknown_argument(found[1])
-        if found := re.match(r"the following arguments are required: (.+)", message):
-            return self._missing([name.strip() for name in found[1].split(",")])
-        if found := re.match(r"(?:Group '(\S+)' does not accept option|Option) '(\S+)'", message):
-            name = self._full_name(".".join(part for part in found.groups() if part))
-            return self._unknown(name)
-        if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
-            return f"{self._full_name(found[1])}: {reason(found[2])}"
-        return reason(message)
+        if message.startswith("the following arguments are required") and not self._files:
+            return "no run file: give one with --config FILE (configs/pretrain.yaml is an example)"
+        refusal = explain(message)
+        if refusal.unknown:
+            return self._unknown(refusal.key)
+        if refusal.reason.startswith("missing key"):
+            return f"{', '.join(self._files)}: {refusal.reason}"
+        return f"{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason
 
     def _unknown_argument(self, argument: str) -> str:
         option, _, _ = argument.partition("=")
@@ -76,32 +79,6 @@ class RunParser(LightningArgumentParser):
             if keys := find(self.keys, tree, parents) or find(self.keys, tree, short):
                 return unknown_key(name, keys, self.owned)
         return f"unknown key {name}"
-
-    def _missing(self, names: list[str]) -> str:
-        if not self._files:
-            return "no run file: give one with --config FILE (configs/pretrain.yaml is an example)"
-        full = []
-        for name in names:
-            parents = name.split(".")
-            for top in ("model", "data"):
-                places = [find(self.keys, tree, [top, "init_args", *parents[:-1]]) for tree in self._files.values()]
-                if any(place and parents[-1] in place for place in places):
-                    name = f"{top}.init_args.{name}"
-                    break
-            full.append(name)
-        return f"{', '.join(self._files)}: missing key {', '.join(full)}"
-
-    def _full_name(self, name: str) -> str:
-        """Return the whole dotted key that ends with `name` in a file or on the command line."""
-        for argument in self._arguments:
-            given = argument.partition("=")[0].lstrip("-")
-            if given == name or given.endswith("." + name):
-                return given
-        for tree in self._files.values():
-            for path in _paths(tree):
-                if path == name or path.endswith("." + name):
-                    return path
-        return name
 
 
 def config_files(args: list[str]) -> list[str]:
@@ -133,13 +110,3 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a run file holds `key: value` lines, this one holds {type(tree).__name__}")
     return tree
-
-
-def _paths(tree: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
-    if not isinstance(tree, dict):
-        return []
-    found = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found += [name, *_paths(value, name + ".")]
-    return found

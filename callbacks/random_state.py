@@ -29,11 +29,11 @@ class RandomState(Callback):
         checkpoint["random_state"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the states until training starts: building loaders draws numbers too."""
+        """Keep the states until training goes on: starting a loader draws a number too."""
         self.restored = checkpoint.get("random_state", [])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore this rank's state."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Restore this rank's state before the first micro-batch, which a loader of ours fetches without drawing."""
         if trainer.global_rank < len(self.restored):
             set_random_state(self.restored[trainer.global_rank])
         self.restored = []

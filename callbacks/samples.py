@@ -14,16 +14,31 @@ class Samples(StepCallback):
     """Continues the data's sample prompts at each validation.
 
     Args:
+        prompts: Number of prompts (>= 1), the beginnings of held-out documents.
+        prompt_tokens: Length of a prompt in tokens, 1 to 256.
         max_new_tokens: Length of a continuation in tokens; 0 switches sampling off.
         temperature: Divides the logits; 0 takes the most likely token.
         seed: Seed of the draws; the same at each validation, so that texts differ by the model alone.
     """
 
-    def __init__(self, max_new_tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> None:
-        if max_new_tokens < 0:
-            raise ValueError(f"samples.max_new_tokens is {max_new_tokens}: it must not be negative")
+    def __init__(
+        self,
+        prompts: int = 3,
+        prompt_tokens: int = 32,
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        seed: int = 0,
+    ) -> None:
+        for key, value, least in (
+            ("prompts", prompts, 1),
+            ("prompt_tokens", prompt_tokens, 1),
+            ("max_new_tokens", max_new_tokens, 0),
+        ):
+            if value < least:
+                raise ValueError(f"samples.{key} is {value}: it must be at least {least}")
         if temperature < 0:
             raise ValueError(f"samples.temperature is {temperature}: it must not be negative")
+        self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
@@ -33,8 +48,10 @@ class Samples(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and log; all ranks take part, as the weights are sharded."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        prompts: list[list[int]] = getattr(data, "sample_prompts", [])
-        if not self.max_new_tokens or not prompts or trainer.state.fn != "fit":
+        if not self.max_new_tokens or trainer.state.fn != "fit":
+            return
+        prompts: list[list[int]] = data.sample_prompts(self.prompts, self.prompt_tokens)
+        if not prompts:
             return
         generator = torch.Generator().manual_seed(self.seed)
         network = pl_module.network

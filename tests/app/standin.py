@@ -229,6 +229,9 @@ class Data(LightningDataModule):
     def tokens_at(self, step: int) -> int:
         return step * self.global_batch_size * LENGTH
 
+    def sample_prompts(self, n: int, length: int) -> list[list[int]]:
+        return []
+
     @functools.cached_property
     def total_tokens(self) -> int:
         return self.tokens_at(self.steps)

@@ -1,0 +1,21 @@
+"""Fixtures for tests that start the program."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.app.helpers import RUN_FILE, Program
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    started = Program(tmp_path_factory.mktemp("program"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN_FILE + "\n", encoding="utf-8")
+    return file

@@ -1,0 +1,83 @@
+"""A checkpoint folder is complete or not there, whatever happens while it is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.strategies import folder
+
+
+def write(target: Path, **files: str) -> Path:
+    partial = folder.begin(target)
+    for name, text in files.items():
+        (partial / name).write_text(text)
+    folder.publish(target, {"step": 1})
+    return target
+
+
+def test_published_folder_holds_files_and_manifest(tmp_path):
+    target = write(tmp_path / "step=00000001", a="one", b="two")
+    assert (target / "a").read_text() == "one"
+    assert folder.describe(target)["step"] == 1
+    assert folder.damage(target) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step=00000001"]
+
+
+def test_nothing_is_visible_before_the_end(tmp_path):
+    folder.begin(tmp_path / "step=00000001")
+    assert folder.checkpoints(tmp_path) == []
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+    target = write(tmp_path / "step=00000001", a="one", b="two")
+    write(target, a="three")
+    assert (target / "a").read_text() == "three"
+    assert not (target / "b").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step=00000001"]
+
+
+def test_an_interrupted_save_is_begun_anew(tmp_path):
+    (folder.begin(tmp_path / "step=00000001") / "leftover").write_text("x")
+    assert not (write(tmp_path / "step=00000001", a="one") / "leftover").exists()
+
+
+def test_clean_deletes_what_was_interrupted_and_nothing_else(tmp_path):
+    target = write(tmp_path / "step=00000001", a="one")
+    folder.begin(tmp_path / "step=00000002")
+    (tmp_path / "step=00000003.removed").mkdir()
+    folder.clean(tmp_path)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_newest_comes_first_and_other_names_are_ignored(tmp_path):
+    for name in ("step=00000009", "step=00000010", "step=100000000", "step=5", "best"):
+        (tmp_path / name).mkdir()
+    assert [folder.step_of(path) for path in folder.checkpoints(tmp_path)] == [100000000, 10, 9]
+
+
+@pytest.mark.parametrize(
+    ("harm", "answer"),
+    [
+        (lambda target: (target / "a").unlink(), "a is missing"),
+        (lambda target: (target / "a").write_text("o"), "a has 1 bytes instead of 3"),
+        (lambda target: (target / "a").write_text("onf"), "a has changed"),
+        (lambda target: (target / folder.MANIFEST).write_text("{"), "checkpoint.json cannot be read"),
+        (lambda target: (target / folder.MANIFEST).unlink(), "checkpoint.json cannot be read"),
+        (lambda target: (target / folder.MANIFEST).write_text(json.dumps({})), "checkpoint.json cannot be read"),
+    ],
+)
+def test_damage_is_found(tmp_path, harm, answer):
+    target = write(tmp_path / "step=00000001", a="one")
+    harm(target)
+    assert folder.damage(target) == answer
+
+
+def test_a_name_without_a_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not named like a checkpoint"):
+        folder.step_of(tmp_path)
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        folder.describe(tmp_path)

@@ -1,0 +1,158 @@
+"""The strategy: summed gradients, dtypes of the units, the same training on one process and on two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from app.strategies import ShardedStrategy
+from tests.app.helpers import ROOT, load_tensors, losses
+from tests.app.standin import Unit
+
+RANK_PROGRAM = """
+import json, sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from app.strategies import ShardedStrategy
+from tests.app.standin import Network
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+strategy = ShardedStrategy()
+strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+torch.manual_seed(0)
+network = Network(4, False, 0.0)
+strategy.shard(network)
+network(torch.arange(8).view(1, 8) + rank).square().sum().backward()
+gradients = {name: p.grad.full_tensor().flatten().tolist() for name, p in network.named_parameters()}
+if rank == 0:
+    print(json.dumps([gradients, {name: list(p.to_local().shape) for name, p in network.named_parameters()}]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def strategy():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    made = ShardedStrategy()
+    made._device_mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    yield made
+    dist.destroy_process_group()
+
+
+def test_gradients_are_summed_over_ranks(tmp_path):
+    """Two ranks with other rows each give the gradient of all rows on one plain module."""
+    from tests.app.standin import Network
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    gradients, shapes = json.loads(outputs[0].splitlines()[-1])
+    torch.manual_seed(0)
+    network = Network(4, False, 0.0)
+    tokens = torch.stack([torch.arange(8), torch.arange(8) + 1])
+    network(tokens).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(torch.tensor(gradients[name]), parameter.grad.flatten(), msg=name)
+    assert shapes["embeddings.weight"] == [8, 4], "each of two ranks holds half the rows"
+
+
+def test_units_are_gathered_in_their_type_and_stored_in_fp32(strategy):
+    seen = {}
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.full = nn.Linear(4, 4), nn.Linear(4, 4)
+            for name in ("low", "full"):
+                layer = getattr(self, name)
+                layer.register_forward_pre_hook(
+                    lambda layer, inputs, name=name: seen.update({name: (layer.weight.dtype, inputs[0].dtype)})
+                )
+
+        def forward(self, x):
+            return self.full(self.low(x.to(self.low.weight.dtype)).float())
+
+        def sharding_units(self):
+            return [Unit([self.low], torch.bfloat16), Unit([self.full], torch.float32), Unit([self], None)]
+
+    network = Probe()
+    strategy.shard(network)
+    network(torch.ones(2, 4)).sum().backward()
+    assert seen["low"][0] == torch.bfloat16
+    assert seen["full"] == (torch.float32, torch.float32), "inputs are not cast"
+    for parameter in network.parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    assert all(isinstance(module, FSDPModule) for module in (network, network.low, network.full))
+
+
+def test_the_network_must_be_its_last_unit(strategy):
+    class Wrong(nn.Linear):
+        def sharding_units(self):
+            return [Unit([self, self], None)]
+
+    with pytest.raises(AssertionError, match="last sharding unit"):
+        strategy.shard(Wrong(2, 2))
+
+
+def arguments(folder: Path, run_file: Path, *options: str) -> list[str]:
+    return [
+        *("fit", f"--config={run_file}", f"--trainer.default_root_dir={folder}", "--model.init_args.dropout=0"),
+        *(f"--model.init_args.loss_file={folder / 'losses.txt'}", *options),
+    ]
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    return {step: float.fromhex(value) for step, values in losses(folder / "losses.txt").items() for value in values}
+
+
+def test_two_processes_train_like_one_and_continue_each_others_checkpoints(program, tmp_path, run_file):
+    """The runs of two processes start at the same moment, so that their ports would collide if they could."""
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    for folder in (one, two, mixed):
+        folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "app", *arguments(folder, run_file, "--trainer.devices=2", *options)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for folder, options in ((two, []), (mixed, ["--trainer.max_steps=6"]))
+    ]
+    assert program.run(*arguments(one, run_file)).code == 0
+    for process in running:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    result = program.run(*arguments(mixed, run_file))
+    assert result.code == 0, result.output
+    assert "trainer.devices: 2 -> 1" in result.output
+    alone = losses_of(one)
+    assert alone.keys() == set(range(1, 13))
+    for folder in (two, mixed):
+        assert losses_of(folder) == pytest.approx(alone, rel=1e-5)
+    last = "run/checkpoints/step=00000012"
+    first, second = load_tensors(one / last), load_tensors(two / last)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5, msg=name)
