@@ -51,7 +51,7 @@ def test_equals_cross_entropy(tokens: int, vocab_size: int) -> None:
     compare(make_inputs(tokens, vocab_size), 1e-5)
 
 
-@pytest.mark.parametrize("tokens", [15, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [16, 31, 32, 33, 70])
 def test_equals_cross_entropy_over_chunk_borders(tokens: int) -> None:
     # fp32 sums over the vocabulary, in torch's own log_softmax as in the products, allow no more here.
     compare(make_inputs(tokens, LARGE_VOCABULARY), 5e-4)
@@ -122,7 +122,7 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_holds_all_logits(dtype: torch.dtype) -> None:
-    tokens = 256
+    tokens = 512
     inputs = make_inputs(tokens, LARGE_VOCABULARY, dtype=dtype)
     with LargestResult() as largest:
         loss, _ = linear_cross_entropy(*inputs)
