@@ -132,6 +132,17 @@ def packed_batch(ids: Tensor, vocab_size: int, depths: int, seed: int = 0, maske
     return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
 
 
+_ROW_DOCUMENTS = [[16], [1, 15], [1] * 16, [4, 4, 8], [2, 2, 2, 10], [9, 7], [15, 1], [3, 13]]
+
+
+def row_batches(count: int = 8, masked: tuple[float, ...] = (0.0, 0.9)) -> list[PackedBatch]:
+    """Micro-batches of one row with very different numbers of targets."""
+    return [
+        packed_batch(document_ids(_ROW_DOCUMENTS[index % 8]), 64, 2, seed=index, masked=masked[index % len(masked)])
+        for index in range(count)
+    ]
+
+
 class LocalStrategy(SingleDeviceStrategy):
     """One device, nothing sharded: the least a LightningModule of ours can run under."""
 
@@ -169,6 +180,17 @@ class ListData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.validation, batch_size=None)
+
+
+class Collector(lightning.Callback):
+    """Keeps the metrics of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.steps.append({name: float(value) for name, value in pl_module.metrics.items()})
 
 
 def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes) -> Pretraining:

@@ -1,46 +1,32 @@
-"""The training step: windows, accumulation, skipped steps, learning rate, logging, validation."""
+"""The training step of pretraining: windows, accumulation, learning rate, logging, validation."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
 
-from modules.base import MicroBatchLoss, TrainingDivergedError
 from modules.batch import PackedBatch
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
-from modules.precision.recipe import PrecisionRule
-from modules.pretraining import Pretraining
 from tests.modules.helpers import (
+    Collector,
     ListData,
     assert_close,
     build,
     document_ids,
     fit,
     make_module,
-    make_network,
     make_trainer,
     network_state,
     packed_batch,
-    perturb,
+    row_batches,
     tiny_config,
 )
 
 LENGTH = 16
 DEPTHS = 2
-DOCUMENTS = [[16], [1, 15], [1] * 16, [4, 4, 8], [2, 2, 2, 10], [9, 7], [15, 1], [3, 13]]
-
-
-def rows(count: int = 8, masked: tuple[float, ...] = (0.0, 0.9)) -> list[PackedBatch]:
-    """Micro-batches of one row with very different numbers of targets."""
-    return [
-        packed_batch(document_ids(DOCUMENTS[index % 8]), 64, DEPTHS, seed=index, masked=masked[index % len(masked)])
-        for index in range(count)
-    ]
 
 
 def joined(batches: list[PackedBatch]) -> PackedBatch:
@@ -50,25 +36,11 @@ def joined(batches: list[PackedBatch]) -> PackedBatch:
     return PackedBatch(**tensors, document_ids=ids, counts=torch.stack([batch.counts for batch in batches]).sum(0))
 
 
-class Collector(Callback):
-    """Keeps the metrics of every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.steps.append({name: float(value) for name, value in pl_module.metrics.items()})
-
-
-# ------------------------------------------------------------------------------------------------------- accumulation
-
-
 @pytest.mark.parametrize("sizes", [(1, 8), (2, 4), (4, 2)])
 def test_accumulation_equals_one_large_batch(sizes: tuple[int, int]) -> None:
     """Several AdamW steps over the same rows, cut into micro-batches in two ways, with uneven targets."""
     size, window = sizes
-    windows = [rows(24)[start : start + 8] for start in (0, 8, 16)]
+    windows = [row_batches(24)[start : start + 8] for start in (0, 8, 16)]
     assert len({batch.counts.tolist()[0] for batch in windows[0]}) > 4, "uneven"
     results = []
     for cut in (8, size):
@@ -94,7 +66,7 @@ def test_accumulation_equals_one_large_batch(sizes: tuple[int, int]) -> None:
 
 def test_the_update_is_that_of_a_plain_loop() -> None:
     """Two steps of two micro-batches against a loop with full logits, torch's clipping and torch's AdamW."""
-    batches = rows(4)
+    batches = row_batches(4)
     config = tiny_config()
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.0}
     module = make_module(
@@ -142,14 +114,14 @@ def test_the_update_is_that_of_a_plain_loop() -> None:
 
 def test_every_parameter_is_trained() -> None:
     module, untrained = make_module(), make_module()
-    fit(module, ListData(rows(16), window=2))
+    fit(module, ListData(row_batches(16), window=2))
     build(untrained)
     for name, tensor in network_state(untrained).items():
         assert not torch.equal(module.built_network.state_dict()[name], tensor), name
 
 
 def test_the_auxiliary_loss_is_a_mean_over_rows_and_logged() -> None:
-    batches, collectors = rows(4), []
+    batches, collectors = row_batches(4), []
     for coefficient in (0.0, 0.5):
         collectors.append(Collector())
         module = make_module(auxiliary_loss_coefficient=coefficient)
@@ -178,14 +150,11 @@ def test_training_learns() -> None:
     assert collector.steps[-1]["training/next_token_loss"] < 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ learning rate
-
-
 def test_learning_rate_follows_the_tokens() -> None:
     schedule = ScheduleConfig(warmup_tokens=4 * LENGTH, decay_tokens=8 * LENGTH, minimum_ratio=0.1)
     collector = Collector()
     module = make_module(schedule=schedule, optimizer=OptimizerConfig(learning_rate=2e-3))
-    fit(module, ListData(rows(20), window=2), callbacks=[collector])
+    fit(module, ListData(row_batches(20), window=2), callbacks=[collector])
     # Ten steps of two rows: tokens after the step over the warm-up, then 1, then the decay's last four steps.
     expected = [0.5, 1, 1, 1, 1, 1] + [0.1 + 0.9 * (1 - math.sqrt(share)) for share in (0.25, 0.5, 0.75, 1.0)]
     actual = [step["training/learning_rate"] for step in collector.steps]
@@ -195,101 +164,7 @@ def test_learning_rate_follows_the_tokens() -> None:
 def test_a_schedule_longer_than_the_run_is_refused() -> None:
     module = make_module(schedule=ScheduleConfig(warmup_tokens=100 * LENGTH))
     with pytest.raises(ValueError, match=r"model\.schedule"):
-        fit(module, ListData(rows(2)))
-
-
-# ------------------------------------------------------------------------------------------------------ skipped steps
-
-
-class Poisoned(Pretraining):
-    """Makes the loss, or only its gradient, of chosen micro-batches not finite."""
-
-    bad: frozenset[int] = frozenset()
-    kind = "loss"
-    seen = 0
-
-    def micro_batch_loss(self, batch: PackedBatch) -> MicroBatchLoss:
-        result = super().micro_batch_loss(batch)
-        self.seen += 1
-        if self.seen - 1 not in self.bad:
-            return result
-        if self.kind == "loss":
-            return result._replace(loss=result.loss * math.nan)
-        trap = self.built_network.backbone.norm_f.weight[0]
-        return result._replace(loss=result.loss + torch.sqrt((trap - trap.detach()).abs()))  # 0 with a gradient of nan
-
-
-class Snapshots(Callback):
-    """Copies of everything a step may change, before each step and after the last."""
-
-    def __init__(self) -> None:
-        self.states: list[dict[str, Tensor]] = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self.take(pl_module)
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        self.take(pl_module)
-
-    def take(self, module: Pretraining) -> None:
-        state = network_state(module)
-        optimizer = module.trainer.optimizers[0]
-        for name, parameter in module.built_network.named_parameters():
-            state |= {f"{name}/{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
-        self.states.append(state)
-
-
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
-    module = make_module(cls=Poisoned)
-    module.bad, module.kind = frozenset({2, 4}), kind
-    snapshots, collector = Snapshots(), Collector()
-    fit(module, ListData(rows(6)), callbacks=[snapshots, collector])
-    assert [step["training/skipped_steps"] for step in collector.steps] == [0, 0, 1, 1, 2, 2]
-    assert module.skipped_steps.item() == 2
-    assert module.skipped_streak.item() == 0
-    assert module.trainer.global_step == 6
-    for step in range(6):
-        before, after = snapshots.states[step], snapshots.states[step + 1]
-        changed = [name for name, tensor in after.items() if name in before and not torch.equal(before[name], tensor)]
-        assert bool(changed) == (step not in module.bad), (step, changed)
-        assert all(tensor.isfinite().all() for tensor in after.values())
-
-
-def test_one_bad_micro_batch_skips_its_whole_window() -> None:
-    module = make_module(cls=Poisoned)
-    module.bad = frozenset({1})
-    snapshots = Snapshots()
-    fit(module, ListData(rows(4), window=2), callbacks=[snapshots])
-    start, _, after_first, _, end = snapshots.states
-    assert all(torch.equal(start[name], after_first[name]) for name in start)
-    assert any(not torch.equal(start[name], end[name]) for name in start)
-    assert module.skipped_steps.item() == 1
-
-
-def test_a_streak_stops_the_run_naming_its_steps() -> None:
-    module = make_module(cls=Poisoned, max_skipped_steps=3)
-    module.bad = frozenset({0, 2, 3, 4, 5})
-    with pytest.raises(TrainingDivergedError, match=r"in steps 3 to 5 \(model\.max_skipped_steps 3\)") as caught:
-        fit(module, ListData(rows(8)))
-    assert isinstance(caught.value, ValueError)
-    assert "\n" not in str(caught.value)
-    assert module.trainer.global_step == 5
-
-
-def test_scattered_bad_steps_do_not_stop_the_run() -> None:
-    module = make_module(cls=Poisoned, max_skipped_steps=2)
-    module.bad = frozenset({0, 2, 4, 6})
-    fit(module, ListData(rows(8)))
-    assert module.skipped_steps.item() == 4
-
-
-def test_the_counters_are_part_of_the_state() -> None:
-    module = make_module()
-    assert {"skipped_steps", "skipped_streak"} <= module.state_dict().keys()
-
-
-# ------------------------------------------------------------------------------------------- logging and validation
+        fit(module, ListData(row_batches(2)))
 
 
 class Memory(DummyLogger):
@@ -305,7 +180,7 @@ class Memory(DummyLogger):
 
 def test_steps_are_logged_at_their_own_number_on_the_interval() -> None:
     logger, collector = Memory(), Collector()
-    fit(make_module(), ListData(rows(12), window=2), logger=logger, log_every_n_steps=2, callbacks=[collector])
+    fit(make_module(), ListData(row_batches(12), window=2), logger=logger, log_every_n_steps=2, callbacks=[collector])
     training = [(step, row) for step, row in logger.rows if "training/loss" in row]
     assert [step for step, _ in training] == [2, 4, 6]
     for step, row in training:
@@ -313,10 +188,10 @@ def test_steps_are_logged_at_their_own_number_on_the_interval() -> None:
 
 
 def test_validation_loss_and_bits_per_byte() -> None:
-    validation = rows(3)
+    validation = row_batches(3)
     logger = Memory()
     module = make_module()
-    data = ListData(rows(2), validation=validation)
+    data = ListData(row_batches(2), validation=validation)
     fit(module, data, logger=logger)
     nats, targets, text_bytes = 0.0, 0, 0
     with torch.no_grad():
@@ -339,76 +214,3 @@ def test_validation_loss_and_bits_per_byte() -> None:
     before = network_state(module)
     make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in network_state(module).items())
-
-
-# ----------------------------------------------------------------------------------------------------------- building
-
-
-def built(**changes) -> Pretraining:
-    module = make_module(**changes)
-    build(module)
-    return module
-
-
-def test_building_needs_no_trainer_and_no_memory() -> None:
-    module = make_module(precision=[PrecisionRule(pattern="*", format="bf16")])
-    network = module.build_network()
-    assert all(parameter.is_meta for parameter in network.parameters())
-    assert {row[1] for row in module.precision_table} == {"bf16"}
-    assert module.network is None
-
-
-def test_configure_model_builds_once() -> None:
-    module = built()
-    network = module.built_network
-    perturb(network)
-    before = network_state(module)
-    module.configure_model()
-    assert module.built_network is network
-    assert all(torch.equal(before[name], tensor) for name, tensor in network_state(module).items())
-
-
-def test_the_seed_of_the_module_decides_the_weights() -> None:
-    first, again, other = (network_state(built(seed=seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
-
-
-def test_a_tied_head_stays_tied() -> None:
-    module = built(config=tiny_config(tie_word_embeddings=True))
-    network = module.built_network
-    assert network.lm_head.weight is network.backbone.embeddings.weight
-    assert "lm_head.weight" not in dict(network.named_parameters())
-
-
-def test_weights_after_building_are_those_of_a_network_built_at_once() -> None:
-    """Through the meta device or not: the same tensors under the same names."""
-    module = built(seed=3)
-    direct = make_network(tiny_config(), seed=3)
-    matrices = [name for name, parameter in direct.named_parameters() if parameter.ndim >= 2]
-    for name in matrices:
-        assert torch.equal(module.built_network.get_parameter(name), direct.get_parameter(name)), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"mtp_depths": 0}, "model.mtp_depths"),
-        ({"config": tiny_config(num_nextn_predict_layers=0)}, "model.mtp_depths"),
-        ({"max_skipped_steps": 0}, "model.max_skipped_steps"),
-    ],
-)
-def test_settings_that_contradict_are_one_line_naming_the_key(changes: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{key}: [^\n]*$"):
-        make_module(**changes)
-
-
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused() -> None:
-    build(make_module(), vocab_size=64)
-    with pytest.raises(ValueError, match=r"^model\.backbone\.vocab_size: [^\n]*65[^\n]*$"):
-        build(make_module(), vocab_size=65)
-
-
-def test_compiling_layers_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"^model\.compile_layers: [^\n]*$"):
-        built(compile_layers=True)
