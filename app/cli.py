@@ -177,7 +177,7 @@ class RunCLI(LightningCLI):
         from jsonargparse import Namespace
 
         try:
-            return self.parser.instantiate_classes(Namespace({key: self.config[key]}))[key]
+            return self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
             while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
                 error = error.__cause__  # the parser wraps what the class said

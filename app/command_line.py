@@ -34,7 +34,7 @@ def call(command: str, args: list[str]) -> int:
     """
     function = getattr(importlib.import_module(f"app.commands.{command}"), command)
     parser = build_parser(command, function)
-    values = vars(parser.instantiate_classes(parser.parse_args(args)))
+    values = vars(parser.instantiate(parser.parse_args(args)))
     parameters = inspect.signature(function).parameters.values()
     positional = [values[parameter.name] for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     named = {

@@ -11,7 +11,7 @@ class Throughput:
         clock: returns seconds; replaced in tests.
     """
 
-    SMOOTHING = 0.9
+    SMOOTHING = 0.7
     """Weight of the past in the smoothed speed from which the remaining time is estimated."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

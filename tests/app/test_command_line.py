@@ -1,0 +1,66 @@
+"""Functions become commands: positional parameters first, keyword-only ones as options."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from app.command_line import build_parser, call
+from app.errors import UserError
+
+CALLS = []
+
+
+def pack(paths: list[str], *, output: str, workers: int = 2, fraction: float | None = None) -> int | None:
+    """Pack files.
+
+    And more about it.
+
+    Args:
+        paths: Files to pack.
+        output: Folder to write.
+        workers: Processes.
+        fraction: Share.
+    """
+    CALLS.append((paths, output, workers, fraction))
+    return 3 if workers == 9 else None
+
+
+@pytest.fixture(autouse=True)
+def command(monkeypatch):
+    module = ModuleType("app.commands.pack")
+    module.pack = pack
+    monkeypatch.setitem(sys.modules, "app.commands.pack", module)
+    CALLS.clear()
+
+
+def test_arguments_reach_the_function():
+    assert call("pack", ["a", "b", "--output", "c", "--fraction=0.5"]) == 0
+    assert CALLS == [(["a", "b"], "c", 2, 0.5)]
+
+
+def test_a_number_is_the_exit_code():
+    assert call("pack", ["a", "--output=c", "--workers=9"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a"], "output"),
+        (["a", "--output=c", "--workers=many"], "--workers: expected int, got many"),
+        (["a", "--output=c", "--wrokers=1"], "--wrokers=1"),
+        (["--output=c"], "paths"),
+    ],
+)
+def test_mistakes_are_one_line(args, message):
+    with pytest.raises(UserError) as caught:
+        call("pack", args)
+    assert message in str(caught.value)
+    assert "see python -m app pack --help" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_comes_from_the_documentation():
+    text = build_parser("pack", pack).format_help()
+    for part in ("Pack files.", "And more about it.", "Files to pack.", "Folder to write.", "default: 2"):
+        assert part in text

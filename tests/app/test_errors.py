@@ -1,0 +1,77 @@
+"""What counts as a user's mistake, and what as a defect."""
+
+import errno
+
+import pytest
+
+from app.errors import UserError, mistake, shorten
+from app.run_folder import RunFolder
+
+
+def caught(function) -> BaseException:
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def raiser(error: Exception):
+    def function():
+        raise error
+
+    return function
+
+
+def test_a_value_error_of_ours_is_a_mistake():
+    from callbacks.step import check_interval
+
+    error = caught(lambda: check_interval(0, "console.every_n_steps"))
+    assert mistake(error) == "console.every_n_steps is 0: it counts optimiser steps and must be at least 1"
+
+
+def test_a_value_error_of_others_is_a_defect():
+    assert mistake(caught(lambda: int("x"))) is None
+    assert mistake(caught(raiser(ValueError("from a test, which is none of our packages")))) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyError("x"), TypeError("x"), ConnectionResetError(104, "x")])
+def test_other_errors_are_defects(error):
+    assert mistake(caught(raiser(error))) is None
+
+
+def test_files_and_disks_are_the_users():
+    assert mistake(caught(lambda: open("/nowhere/x"))) == "/nowhere/x: No such file or directory"
+    assert mistake(OSError(errno.ENOSPC, "No space left on device")) == "[Errno 28] No space left on device"
+
+
+def test_a_user_error_is_one_wherever_it_comes_from():
+    assert mistake(caught(raiser(UserError("a: b\n  c")))) == "a: b c"
+
+
+def worker(kind: str, last_file: str) -> str:
+    return (
+        f"Caught {kind} in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+        '  File "/somewhere/torch/worker.py", line 1, in f\n'
+        f'  File "{last_file}", line 2, in g\n{kind}: chunk 3 is damaged'
+    )
+
+
+def test_errors_of_loader_workers_are_judged_like_those_of_the_main_process():
+    import datamodules
+
+    ours = str(datamodules.__path__[0]) + "/corpus.py"
+    assert mistake(caught(raiser(ValueError(worker("ValueError", ours))))) == "chunk 3 is damaged"
+    assert mistake(caught(raiser(ValueError(worker("ValueError", "/elsewhere/x.py"))))) is None
+    assert mistake(caught(raiser(OSError(worker("FileNotFoundError", ours))))) == "chunk 3 is damaged"
+    assert mistake(caught(raiser(RuntimeError(worker("RuntimeError", ours))))) is None
+
+
+def test_long_messages_are_cut():
+    assert len(shorten("word " * 1000)) <= 600
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", " a", "a\\b"])
+def test_names_of_runs_are_folder_names(tmp_path, name):
+    with pytest.raises(UserError, match="is no folder name"):
+        RunFolder(tmp_path, name)

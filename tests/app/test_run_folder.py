@@ -1,0 +1,73 @@
+"""What a run's folder says about the run."""
+
+import pytest
+
+from app.errors import UserError
+from app.run_folder import RunFolder, differences, flatten
+from app.strategies import folder
+
+
+def test_differences_name_key_old_and_new(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1\nb: {c: x, d: [1, 2]}\ngone: true\nlist: [{p: 1}, {p: 2}]\n")
+    now = "a: 1\nb: {c: y, d: [1, 3]}\nnew: null\nlist: [{p: 1}, {p: 3}]\n"
+    assert differences(tmp_path, now) == [
+        "b.c: x -> y",
+        "b.d: [1, 2] -> [1, 3]",
+        "gone: True -> (absent)",
+        "list[1].p: 2 -> 3",
+        "new: (absent) -> null",
+    ]
+    assert differences(tmp_path, (tmp_path / "config.yaml").read_text()) == []
+
+
+def test_long_values_are_shortened(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: " + "x" * 100)
+    (line,) = differences(tmp_path, "a: y")
+    assert len(line) < 80
+
+
+def test_empty_containers_are_values():
+    assert flatten({"a": {}, "b": []}) == {"a": {}, "b": []}
+
+
+def make(run: RunFolder, step: int) -> None:
+    target = run.checkpoints / f"step={step:08d}"
+    (folder.begin(target) / "file").write_text("x")
+    folder.publish(target, {"step": step})
+
+
+def test_the_newest_complete_checkpoint_is_taken(tmp_path):
+    run = RunFolder(tmp_path, "a")
+    assert run.newest() == (None, [])
+    make(run, 3)
+    make(run, 6)
+    (run.checkpoints / "step=00000006" / "file").write_text("y")
+    newest, passed = run.newest()
+    assert newest is not None
+    assert newest.name == "step=00000003"
+    assert len(passed) == 1
+    assert "step=00000006 is damaged and passed over: file has changed" in passed[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
+    run = RunFolder(tmp_path, "a")
+    make(run, 3)
+    (run.checkpoints / "step=00000003" / "file").unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(file is missing\)"):
+        run.newest()
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    run = RunFolder(tmp_path, "a")
+    folder.begin(run.checkpoints / "step=00000003")
+    assert run.newest() == (None, [])
+    run.clean()
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_config_is_replaced_in_one_step(tmp_path):
+    run = RunFolder(tmp_path, "a")
+    run.save_config("one")
+    run.save_config("two")
+    assert (run.path / "config.yaml").read_text() == "two"
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]

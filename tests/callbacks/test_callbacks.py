@@ -1,0 +1,47 @@
+"""Options that are refused, the order of a step, and texts for TensorBoard."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.samples import Samples, markdown
+from callbacks.step import is_due
+from callbacks.validation import Validation
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Validation(every_n_steps=0), r"validation\.every_n_steps is 0"),
+        (lambda: Checkpoint(every_n_steps=-1), r"checkpoint\.every_n_steps is -1"),
+        (lambda: Checkpoint(keep_last=0), r"checkpoint\.keep_last is 0"),
+        (lambda: Samples(prompts=0), r"samples\.prompts is 0"),
+        (lambda: Samples(prompt_tokens=0), r"samples\.prompt_tokens is 0"),
+        (lambda: Samples(max_new_tokens=-1), r"samples\.max_new_tokens is -1"),
+        (lambda: Samples(temperature=-0.1), r"samples\.temperature is -0\.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("step", "last", "due"), [(4, 10, True), (5, 10, False), (8, 10, True), (10, 10, True)])
+def test_something_is_due_at_its_interval_and_at_the_end(step, last, due):
+    loop = SimpleNamespace(is_last_step=step == last)
+    trainer = SimpleNamespace(global_step=step, fit_loop=SimpleNamespace(epoch_loop=loop))
+    assert is_due(4, trainer) is due
+
+
+def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
+    """The clock stops first, a validation is in the checkpoint, and a run is left after it is saved."""
+    from app.cli import CALLBACKS, LATE
+
+    assert list(CALLBACKS) == ["console", "validation", "samples", "checkpoint"]
+    assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]
+
+
+def test_sample_text_keeps_its_lines_and_marks_the_continuation():
+    text = markdown("def f(", "x):\n    return x")
+    assert text.endswith("    def f(\u27e6x):\n        return x\u27e7")

@@ -1,0 +1,79 @@
+"""Lines a person can read, and a clock that counts training alone."""
+
+import pytest
+import torch
+
+from callbacks.console import Console, duration, number, progress_line, validation_line
+from callbacks.throughput import Throughput
+
+
+def test_progress_line_says_where_the_run_is():
+    metrics = {"training/loss": torch.tensor(2.5), "training/learning_rate": 3e-4, "training/gradient_norm": 0.5}
+    line = progress_line(120, 2000, metrics, 12345.0, 325.4)
+    assert line == "step  120/2000   6.0%  loss 2.5000  lr 3.00e-04  grad 0.50  12.3k tokens/s  5m25s left"
+
+
+def test_metrics_that_are_not_there_are_left_out():
+    assert progress_line(1, 10, {}, 5.0, 9.0) == "step  1/10  10.0%  5 tokens/s  9s left"
+
+
+def test_validation_line_compares_with_gzip():
+    metrics = {"validation/loss": 2.0, "validation/bits_per_byte": torch.tensor(1.5), "training/loss": 1.0}
+    assert (
+        validation_line(3, metrics, 1.8)
+        == "validation after step 3: loss 2.0000  bits per byte 1.5000 (gzip -9: 1.8000)"
+    )
+    assert "gzip" not in validation_line(3, metrics, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (999, "999"), (1000, "1k"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3725, "1h02m"), (90000, "1d01h")]
+)
+def test_durations_have_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_intervals_below_one_are_refused():
+    with pytest.raises(ValueError, match=r"console\.every_n_steps is 0"):
+        Console(every_n_steps=0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_validation_and_saving_stop_the_clock():
+    clock = Clock()
+    throughput = Throughput(clock)
+    throughput.resume()
+    for _ in range(4):
+        clock.now += 2  # a step
+        throughput.pause()
+        throughput.add(100)
+        clock.now += 50  # a validation
+        throughput.resume()
+    throughput.pause()
+    assert throughput.read() == pytest.approx(50)
+    assert throughput.seconds_left(500) == pytest.approx(10)
+
+
+def test_speed_is_that_of_the_interval_and_the_rest_is_estimated_smoothly():
+    clock = Clock()
+    throughput = Throughput(clock)
+    for seconds, speed in ((1.0, 100), (4.0, 25)):
+        throughput.resume()
+        clock.now += seconds
+        throughput.pause()
+        throughput.add(100)
+        assert throughput.read() == pytest.approx(speed)
+    assert 1000 / throughput.seconds_left(1000) == pytest.approx(0.7 * 100 + 0.3 * 25)
