@@ -38,8 +38,11 @@ class LocalDispatcher:
     def __call__(self, x: Tensor, weights: Tensor, experts: Tensor, num_experts: int, compute: Experts) -> Tensor:
         """See `Dispatcher`."""
         tokens, top_k = experts.shape
-        order = experts.flatten().argsort(stable=True)
-        offsets = torch.bincount(experts.flatten(), minlength=num_experts).cumsum(0).int()
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        # Not bincount: on CUDA it asks the host for its size.
+        counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+        offsets = counts.cumsum(0).int()
         rows = compute(x[order // top_k], offsets)
         # Back to token order by a gather, then a sum over K: deterministic, unlike a scatter-add on CUDA.
         back = torch.empty_like(order)
