@@ -107,7 +107,7 @@ def usage(others: dict[str, str]) -> str:
 
 def interrupted() -> int:
     """Say that the program was interrupted."""
-    print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+    print("interrupted; the same command goes on from what is on the disk", file=sys.stderr, flush=True)
     return 130
 
 

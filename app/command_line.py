@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import typing
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -16,7 +17,15 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
-        raise UserError(f"{message_of(message)}; see {self.prog} --help") from ex
+        raise UserError(f"{self._condense(message)}; see {self.prog} --help") from ex
+
+    def _condense(self, message: str) -> str:
+        refusal = explain(message)
+        if refusal.unknown:
+            options = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+            near = get_close_matches(refusal.key, options, n=1)
+            return f"unknown option --{refusal.key}" + (f", did you mean --{near[0]}?" if near else "")
+        return f"--{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason
 
 
 def call(command: str, args: list[str]) -> int:
@@ -47,8 +56,8 @@ def call(command: str, args: list[str]) -> int:
 def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     """Return the parser of a command's function.
 
-    Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options;
-    their documentation becomes the help.
+    Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
+    list: an option that may be given several times); their documentation becomes the help.
     """
     import docstring_parser
 
@@ -57,25 +66,20 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     description = "\n\n".join(filter(None, [documentation.short_description, documentation.long_description]))
     parser = CommandParser(prog=f"python -m app {command}", description=description)
     hints = typing.get_type_hints(function)
-    options = []
+    options: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            options.append(name)
-            continue
         kind, many = hints[name], typing.get_origin(hints[name]) is list
-        kind = typing.get_args(kind)[0] if many else kind
-        if parameter.default is not parameter.empty:
-            parser.add_argument(name, type=kind, help=described.get(name), nargs="?", default=parameter.default)
-        elif many:
-            parser.add_argument(name, type=kind, help=described.get(name), nargs="+")
+        item = typing.get_args(kind)[0] if many else kind
+        required = parameter.default is parameter.empty
+        given: dict[str, Any] = {"help": described.get(name), "type": item}
+        if parameter.kind is parameter.KEYWORD_ONLY and many:
+            parser.add_argument(f"--{name}", action="append", required=required, **given)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            options.add(name)
+        elif not required:
+            parser.add_argument(name, nargs="?", default=parameter.default, **given)
         else:
-            parser.add_argument(name, type=kind, help=described.get(name))
+            parser.add_argument(name, nargs="+" if many else None, **given)
     skip: set[str | int] = {name for name in inspect.signature(function).parameters if name not in options}
     parser.add_function_arguments(function, as_group=False, skip=skip)
     return parser
-
-
-def message_of(message: str) -> str:
-    """Return a message of jsonargparse in one line, the option first."""
-    refusal = explain(message)
-    return f"--{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason

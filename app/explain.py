@@ -43,6 +43,8 @@ def explain(message: str, key: str = "") -> Refusal:
         return Refusal(key, f"expected a class path like package.module.Class, got {found[1]}")
     if found := re.match(r"(?:Group '(\S+)' does not accept option|Option) '(\S+)'", text):
         return Refusal(_join(key, found[1] or "", found[2]), "", unknown=True)
+    if found := re.match(r"unrecognized arguments: --([^\s=]+)", text):
+        return Refusal(_join(key, found[1]), "", unknown=True)
     if found := re.match(r"the following arguments are required: (.+)", text):
         names = ", ".join(_join(key, name.strip()) for name in found[1].split(","))
         return Refusal(key, f"missing key {names}")

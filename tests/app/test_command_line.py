@@ -11,7 +11,9 @@ from app.errors import UserError
 CALLS = []
 
 
-def pack(paths: list[str], *, output: str, workers: int = 2, fraction: float | None = None) -> int | None:
+def pack(
+    paths: list[str], *, output: str, also: list[str], workers: int = 2, fraction: float | None = None
+) -> int | None:
     """Pack files.
 
     And more about it.
@@ -19,10 +21,11 @@ def pack(paths: list[str], *, output: str, workers: int = 2, fraction: float | N
     Args:
         paths: Files to pack.
         output: Folder to write.
+        also: More.
         workers: Processes.
         fraction: Share.
     """
-    CALLS.append((paths, output, workers, fraction))
+    CALLS.append((paths, output, also, workers, fraction))
     return 3 if workers == 9 else None
 
 
@@ -35,21 +38,22 @@ def command(monkeypatch):
 
 
 def test_arguments_reach_the_function():
-    assert call("pack", ["a", "b", "--output", "c", "--fraction=0.5"]) == 0
-    assert CALLS == [(["a", "b"], "c", 2, 0.5)]
+    assert call("pack", ["a", "b", "--output", "c", "--also", "d", "--also=e", "--fraction=0.5"]) == 0
+    assert CALLS == [(["a", "b"], "c", ["d", "e"], 2, 0.5)]
 
 
 def test_a_number_is_the_exit_code():
-    assert call("pack", ["a", "--output=c", "--workers=9"]) == 3
+    assert call("pack", ["a", "--output=c", "--also=d", "--workers=9"]) == 3
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["a"], "output"),
-        (["a", "--output=c", "--workers=many"], "--workers: expected int, got many"),
-        (["a", "--output=c", "--wrokers=1"], "--wrokers=1"),
-        (["--output=c"], "paths"),
+        (["a", "--also=d"], "output"),
+        (["a", "--output=c"], "also"),
+        (["a", "--output=c", "--also=d", "--workers=many"], "--workers: expected int, got many"),
+        (["a", "--output=c", "--wrokers=1"], "unknown option --wrokers, did you mean --workers?"),
+        (["--output=c", "--also=d"], "paths"),
     ],
 )
 def test_mistakes_are_one_line(args, message):

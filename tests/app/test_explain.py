@@ -66,6 +66,10 @@ def union(*lines: str) -> str:
             ),
             Refusal("model.init_args.backbone", "x.yaml is not there or no YAML file"),
         ),
+        (
+            union("- Problem with given class_path 'a.B':", "    unrecognized arguments: --c.dd=1"),
+            Refusal("model.init_args.c.dd", "", unknown=True),
+        ),
         ("something new", Refusal("", "something new")),
     ],
 )

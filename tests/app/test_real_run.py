@@ -1,0 +1,150 @@
+"""The real model on a real corpus through the real program: killed, resumed, evaluated."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from datamodules.preparation import Preparation, prepare_corpus
+from tests.app.helpers import Program, kill_when, same_checkpoint, scalars
+
+STEPS = 9
+RUN_FILE = """\
+name: run
+model:
+  class_path: modules.pretraining.Pretraining
+  init_args:
+    backbone:
+      vocab_size: {vocab_size}
+      hidden_size: 32
+      hybrid_override_pattern: "ME*-"
+      num_attention_heads: 2
+      num_key_value_heads: 1
+      head_dim: 16
+      intermediate_size: 64
+      mamba_num_heads: 2
+      mamba_head_dim: 32
+      ssm_state_size: 16
+      n_groups: 1
+      chunk_size: 16
+      n_routed_experts: 4
+      num_experts_per_tok: 2
+      moe_intermediate_size: 32
+      moe_latent_size: 16
+      moe_shared_expert_intermediate_size: 32
+      num_nextn_predict_layers: 1
+    mtp_depths: 2
+    precision: [{{pattern: "*", format: bf16}}]
+    optimizer: {{learning_rate: 3.0e-3}}
+    schedule: {{warmup_tokens: 512, decay_tokens: 1024}}
+data:
+  class_path: datamodules.pretraining.PretrainingData
+  init_args:
+    path: {corpus}
+    sequence_length: 64
+    global_batch_size: 4
+    micro_batch_size: 2
+    total_tokens: {total_tokens}
+    validation_rows: 4
+trainer: {{accelerator: cpu, devices: 1}}
+console: {{every_n_steps: 3}}
+validation: {{every_n_steps: 3}}
+samples: {{prompts: 1, prompt_tokens: 4, max_new_tokens: 4}}
+checkpoint: {{every_n_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    chance = random.Random(0)
+    (folder / "texts").mkdir()
+    for number in range(60):
+        lines = [f"value_{chance.randrange(9)} = {chance.randrange(99)}  # note {number}" for _ in range(20)]
+        (folder / "texts" / f"{number}.py").write_text("\n".join(lines) + "\n")
+    options = Preparation(
+        paths=[str(folder / "texts")],
+        output=folder / "corpus",
+        sequence_length=64,
+        vocab_size=600,
+        validation_fraction=0.2,
+        workers=1,
+    )
+    prepare_corpus(options)
+    file = folder / "run.yaml"
+    text = RUN_FILE.format(vocab_size=600, corpus=folder / "corpus", total_tokens=STEPS * 4 * 64)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def start(program: Program, run_file: Path, folder: Path, *options: str, **kwargs):
+    return program.run("fit", f"--config={run_file}", f"--trainer.default_root_dir={folder}", *options, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(program, run_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    result = start(program, run_file, folder)
+    assert result.code == 0, result.output
+    assert "gzip -9 needs" in result.output
+    assert "--- sample:" in result.output
+    assert "precision   *  bf16" in result.output
+    return folder / "run"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_pretraining_equals_the_uninterrupted_one(program, run_file, whole, tmp_path, workers):
+    options = f"--data.init_args.workers={workers}"
+    run = tmp_path / "run"
+    for step in (4,) if workers else (4, 6):
+        saved = run / "checkpoints" / f"step={step:08d}"
+        result = start(program, run_file, tmp_path, options, meanwhile=kill_when(saved.is_dir))
+        assert result.code == -signal.SIGKILL, result.output
+    result = start(program, run_file, tmp_path, options)
+    assert result.code == 0, result.output
+    last = f"checkpoints/step={STEPS:08d}"
+    same_checkpoint(run / last, whole / last)
+    ours, theirs = scalars(run, values=True), scalars(whole, values=True)
+    for name in ("training/loss", "training/gradient_norm", "training/learning_rate", "validation/bits_per_byte"):
+        assert ours[name] == theirs[name], name
+    steps = scalars(run)
+    assert steps["training/loss"] == list(range(1, STEPS + 1))
+    assert steps["validation/bits_per_byte"] == [0, 3, 6, 9]
+
+
+def test_a_checkpoint_stands_alone(whole):
+    """Configuration, tokenizer and what the checkpoint is are inside it."""
+    (newest, *_) = sorted((whole / "checkpoints").iterdir(), reverse=True)
+    about = json.loads((newest / "checkpoint.json").read_text())
+    assert (about["step"], about["last_step"], about["finished"]) == (STEPS, STEPS, True)
+    assert about["tokens"] == STEPS * 4 * 64
+    assert set(about["metrics"]) == {"validation/loss", "validation/bits_per_byte"}
+    assert (newest / "config.yaml").read_text() == (whole / "config.yaml").read_text()
+    assert (newest / "tokenizer" / "tokenizer.json").is_file()
+    text = (newest / "config.yaml").read_text()
+    assert "layer_norm_epsilon" in text, "defaults are written out"
+
+
+@pytest.mark.parametrize(
+    ("option", "answer"),
+    [
+        ("--data.init_args.path=nowhere", "nowhere is no prepared corpus"),
+        ("--data.init_args.sequence_length=32", "data.sequence_length: "),
+        ("--data.init_args.micro_batch_size=3", "data.global_batch_size: 4 rows do not divide"),
+        ("--model.init_args.backbone.num_experts_per_tok=9", "num_experts_per_tok"),
+        ("--model.init_args.backbone.vocab_size=100", "vocab_size"),
+        ("--model.init_args.optimizer.learning_rate=-1", "model.optimizer.learning_rate: -1"),
+        ("--model.init_args.mtp_depths=0", "model.mtp_depths: 0"),
+        ("--model.init_args.schedule.warmup_tokens=100000", "model.schedule: warmup_tokens + decay_tokens"),
+        ("--model.init_args.optimizer.learnin_rate=1", "unknown key model.init_args.optimizer.learnin_rate"),
+    ],
+)
+def test_mistakes_in_model_and_data_cost_one_line(program, run_file, tmp_path, option, answer):
+    result = start(program, run_file, tmp_path, option)
+    assert result.code == 2, result.output
+    last = result.output.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert answer in last
+    assert "Traceback" not in result.output
