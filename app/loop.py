@@ -27,8 +27,17 @@ class StepLoop(_TrainingEpochLoop):
 
     @property
     def is_last_step(self) -> bool:
-        """Whether the run has no step left."""
-        return self._is_training_done
+        """Whether the run has no step left, or is asked to stop (by a time limit, or a callback of the user)."""
+        return self._is_training_done or self.trainer.should_stop
+
+    @property
+    def done(self) -> bool:
+        """Whether to leave the loop: never inside an accumulation window, whose gradients would be lost."""
+        return not self._inside_window and super().done
+
+    @property
+    def _inside_window(self) -> bool:
+        return self.batch_progress.current.ready % self.trainer.accumulate_grad_batches != 0
 
     def validate(self) -> None:
         """Run a full validation now, without touching the state of training or its random numbers."""

@@ -66,7 +66,7 @@ class Checkpoint(StepCallback):
         checkpoint["about"] = {
             "step": trainer.global_step,
             "last_step": step_loop(trainer).last_step,
-            "finished": step_loop(trainer).is_last_step,
+            "finished": trainer.global_step >= step_loop(trainer).last_step,
             "tokens": data.tokens_at(trainer.global_step),
             "metrics": {
                 name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")

@@ -20,7 +20,7 @@ class StepLoop(Protocol):
 
     @property
     def is_last_step(self) -> bool:
-        """Whether the run has no step left."""
+        """Whether the run has no step left, or is asked to stop."""
         ...
 
     def validate(self) -> None:

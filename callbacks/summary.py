@@ -5,7 +5,7 @@ import time
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.console import duration, number
-from callbacks.step import StepCallback
+from callbacks.step import StepCallback, step_loop
 
 
 class Summary(StepCallback):
@@ -26,7 +26,9 @@ class Summary(StepCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         tokens = data.tokens_at(trainer.global_step) - data.tokens_at(self._first_step)
         passed = duration(time.perf_counter() - self._started)
-        print(f"finished after step {trainer.global_step}: {number(tokens)} tokens in {passed}", flush=True)
+        last = step_loop(trainer).last_step
+        state = "finished" if trainer.global_step >= last else f"stopped before step {last}; the same command goes on"
+        print(f"step {trainer.global_step}: {number(tokens)} tokens in {passed}, {state}", flush=True)
         reached = trainer.callback_metrics.get("validation/bits_per_byte")
         gzip = getattr(data, "gzip_bits_per_byte", None)
         if reached is not None and gzip:

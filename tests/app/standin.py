@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -250,3 +250,18 @@ class Data(LightningDataModule):
         return DataLoader(Rows(8, 10**6), batch_size=4)
 
     test_dataloader = val_dataloader
+
+
+class Stop(Callback):
+    """Asks the run to stop inside the window after a step.
+
+    Args:
+        step: steps done by then.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 1:
+            trainer.should_stop = True

@@ -5,6 +5,7 @@ The default suite kills a few times; SUPERBOLT_KILLS=20 (the most) asks for more
 
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -174,3 +175,16 @@ def test_validate_and_test_read_the_newest_checkpoint(whole):
     assert result.code == 0, result.output
     assert f"{older}: validation after step 21" in result.output
     assert f"loss {final:.4f}" not in result.output
+
+
+def test_a_request_to_stop_ends_a_step_and_the_run_goes_on_later(program, whole, tmp_path):
+    """As Lightning's time limit does, or a callback of the user: here in the middle of step 6."""
+    run = Run(program, tmp_path / "runs")
+    result = run.start("--trainer.callbacks=[{class_path: tests.app.standin.Stop, init_args: {step: 5}}]")
+    assert result.code == 0, result.output
+    assert re.search(rf"step 6: 384 tokens in \d+s, stopped before step {STEPS}; the same command", result.output)
+    assert (run.folder / "checkpoints" / "step=00000006").is_dir()
+    result = run.start()
+    assert result.code == 0, result.output
+    assert "s, finished" in result.output
+    assert losses(run.losses) == losses(whole.losses)
