@@ -4,10 +4,11 @@ Shapes: N tokens, L width of the experts, K top-k, E experts, R = N x K rows sor
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Maps rows [R, L] sorted by expert and end rows int32 [E] to rows [R, L]."""
@@ -40,11 +41,33 @@ class LocalDispatcher:
         tokens, top_k = experts.shape
         flat = experts.flatten()
         order = flat.argsort(stable=True)
-        # Not bincount: on CUDA it asks the host for its size.
-        counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-        offsets = counts.cumsum(0).int()
-        rows = compute(x[order // top_k], offsets)
-        # Back to token order by a gather, then a sum over K: deterministic, unlike a scatter-add on CUDA.
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return torch.einsum("nkl,nk->nl", rows[back].view(tokens, top_k, -1).float(), weights).to(x.dtype)
+        # Not bincount: on CUDA it asks the host for its size.
+        counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+        rows = compute(_TakeRows.apply(x, order, back, top_k), counts.cumsum(0).int())
+        rows = _TakeRows.apply(rows, back, order, 1).view(tokens, top_k, -1)
+        return torch.einsum("nkl,nk->nl", rows.float(), weights).to(x.dtype)
+
+
+class _TakeRows(Function):
+    """`x[index // copies]` for a permutation `index` of len(x) x copies, with its inverse known.
+
+    The gradient is then a gather and a sum over the copies, in a fixed order. Plain indexing adds it up with atomic
+    operations, on a CPU with several threads too: the same run would give other weights each time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[index // copies]
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
+        return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
