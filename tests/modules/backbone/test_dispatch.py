@@ -42,3 +42,24 @@ def test_weighs_in_fp32_and_returns_the_input_dtype() -> None:
     out = LocalDispatcher()(x, weights, torch.tensor([[0, 1]]), 2, lambda rows, _: rows * signs)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, torch.full((1, 4), 2**-12).bfloat16())
+
+
+def test_gradients_repeat_bit_for_bit_on_two_threads() -> None:
+    """Rows of one token meet in its gradient: added up atomically, their order would change from run to run."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 128, generator=generator, requires_grad=True)
+    weights = torch.rand(4096, 4, generator=generator)
+    experts = torch.rand(4096, 16, generator=generator).topk(4).indices
+    probe = torch.randn(4096, 128, generator=generator)
+
+    def gradient() -> Tensor:
+        out = LocalDispatcher()(x, weights, experts, 16, lambda rows, _: rows * 1.5)
+        return torch.autograd.grad((out * probe).sum(), x)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(10))
+    finally:
+        torch.set_num_threads(threads)
