@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
+from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import PackedBatch, TrainingData
@@ -144,7 +145,7 @@ class StageModule(LightningModule):
         if self.compile_layers:
             if strategy.root_device.type != "cuda":
                 raise ValueError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
-            for layer in network.backbone.layers:
+            for layer in filter(lambda module: isinstance(module, Layer), network.modules()):
                 layer.compile()
         strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
         network.to_empty(device=strategy.root_device)
@@ -188,7 +189,7 @@ class StageModule(LightningModule):
     ) -> None:
         """Clip by the global norm (the optimiser's own setting), and mark a step that is not finite as one to skip."""
         norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
-        sums = {name: self.all_reduce(value) for name, value in self._sums.items()}
+        sums = dict(zip(self._sums, self.all_reduce(torch.stack([*self._sums.values()])), strict=True))
         skip = ~(torch.isfinite(norm) & torch.isfinite(sums["training/loss"]))
         cast(AdamW, optimizer).found_inf = skip.float()
         self.skipped_steps += skip
@@ -222,9 +223,10 @@ class StageModule(LightningModule):
     def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""
         if self.trainer.logger is not None:
-            self.trainer.logger.log_metrics(
-                {name: float(value) for name, value in metrics.items()}, self.trainer.global_step
-            )
+            values = torch.stack(
+                [torch.as_tensor(value).float().to(self.device) for value in metrics.values()]
+            ).tolist()
+            self.trainer.logger.log_metrics(dict(zip(metrics, values, strict=True)), self.trainer.global_step)
 
     @property
     def _log_interval(self) -> int:

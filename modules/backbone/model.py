@@ -29,8 +29,8 @@ class Output(NamedTuple):
     mtp_hidden: list[Tensor]
     """M tensors [B, T, D]: the normalised hidden state of each MTP depth."""
     router: list[Routing]
-    """One `Routing` per router of `Network.routers()`, in that order; the MTP routers' counts are summed over depths
-    and their probabilities averaged."""
+    """One `Routing` per router of `Network.routers()`, in that order; those of the MTP block have B x M rows, one for
+    each row and depth."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Network(nn.Module):
             routings.append(routing)
         merged = [
             Routing(
-                torch.stack([routing.probabilities for routing in layer]).mean(0),
-                torch.stack([routing.counts for routing in layer]).sum(0),
+                torch.cat([routing.probabilities for routing in layer]),
+                torch.cat([routing.counts for routing in layer]),
             )
             for layer in zip(*routings, strict=True)
         ]

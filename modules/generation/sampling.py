@@ -16,7 +16,6 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
-    stop_token: int | None = None,
 ) -> list[list[int]]:
     """Continue prompts.
 
@@ -26,7 +25,6 @@ def sample(
         max_new_tokens: tokens to add at most.
         temperature: divides the logits; 0 takes the most likely token.
         generator: CPU generator of the draws, used in row order.
-        stop_token: id that ends a continuation (it is kept), or None.
 
     Returns:
         The new tokens of each prompt.
@@ -41,18 +39,15 @@ def sample(
     device = next(network.parameters()).device
     added: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
-        open_rows = [row for row, tokens in enumerate(added) if not tokens or tokens[-1] != stop_token]
-        if not open_rows:
-            break
-        texts = [prompts[row] + added[row] for row in open_rows]
+        texts = [prompt + new for prompt, new in zip(prompts, added, strict=True)]
         # Rows end at different positions; what follows a row's end cannot influence it (the network is causal).
         width = max(map(len, texts))
         tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
         hidden = network(tokens).hidden
         last = torch.tensor([len(text) - 1 for text in texts], device=device)
         logits = network.logits(hidden[torch.arange(len(texts), device=device), last])
-        for row, token in zip(open_rows, _choose(logits, temperature, generator), strict=True):
-            added[row].append(token)
+        for new, token in zip(added, _choose(logits, temperature, generator), strict=True):
+            new.append(token)
     return added
 
 

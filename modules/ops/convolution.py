@@ -1,6 +1,6 @@
 """Depthwise causal convolution with SiLU that does not cross document borders.
 
-A few shifted multiply-adds: with 4 taps this beats a grouped `conv1d` on a CPU and needs no foreign kernel on CUDA.
+A few shifted multiply-adds: with 4 taps this beats a grouped `conv1d` on a CPU, and it runs on CUDA as it is.
 Shapes: B rows, T positions, C channels, k taps.
 """
 
@@ -25,14 +25,15 @@ def causal_convolution(
     Returns:
         [B, T, C] in the dtype of `x`.
     """
-    taps = weight.shape[1]
-    out = x * weight[:, -1].to(x.dtype)
+    taps, dtype = weight.shape[1], x.dtype
+    x = x.float()  # sums in fp32, rounded once, as fused kernels do
+    out = x * weight[:, -1]
     for shift in range(1, min(taps, x.shape[1])):
-        term = x[:, :-shift] * weight[:, taps - 1 - shift].to(x.dtype)
+        term = x[:, :-shift] * weight[:, taps - 1 - shift]
         if documents is not None:
             same = documents.ids[:, shift:] == documents.ids[:, :-shift]
             term = torch.where(same.unsqueeze(-1), term, 0)
         out = out + F.pad(term, (0, 0, shift, 0))
     if bias is not None:
-        out = out + bias.to(x.dtype)
-    return F.silu(out)
+        out = out + bias
+    return F.silu(out).to(dtype)

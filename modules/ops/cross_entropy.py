@@ -33,6 +33,8 @@ def linear_cross_entropy(
         (sum over tokens of weight x nats, fp32 scalar, differentiable in `hidden` and `weight`;
         nats of each token, fp32 [N], 0 where ignored, detached).
     """
+    if not torch.is_grad_enabled():  # a Function is told that gradients are needed even then
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights)
 
 

@@ -4,7 +4,7 @@ Per head, with state h in R^[P, N]:  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,
 where dt = softplus(dt + dt_bias) in fp32, and h is zero at the start of each document.
 
 Portable: the chunked form. Inside a chunk everything is batched matmuls (C B^T once per group, never expanded to
-heads); a short loop carries the states from chunk to chunk in fp32. Fast: mamba-ssm's Triton kernel on CUDA.
+heads); a short loop carries the states from chunk to chunk in fp32. Fast: mamba-ssm's Triton kernel on CUDA in bf16.
 Shapes: B rows, T positions, H heads, P head dim, G groups, R = H / G heads per group, N state, c chunks of q positions.
 """
 
@@ -44,7 +44,7 @@ def ssd(
         y [B, T, H, P] in the dtype of `x`.
     """
     kernel = ssd_kernel()
-    if kernel is not None and x.is_cuda:
+    if kernel is not None and x.is_cuda and x.dtype != torch.float32:  # its fp32 products would be TF32
         ids = None if documents is None else documents.ids
         return kernel(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True, seq_idx=ids)
     dt = F.softplus(dt.float() + dt_bias)

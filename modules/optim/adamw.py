@@ -83,7 +83,6 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
         Two parameter groups.
     """
     decayed, free = [], []
-    for name, parameter in network.named_parameters():
-        kept = parameter.ndim < 2 or name.endswith(".bias")
-        (free if kept else decayed).append(parameter)
+    for parameter in network.parameters():
+        (free if parameter.ndim < 2 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -16,8 +16,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         max_norm: the bound; None: only measure.
 
     Returns:
-        The norm before clipping, fp32 scalar, equal on all ranks (NaN or inf where a gradient is not finite: then
-        the gradients are left as they are in value, that is not finite).
+        The norm before clipping, fp32 scalar, equal on all ranks (NaN or inf where a gradient is not finite: the
+        gradients are worthless then; skip the step).
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     layouts: dict[object, list[Tensor]] = {}

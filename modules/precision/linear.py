@@ -1,7 +1,8 @@
 """The modules that compute matrix products, each in a format of its own.
 
-Master weights stay fp32; a module casts its weight and its input to its format and returns its result in it. So one
-process, FSDP2 (which gathers weights in the same dtype) and every stage compute the same, without autocast.
+Master weights stay fp32; a module casts its weight and its input to its format and returns its result in it. So the
+forward pass of one process, of FSDP2 (which gathers weights in the same dtype) and of every stage is the same, without
+autocast.
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
 

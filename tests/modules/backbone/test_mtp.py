@@ -109,7 +109,7 @@ def test_the_main_path_does_not_depend_on_mtp() -> None:
     assert alone.mtp_hidden == []
 
 
-def test_router_counts_add_up_over_depths_and_probabilities_are_averaged() -> None:
+def test_every_depth_is_routed_on_its_own() -> None:
     network = make_network(tiny_config())
     tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -118,8 +118,10 @@ def test_router_counts_add_up_over_depths_and_probabilities_are_averaged() -> No
     assert len(network.routers()) == 3
     for depths in (1, 2, 3):
         counts, probabilities = routings[depths][-1].counts, routings[depths][-1].probabilities
-        assert (counts.sum(1) == depths * 9 * 2).all()
-        assert_close(probabilities.sum(-1), torch.ones(2, 9), 1e-5)
+        assert counts.shape[0] == 2 * depths, "a row for each row and depth"
+        assert (counts.sum(1) == 9 * 2).all()
+        assert_close(probabilities.sum(-1), torch.ones(2 * depths, 9), 1e-5)
+        assert torch.equal(counts[: 2 * depths - 2], routings[depths - 1][-1].counts[:] if depths > 1 else counts[:0])
         assert torch.equal(routings[depths][0].counts, routings[0][0].counts), "the backbone's are counted once"
 
 

@@ -108,7 +108,8 @@ def test_whole_network_with_mtp(rows: tuple[list[int], list[int]]) -> None:
                     states = packed.mtp_hidden[depth - 1][row, part][:length], alone.mtp_hidden[depth - 1][0][:length]
                     assert_close(*states, TOLERANCE, f"depth {depth}")
             for total, routing in zip(counts, alone.router, strict=True):
-                total[row] += routing.counts[0]
+                for depth, alone_counts in enumerate(routing.counts):  # the MTP block has one row for each depth
+                    total[depth * len(batch.tokens) + row] += alone_counts
     for routing, total in zip(packed.router, counts, strict=True):
         assert torch.equal(routing.counts, total)
 

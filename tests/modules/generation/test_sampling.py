@@ -55,21 +55,6 @@ def test_frequencies_follow_the_tempered_distribution(network) -> None:
     assert (observed - logits.softmax(-1)).abs().sum() > 2 * (observed - expected).abs().sum(), "temperature counts"
 
 
-def test_a_stop_token_ends_its_row_only_and_is_kept(network) -> None:
-    free = sample(network, PROMPTS, 12, 0.0, generator())
-    stop = free[0][2]
-    stopped = sample(network, PROMPTS, 12, 0.0, generator(), stop_token=stop)
-    for whole, tokens in zip(free, stopped, strict=True):
-        end = whole.index(stop) + 1 if stop in whole else 12
-        assert tokens == whole[:end]
-    assert stopped[0] == free[0][: free[0].index(stop) + 1]
-
-
-def test_a_stop_token_in_the_prompt_does_not_stop(network) -> None:
-    prompt = PROMPTS[0]
-    assert sample(network, [prompt], 1, 0.0, generator(), stop_token=prompt[-1]) == [greedy(network, prompt, 1)]
-
-
 def test_nothing_to_add(network) -> None:
     assert sample(network, PROMPTS, 0, 0.0, generator()) == [[], [], []]
 
