@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.step import StepCallback, check_interval, is_due, step_loop
 
+STEP_FOLDER = re.compile(r"step=\d{8,}")
+
 
 class Checkpoint(StepCallback):
     """Saves the run so that it can go on exactly where it was.
@@ -76,7 +78,10 @@ class Checkpoint(StepCallback):
         }
 
     def _remove_old(self, trainer: Trainer, parent: Path) -> None:
+        """Keep the newest up to this step; a later one was damaged when the run went back behind it."""
         if trainer.is_global_zero:
-            found = sorted(path for path in parent.glob("step=*") if re.fullmatch(r"step=\d{8,}", path.name))
-            for path in found[: -self.keep_last]:
-                trainer.strategy.remove_checkpoint(path)
+            found = {path: int(path.name[5:]) for path in parent.glob("step=*") if STEP_FOLDER.fullmatch(path.name)}
+            steps = sorted(step for step in found.values() if step <= trainer.global_step)[-self.keep_last :]
+            for path, step in found.items():
+                if step not in steps:
+                    trainer.strategy.remove_checkpoint(path)

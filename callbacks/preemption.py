@@ -1,8 +1,9 @@
-"""What happens when a scheduler takes the machine away: finish the step, save, leave with exit code 0.
+"""What happens when a scheduler takes the machine away: finish the step, save, leave with exit code 143.
 
 The signal handler only notes the signal. Every rank asks at the end of each step whether any rank has got one, so that
-all stop at the same step; no collective ever runs inside a handler. The answer of a step is read at the next one, so
-that a GPU is not waited for.
+all stop at the same step; no collective ever runs inside a handler. The question travels between the hosts (gloo), and
+its answer is read a step later, so that no GPU is waited for. 143 is what a program that SIGTERM ended returns: what
+comes after the run in a script must not take half a model for a whole one.
 """
 
 import os
@@ -18,6 +19,7 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.step import StepCallback, step_loop
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Preemption(StepCallback):
@@ -45,7 +47,7 @@ class Preemption(StepCallback):
         """Save and exit if any rank has got a signal.
 
         Raises:
-            SystemExit: with code 0, after the checkpoint.
+            SystemExit: with code 143, after the checkpoint.
         """
         if self._any_rank_received(trainer) and not step_loop(trainer).is_last_step:
             path = self.checkpoint.save(trainer)
@@ -53,7 +55,7 @@ class Preemption(StepCallback):
                 why = self.received or "a signal to another process"
                 print(f"stopped by {why} at step {trainer.global_step}: saved {path}", flush=True)
                 print("The same command goes on from there.", flush=True)
-            sys.exit(0)
+            sys.exit(EXIT_CODE)
 
     def _any_rank_received(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
@@ -64,7 +66,7 @@ class Preemption(StepCallback):
             if work is not None:
                 work.wait()
             answer = bool(flag.item())
-        flag = torch.tensor(int(self.received is not None), device=trainer.strategy.root_device)
+        flag = torch.tensor(int(self.received is not None))
         self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
         return answer
 

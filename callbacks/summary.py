@@ -33,4 +33,6 @@ class Summary(StepCallback):
         gzip = getattr(data, "gzip_bits_per_byte", None)
         if reached is not None and gzip:
             print(f"held-out text: {float(reached):.3f} bits per byte; gzip -9 needs {gzip:.3f}", flush=True)
+        for name, used in data.consumed(trainer.global_step).items():
+            print(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs", flush=True)
         print(f"curves: tensorboard --logdir {trainer.default_root_dir}", flush=True)

@@ -7,6 +7,7 @@ worker processes and whole accumulation windows.
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -228,6 +229,9 @@ class Data(LightningDataModule):
 
     def tokens_at(self, step: int) -> int:
         return step * self.global_batch_size * LENGTH
+
+    def consumed(self, step: int) -> dict[str, SimpleNamespace]:
+        return {"rows": SimpleNamespace(rows=step * self.global_batch_size, epochs=0.5)}
 
     def sample_prompts(self, n: int, length: int) -> list[list[int]]:
         return []

@@ -115,12 +115,12 @@ def test_longer_run_equals_one_that_was_long_from_the_start(program, whole, tmp_
     assert scalars(run.folder)["training/loss"] == list(range(1, STEPS + 1))
 
 
-def test_signal_saves_and_exits_with_zero(program, whole, tmp_path):
+def test_signal_saves_and_exits_as_a_program_that_was_ended(program, whole, tmp_path):
     run = Run(program, tmp_path / "runs")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         target = run.steps_done() + 5
         result = run.start(meanwhile=kill_when(lambda target=target: run.steps_done() >= target, number=number))
-        assert result.code == 0, result.output
+        assert result.code == 143, result.output
         assert f"stopped by {number.name} at step {run.steps_done()}" in result.output
         assert (run.folder / "checkpoints" / f"step={run.steps_done():08d}").is_dir()
     assert run.start().code == 0

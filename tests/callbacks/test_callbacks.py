@@ -27,6 +27,21 @@ def test_options_out_of_range_are_refused(make, message):
         make()
 
 
+def test_the_newest_up_to_this_step_are_kept(tmp_path):
+    """A later checkpoint is one that was damaged: counting it would delete good ones in its place."""
+    for step in (50, 100, 150, 200):
+        (tmp_path / f"step={step:08d}").mkdir()
+    (tmp_path / "step=00000300.partial").mkdir()
+    strategy = SimpleNamespace(remove_checkpoint=lambda path: path.rmdir())
+    trainer = SimpleNamespace(global_step=150, is_global_zero=True, strategy=strategy)
+    Checkpoint(keep_last=2)._remove_old(trainer, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step=00000100",
+        "step=00000150",
+        "step=00000300.partial",
+    ]
+
+
 @pytest.mark.parametrize(("step", "last", "due"), [(4, 10, True), (5, 10, False), (8, 10, True), (10, 10, True)])
 def test_something_is_due_at_its_interval_and_at_the_end(step, last, due):
     loop = SimpleNamespace(is_last_step=step == last)
