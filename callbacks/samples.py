@@ -9,6 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.step import StepCallback
 from modules.generation.sampling import sample
 
+LONGEST_PROMPT = 256
+"""Tokens that a prepared corpus keeps of the beginnings of held-out documents."""
+
 
 class Samples(StepCallback):
     """Continues the data's sample prompts at each validation.
@@ -36,6 +39,8 @@ class Samples(StepCallback):
         ):
             if value < least:
                 raise ValueError(f"samples.{key} is {value}: it must be at least {least}")
+        if prompt_tokens > LONGEST_PROMPT:
+            raise ValueError(f"samples.prompt_tokens is {prompt_tokens}: it must be at most {LONGEST_PROMPT}")
         if temperature < 0:
             raise ValueError(f"samples.temperature is {temperature}: it must not be negative")
         self.prompts, self.prompt_tokens = prompts, prompt_tokens

@@ -18,6 +18,7 @@ from callbacks.validation import Validation
         (lambda: Checkpoint(keep_last=0), r"checkpoint\.keep_last is 0"),
         (lambda: Samples(prompts=0), r"samples\.prompts is 0"),
         (lambda: Samples(prompt_tokens=0), r"samples\.prompt_tokens is 0"),
+        (lambda: Samples(prompt_tokens=257), r"samples\.prompt_tokens is 257"),
         (lambda: Samples(max_new_tokens=-1), r"samples\.max_new_tokens is -1"),
         (lambda: Samples(temperature=-0.1), r"samples\.temperature is -0\.1"),
     ],
