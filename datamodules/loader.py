@@ -9,7 +9,11 @@ of the training process, no second import per worker.
 Shapes: B rows of a micro-batch, T tokens in a row, M MTP depths.
 """
 
+import functools
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -173,6 +177,21 @@ def _load(windows: Windows, steps: range, workers: int) -> Iterator[list[PackedB
         num_workers=workers,
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=functools.partial(_end_with, os.getpid()),
         generator=torch.Generator(),  # else it draws its seed from the global generator: a resumed run would differ
     )
     return iter(loader)
+
+
+def _end_with(trainer: int, worker: int) -> None:
+    """Let a worker end when the process `trainer` does, killed or not: its parent, the fork server, waits for it."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(trainer, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,16 @@ def test_validation_has_equal_batches_everywhere_and_every_row_once(
     whole = build_batch([reader.read(n) for _, n in rows], 0, 1)
     assert total == whole.counts[0]
     assert sorted(seen) == sorted(whole.tokens.tolist())
+
+
+def test_a_worker_ends_with_a_killed_trainer():
+    """Its parent is the fork server, which would keep it (and its memory) for ever."""
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    code = f"import time; from datamodules.loader import _end_with; _end_with({trainer.pid}, 0); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        trainer.kill()
+        trainer.wait()
+        assert worker.wait(timeout=50) == 1
+    finally:
+        worker.kill()
