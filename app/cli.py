@@ -156,6 +156,12 @@ class RunCLI(LightningCLI):
         """Parse the command line."""
         self.config = parser.parse_args(args)
 
+    def _set_seed(self) -> None:
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything: {seed} must lie between 0 and 2**32 - 1")
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: Lightning would overwrite it with what a checkpoint holds."""
 
@@ -215,7 +221,10 @@ class RunCLI(LightningCLI):
 
         config = self.config_text()
         checkpoint = self._newest()
-        if checkpoint is not None and self._is_finished(checkpoint, differences(checkpoint, config)):
+        changes = differences(checkpoint, config) if checkpoint is not None else []
+        if checkpoint is None or changes:
+            self._check_values()
+        if checkpoint is not None and self._is_finished(checkpoint, changes):
             return
         step = folder.step_of(checkpoint) if checkpoint is not None else 0
         self._prepare_folder(config)
@@ -225,6 +234,13 @@ class RunCLI(LightningCLI):
         trainer = self._build([RandomState(), Startup(), *groups.values(), preemption, Summary()], logger)
         logger.trainer = trainer
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
+
+    def _check_values(self) -> None:
+        """Let the classes refuse what they must before anything is printed or written."""
+        if self.config.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps: 0 trains nothing; give a positive number, or -1 for the whole run")
+        for key in ("model", "data", *CALLBACKS):
+            self.instantiate(key)
 
     def validate(self) -> None:
         """Print the validation metrics of the run's newest checkpoint, or of `--ckpt_path`."""

@@ -4,6 +4,7 @@ A mistake (a `ValueError` raised by our code, a file that is not there, a full d
 code 2; everything else keeps its traceback and exits with 1, because somebody will have to read it.
 """
 
+import errno
 import re
 import traceback
 from pathlib import Path
@@ -12,6 +13,8 @@ PROJECT = Path(__file__).parent.parent
 PACKAGES = ("app", "callbacks", "datamodules", "modules")
 NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
 """Kinds of OSError that no edit of a file or key mends."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_MEND = "make room, then start the same command again: what was written before is complete"
 FROM_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n")
 LONGEST = 600
 """Characters of a message that are shown: about three lines of a wide terminal."""
@@ -48,9 +51,8 @@ def shorten(message: str) -> str:
 
 
 def _os_error(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
+    text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    return f"{text}; {FULL_DISK_MEND}" if error.errno in FULL_DISK else text
 
 
 def _builtin_error(name: str) -> type:

@@ -78,7 +78,10 @@ class RunLogger(Logger):
     def save(self) -> None:
         """Hand all points to the operating system: they survive a kill of the program."""
         if self._writer is not None:
-            self._writer.flush()
+            try:
+                self._writer.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror or str(error), self.save_dir) from error
 
     @rank_zero_only
     def sync(self) -> None:

@@ -41,7 +41,7 @@ class Samples(StepCallback):
                 raise ValueError(f"samples.{key} is {value}: it must be at least {least}")
         if prompt_tokens > LONGEST_PROMPT:
             raise ValueError(f"samples.prompt_tokens is {prompt_tokens}: it must be at most {LONGEST_PROMPT}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"samples.temperature is {temperature}: it must not be negative")
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.max_new_tokens = max_new_tokens

@@ -38,6 +38,12 @@ class Pretraining(StageModule):
                 f"model.mtp_depths: {mtp_depths} does not fit model.backbone.num_nextn_predict_layers "
                 f"{backbone.num_nextn_predict_layers}; set both or neither to 0"
             )
+        for key, value in (
+            ("mtp_loss_factor", mtp_loss_factor),
+            ("auxiliary_loss_coefficient", auxiliary_loss_coefficient),
+        ):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{key}: {value} must be finite and not negative")
         self.mtp_depths, self.mtp_loss_factor = mtp_depths, mtp_loss_factor
         self.auxiliary_loss_coefficient = auxiliary_loss_coefficient
         self._counts: Tensor | None = None

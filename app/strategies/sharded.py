@@ -9,11 +9,12 @@ when devices are added. It differs from Lightning's ModelParallelStrategy in thr
   optimiser's settings to the YAML file, and are compared with the model before a single tensor is read.
 """
 
+import io
 import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 
 from app.strategies import folder
 from app.strategies.reader import SafeReader
+from modules.backbone.model import ShardingUnit
 
 ABOUT = "about"
 """Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
@@ -39,20 +41,6 @@ OTHER_STATE = "meta.pt"
 TIMEOUT = timedelta(minutes=30)
 MODEL = "model."
 OPTIMIZER = "optimizer."
-
-
-class ShardingUnit(Protocol):
-    """Modules that FSDP2 gathers together (`Network.sharding_units()` yields them, inner ones first)."""
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Modules of the unit."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Type in which the parameters are gathered; None: as stored."""
-        ...
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -65,8 +53,12 @@ class ShardedStrategy(ModelParallelStrategy):
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
-        super()._configure_launcher()
         environment = self.cluster_environment
+        if isinstance(environment, LightningEnvironment) and self.num_nodes > 1:
+            raise ValueError(
+                f"trainer.num_nodes: {self.num_nodes} machines need torchrun or srun to start the command on each"
+            )
+        super()._configure_launcher()
         if self._launcher is None or self.num_processes == 1 or not isinstance(environment, LightningEnvironment):
             return
         # Hold the port from now on. Lightning looks for a free one, lets it go and takes it again seconds later, when
@@ -184,15 +176,17 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             _run_collectively(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial)))
             if self.is_global_zero:
-                torch.save(checkpoint, partial / OTHER_STATE)
+                content = io.BytesIO()  # torch's own file writer hides why it could not write
+                torch.save(checkpoint, content)
+                (partial / OTHER_STATE).write_bytes(content.getbuffer())
                 for path in attachments:
                     copy = shutil.copytree if Path(path).is_dir() else shutil.copyfile
                     copy(path, partial / Path(path).name)
                 folder.publish(target, about)
-        except OSError:
+        except OSError as error:
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise OSError(error.errno, error.strerror or str(error), str(error.filename or target)) from error
         self.barrier()
 
     def remove_checkpoint(self, filepath: str | os.PathLike) -> None:

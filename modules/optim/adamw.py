@@ -1,5 +1,6 @@
 """AdamW whose step can be skipped on the device, and the parameter groups it is used with."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +31,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.learning_rate <= 0:
-            raise ValueError(f"model.optimizer.learning_rate: {self.learning_rate} must be positive")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"model.optimizer.learning_rate: {self.learning_rate} must be positive and finite")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"model.optimizer.betas: {self.betas} must lie in [0, 1)")
-        if self.epsilon <= 0:
+        if not self.epsilon > 0:
             raise ValueError(f"model.optimizer.epsilon: {self.epsilon} must be positive")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"model.optimizer.weight_decay: {self.weight_decay} must not be negative")
-        if self.gradient_clip_norm is not None and self.gradient_clip_norm <= 0:
+        if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
             raise ValueError(f"model.optimizer.gradient_clip_norm: {self.gradient_clip_norm} must be positive or null")
 
 

@@ -112,6 +112,9 @@ MISTAKES = {
         "unknown key model.init_args.widht; did you mean width?",
     ),
     "unknown option": (RUN_FILE, ["--nmae", "x"], "unknown key nmae; did you mean name?"),
+    "a seed out of range": (RUN_FILE, ["--seed_everything=-1"], "seed_everything: -1 must lie between"),
+    "no steps": (RUN_FILE, ["--trainer.max_steps=0"], "trainer.max_steps: 0 trains nothing"),
+    "machines without a launcher": (RUN_FILE, ["--trainer.num_nodes=2"], "trainer.num_nodes: 2 machines need torchrun"),
     "unknown key of an extra callback": (
         RUN_FILE.replace(
             "devices: 1",
@@ -204,7 +207,7 @@ def test_full_disk_keeps_the_checkpoints_that_are_there(program: Program, tmp_pa
     result = python("-c", code, *common, OMP_NUM_THREADS="1")
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "File too large" in result.stderr.splitlines()[-1]
+    assert "step=00000006: File too large; make room" in result.stderr.splitlines()[-1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=00000003"]
     assert program.run(*common).code == 0
 

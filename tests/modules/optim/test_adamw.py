@@ -112,6 +112,8 @@ def test_groups_decay_matrices_only() -> None:
     ("key", "value"),
     [
         ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
         ("betas", (0.9, 1.0)),
         ("betas", (-0.1, 0.9)),
         ("epsilon", 0.0),
