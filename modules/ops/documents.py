@@ -16,16 +16,38 @@ class DocumentLayout:
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
+        self._spaced: dict[int, Tensor] = {}
+
+    @staticmethod
+    def of_rows(rows: int, length: int, device: torch.device) -> "DocumentLayout":
+        """Return the layout in which each of B rows of T positions is one document."""
+        return DocumentLayout(torch.zeros(rows, length, dtype=torch.int32, device=device))
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """bool [B x T]: whether a document starts at the position."""
+        starts = torch.ones_like(self.ids, dtype=torch.bool)
+        starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
+        return starts.flatten()
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
         """int32 [n + 1]: start of each document in the flattened [B x T] positions, then B x T."""
-        starts = torch.ones_like(self.ids, dtype=torch.bool)
-        starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         end = torch.tensor([self.ids.numel()], device=self.ids.device)
-        return torch.cat([starts.flatten().nonzero().flatten(), end]).int()
+        return torch.cat([self.starts.nonzero().flatten(), end]).int()
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]]:
         """(start, end) of each document in the flattened [B x T] positions, on the host."""
         return list(itertools.pairwise(self.boundaries.tolist()))
+
+    def spaced_positions(self, gap: int) -> Tensor:
+        """Return int64 [B x T]: where each position lies when `gap` positions are put in before each document."""
+        if gap not in self._spaced:
+            places = torch.arange(len(self.starts), device=self.ids.device)
+            self._spaced[gap] = places + gap * self.starts.cumsum(0)
+        return self._spaced[gap]
+
+    def spaced_length(self, gap: int) -> int:
+        """Return the positions of all documents with `gap` more before each and at the end."""
+        return self.ids.numel() + gap * (len(self.spans) + 1)
