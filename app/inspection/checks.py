@@ -54,7 +54,7 @@ def _check_documents(row: Row, view: BatchView) -> Iterator[tuple[str, int | Non
         tokens = row.tokens[document.start : document.end]
         chat = vocabulary.chat_start_id is not None and bool((tokens == vocabulary.chat_start_id).any())
         if document.id in seen:
-            yield "document id comes back after another one, its parts do not see each other everywhere", document.start
+            yield "document id comes back after another document's", document.start
         seen.add(document.id)
         if chat and document.with_loss >= document.length - 1:
             yield "conversation with loss on every token, prompts included", document.start

@@ -6,13 +6,12 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 from app.inspection.tokens import Token
 from app.inspection.view import BatchView, Document, Row, caption, heading, summary
 from modules.batch import IGNORED_LABEL
 
-MARKS = "«» special token, ⟦⟧ no loss, ⟨⟩ bytes of a character or hidden characters, ↵ line break, ⇥ tabulator"
+MARKS = "⟦⟧ no loss  «» special token  ⟨⟩ bytes of a character, or a hidden one  ↵ line break  ⇥ tabulator"
 SHOWN_DOCUMENTS = 3
 """Documents of a row that are shown unless all are asked for."""
 HEAD_TOKENS, TAIL_TOKENS = 80, 40
@@ -20,7 +19,7 @@ HEAD_TOKENS, TAIL_TOKENS = 80, 40
 TABLE_ENDS = 2
 """First and last tokens of a document whose targets are listed unless all are asked for."""
 
-BOLD, DIM, RED, GREEN, YELLOW, MAGENTA, CYAN = "1", "2", "31", "32", "33", "1;35", "36"
+BOLD, DIM, RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN = "1", "2", "31", "32", "33", "1;34", "1;35", "36"
 _STYLES = {"special": MAGENTA, "bytes": YELLOW, "unknown": RED}
 
 
@@ -68,111 +67,91 @@ def write_rows(view: BatchView, rows: Sequence[Row], full: bool, paper: Paper) -
     """
     lines = ["", paper.paint(MARKS, DIM)]
     for row in rows:
-        lines += ["", paper.paint(f"row {row.number}", BOLD) + f"  {heading(row)}"]
-        tokens, targets = row.shown(view.vocabulary), row.targets(view.depths)
-        shown = row.documents if full else row.documents[:SHOWN_DOCUMENTS]
-        for number, document in enumerate(shown):
-            lines += _document(document, number, row, view, tokens, targets, full, paper)
-        if left := len(row.documents) - len(shown):
-            lines += ["", f"  {left} more (--full true)"]
+        lines += _RowWriter(row, view, full, paper).write()
     if left := len(view.rows) - len(rows):
         lines += ["", f"{left:,} of the {len(view.rows):,} rows are not shown (--rows 0-{len(view.rows) - 1}, or all)"]
     return lines
 
 
-def _document(
-    document: Document,
-    number: int,
-    row: Row,
-    view: BatchView,
-    tokens: list[Token],
-    targets: list[list[int]],
-    full: bool,
-    paper: Paper,
-) -> list[str]:
-    lines = ["", "  " + paper.paint(caption(document, number), CYAN)]
-    if document.padding:
+class _RowWriter:
+    """Writes one row."""
+
+    def __init__(self, row: Row, view: BatchView, full: bool, paper: Paper) -> None:
+        self.row, self.view, self.full, self.paper = row, view, full, paper
+        self.tokens = row.shown(view.vocabulary)
+        self.targets = row.targets(view.depths)
+
+    def write(self) -> list[str]:
+        """Return the lines of the row."""
+        documents = self.row.documents
+        shown = documents if self.full else documents[:SHOWN_DOCUMENTS]
+        lines = ["", self.paper.paint(f"row {self.row.number}", BOLD) + f"  {heading(self.row)}"]
+        for number, document in enumerate(shown):
+            lines += ["", "  " + self.paper.paint(caption(document, number), BLUE)]
+            lines += [] if document.padding else [*self._text(document), *self._table(document)]
+        if left := documents[len(shown) :]:
+            positions = sum(document.length for document in left)
+            lines += ["", f"  and {len(left)} more with {positions:,} positions (--full true shows all)"]
         return lines
-    positions = range(document.start, document.end)
-    head, tail = positions, positions[:0]
-    if not full and document.length > HEAD_TOKENS + TAIL_TOKENS:
-        head, tail = positions[:HEAD_TOKENS], positions[-TAIL_TOKENS:]
-    lines += _text(head, tokens, targets[0], full, paper)
-    if tail:
-        lines += [
-            "  " + paper.paint(f"... {document.length - len(head) - len(tail):,} tokens ...", DIM),
-            *_text(tail, tokens, targets[0], full, paper),
-        ]
-    if full or document.length <= 2 * TABLE_ENDS:
-        listed: list[int | None] = list(positions)
-    else:
-        listed = [*positions[:TABLE_ENDS], None, *positions[-TABLE_ENDS:]]
-    return lines + _table(listed, row, view, tokens, targets, paper)
 
+    def _text(self, document: Document) -> list[str]:
+        """Return the text of a document, its middle left out unless all is asked for."""
+        positions = range(document.start, document.end)
+        left_out = document.length - HEAD_TOKENS - TAIL_TOKENS
+        if self.full or left_out <= 0:
+            return self._flow(positions)
+        gap = "  " + self.paper.paint(f"... {left_out:,} tokens ...", DIM)
+        return [*self._flow(positions[:HEAD_TOKENS]), gap, *self._flow(positions[-TAIL_TOKENS:])]
 
-def _text(positions: range, tokens: list[Token], labels: list[int], breaks: bool, paper: Paper) -> list[str]:
-    """Return the running text of tokens, wrapped; line breaks of the text break lines only if `breaks`."""
-    pieces: list[tuple[str, str]] = []
-    masked = False
-    for position, alternate in zip(positions, cycle(("", CYAN))):
-        token, now_masked = tokens[position], labels[position] == IGNORED_LABEL
-        text = (
-            (token.text.replace("\t", "   ") if breaks else token.line)
-            if token.kind != "special"
-            else f"«{token.text}»"
-        )
-        opening = "⟦" if now_masked and not masked else ""
-        if masked and not now_masked:
-            pieces.append(("⟧", DIM))
-        style = DIM if now_masked else _STYLES.get(token.kind, alternate)
-        pieces.append((opening + text, style))
-        masked = now_masked
-    if masked:
-        pieces.append(("⟧", DIM))
-    return _wrap(pieces, paper)
+    def _flow(self, positions: range) -> list[str]:
+        """Return the running text of tokens, wrapped; its line breaks break lines only where all is asked for."""
+        pieces: list[tuple[str, str]] = []
+        masked = False
+        for position in positions:
+            token, now_masked = self.tokens[position], self.targets[0][position] == IGNORED_LABEL
+            if now_masked != masked:
+                pieces.append(("⟦" if now_masked else "⟧", DIM))
+            text = token.text.replace("\t", "   ") if self.full else token.line
+            style = DIM if now_masked else _STYLES.get(token.kind, CYAN if position % 2 else "")
+            pieces.append((f"«{text}»" if token.kind == "special" else text, style))
+            masked = now_masked
+        return _wrap([*pieces, ("⟧" if masked else "", DIM)], self.paper)
+
+    def _table(self, document: Document) -> list[str]:
+        """Return a line per position with id, text and the target of each loss part."""
+        names = ["label", *(f"MTP {depth}" for depth in range(1, self.view.depths + 1))]
+        width = max(12, min(24, (self.paper.width - 40) // len(names)))
+        head = f"    {'position':>8} {'id':>7}  {'token':<16} loss" + "".join(f" {name:<{width}}" for name in names)
+        lines = [self.paper.paint(head.rstrip(), DIM)]
+        positions = range(document.start, document.end)
+        if self.full or document.length <= 2 * TABLE_ENDS:
+            return lines + [self._line(position, width) for position in positions]
+        lines += [self._line(position, width) for position in positions[:TABLE_ENDS]]
+        lines.append(self.paper.paint(f"    {'...':>8}", DIM))
+        return lines + [self._line(position, width) for position in positions[-TABLE_ENDS:]]
+
+    def _line(self, position: int, width: int) -> str:
+        token, has_loss = self.tokens[position], self.targets[0][position] != IGNORED_LABEL
+        index, cell = int(self.row.tokens[position]), _fit(_quote(token), 16)
+        line = f"    {position:>8} {index:>7}  {cell} {'yes' if has_loss else 'no':<4}"
+        line += "".join(f" {_fit(_target(part[position], self.view), width)}" for part in self.targets)
+        return self.paper.paint(line.rstrip(), "" if has_loss else DIM)
 
 
 def _wrap(pieces: Iterable[tuple[str, str]], paper: Paper) -> list[str]:
     """Return styled pieces of text as lines of at most the paper's width, indented."""
     lines, line, used = [], "", 0
-    room = paper.width - 4
     for text, style in pieces:
         part = ""
         for character in text:
             size = cells(character)
-            if character == "\n" or used + size > room:
+            if character == "\n" or used + size > paper.width - 4:
                 lines.append(line + paper.paint(part, style))
                 line, part, used = "", "", 0
             if character != "\n":
-                part += character
-                used += size
+                part, used = part + character, used + size
         line += paper.paint(part, style)
-    return ["    " + text for text in [*lines, line]]
-
-
-def _table(
-    positions: list[int | None],
-    row: Row,
-    view: BatchView,
-    tokens: list[Token],
-    targets: list[list[int]],
-    paper: Paper,
-) -> list[str]:
-    """Return a line per position: id, text and the target of each loss part; None leaves a gap."""
-    names = ["label", *(f"MTP {depth}" for depth in range(1, view.depths + 1))]
-    width = max(12, min(24, (paper.width - 40) // len(names)))
-    lines = [paper.paint(f"    {'position':>8} {'id':>7}  {'token':<16} {'loss':<4}", DIM)]
-    lines[0] += paper.paint("".join(f" {name:<{width}}" for name in names).rstrip(), DIM)
-    for position in positions:
-        if position is None:
-            lines.append(paper.paint(f"    {'...':>8}", DIM))
-            continue
-        token, has_loss = tokens[position], targets[0][position] != IGNORED_LABEL
-        cell = _fit(_quote(token), 16)
-        line = f"    {position:>8} {int(row.tokens[position]):>7}  {cell} {'yes' if has_loss else 'no':<4}"
-        line += "".join(f" {_fit(_target(part[position], view), width)}" for part in targets)
-        lines.append(paper.paint(line.rstrip(), "" if has_loss else DIM))
-    return lines
+    return ["    " + text for text in ([*lines, line] if line else lines)]
 
 
 def _target(label: int, view: BatchView) -> str:

@@ -181,7 +181,7 @@ def summary(view: BatchView) -> list[tuple[str, str]]:
         middle = lengths[len(lengths) // 2]
         lines += [
             ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {middle:,}"),
-            ("cut", f"{cut:,} ({share(cut, documents)}) go on in another row: they do not end with the end token"),
+            ("cut", f"{cut:,} ({share(cut, documents)}) do not end with the end token: they go on in another row"),
         ]
     parts = ["next token", *(f"MTP depth {depth}" for depth in range(1, view.depths + 1))]
     counted = [f"{part} {count:,}" for part, count in zip(parts, view.counted, strict=True)]
