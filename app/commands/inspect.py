@@ -160,7 +160,7 @@ def saved_title(saved: "SavedBatch", file: Path) -> list[str]:
     """Return the lines that say what a saved batch is."""
     return [
         f"Step {saved.step:,}, rank {saved.rank}, saved by the spike guard",
-        f"reason: {saved.reason}",
+        f"reason: {saved.reason.replace('_', ' ')}",
         f"loss {saved.loss:.4f}, gradient norm {saved.gradient_norm:.4f}",
         f"file: {file}",
     ]

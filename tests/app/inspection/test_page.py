@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from app.inspection.page import write_page
-from app.inspection.view import BatchView
+from app.inspection.view import BatchView, build_view
+from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from tests.app.inspection.helpers import CHAT_START, EOS, NONE, batch, ids, packed, view_of
 
 VOID = {"meta"}
@@ -112,6 +113,17 @@ def test_everything_from_a_corpus_is_escaped(tmp_path: Path):
     assert nasty in page.texts["li"]
     assert sum(tag == "script" for tag, _ in page.elements) == 2
     assert page.documents["r0d0"][0] == ("s", "<|im_start|>")
+
+
+def test_a_token_that_ends_a_script_does_not_end_the_data(tmp_path: Path):
+    tokenizer = Tokenizer.train([""], SMALLEST_VOCABULARY)
+    tokenizer._inner.add_tokens(["</script>"])
+    tokenizer = Tokenizer(tokenizer._inner, EOS, 0)
+    index = tokenizer.vocab_size - 1
+    one = batch([[index, EOS]], [[EOS, NONE]], [[0, 0]], [1])
+    page = page_of(build_view([one], tokenizer, tokenizer.vocab_size, [""]), tmp_path)
+    assert page.data["vocabulary"][str(index)] == "</script>"
+    assert page.documents["r0d0"][0] == ("", "</script>")
 
 
 def test_line_breaks_and_bytes(tmp_path: Path):
