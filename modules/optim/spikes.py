@@ -130,8 +130,8 @@ class StepGuard(nn.Module):
         }
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps."""
-        return {name: getattr(self, name).cpu() for name in ("history", "spikes", "streak_spikes")}
+        """Return copies of what a checkpoint keeps."""
+        return {name: getattr(self, name).clone().cpu() for name in ("history", "spikes", "streak_spikes")}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; a window of another length takes the newest steps that both have room for."""

@@ -25,7 +25,6 @@ from tests.modules.helpers import (
     tiny_config,
 )
 
-
 GUARD = SpikeGuardConfig(window=4, minimum_steps=2)
 
 
