@@ -9,7 +9,7 @@ runs/<name>/spikes/step=00000123-rank=1.pt     several: each writes its own micr
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ FOLDER = "spikes"
 class _Step(NamedTuple):
     number: int
     reason: Tensor
-    metrics: Mapping[str, Tensor]
+    values: Tensor
+    scores: Tensor
     micro_batches: list[PackedBatch]
 
 
@@ -63,7 +64,8 @@ class SkippedBatches(Callback):
         self._window.append(batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._steps.append(_Step(trainer.global_step, pl_module.step_guard.reason, pl_module.metrics, self._window))
+        guard = pl_module.step_guard
+        self._steps.append(_Step(trainer.global_step, guard.reason, guard.values, guard.scores, self._window))
         self._window = []
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._write(trainer)
@@ -89,12 +91,13 @@ class SkippedBatches(Callback):
         folder = Path(trainer.default_root_dir) / FOLDER
         several = trainer.world_size > 1
         end = f"-rank={trainer.global_rank}.pt" if several else ".pt"
+        loss, norm = step.values.tolist()
         content = {
             "step": step.number,
             "rank": trainer.global_rank,
             "reason": reason,
-            "loss": float(step.metrics["training/loss"]),
-            "gradient_norm": float(step.metrics["training/gradient_norm"]),
+            "loss": loss,
+            "gradient_norm": norm,
             "micro_batches": [
                 {name: tensor.cpu().clone() for name, tensor in vars(batch).items()} for batch in step.micro_batches
             ],
@@ -106,25 +109,21 @@ class SkippedBatches(Callback):
             old.unlink()
         if trainer.is_global_zero:
             shown = folder / f"step={step.number:08d}-rank=*.pt" if several else path
-            print(f"{skip_line(step.number, reason, step.metrics)}; batch in {shown}", flush=True)
+            print(f"{skip_line(step.number, reason, (loss, norm), step.scores.tolist())}; batch in {shown}", flush=True)
 
 
-def skip_line(step: int, reason: str, metrics: Mapping[str, Tensor]) -> str:
+def skip_line(step: int, reason: str, values: Sequence[float], scores: Sequence[float]) -> str:
     """Return the console line of a skipped step.
 
     Args:
         step: number of the step.
         reason: one of `REASONS`.
-        metrics: of the step, by TensorBoard name.
+        values: loss and gradient norm.
+        scores: standard deviations by which these lie above the steps before.
     """
-    parts = []
-    for name, value, sigmas in (
-        ("loss", "training/loss", "training/loss_sigmas"),
-        ("gradient norm", "training/gradient_norm", "training/gradient_sigmas"),
-    ):
-        parts.append(f"{name} {float(metrics[value]):.4g}")
-        if sigmas in metrics and reason != "not_finite":
-            parts[-1] += f" ({float(metrics[sigmas]):+.1f} sigma)"
+    parts = [f"loss {values[0]:.4g}", f"gradient norm {values[1]:.4g}"]
+    if reason != "not_finite":
+        parts = [f"{part} ({score:+.1f} sigma)" for part, score in zip(parts, scores, strict=True)]
     return f"step {step} skipped, {reason.replace('_', ' ')}: {', '.join(parts)}"
 
 
@@ -132,8 +131,12 @@ def _write_file(path: Path, content: dict[str, Any]) -> None:
     data = io.BytesIO()  # torch's own file writer hides why it could not write
     torch.save(content, data)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(data.getbuffer())
-    partial.replace(path)
+    try:
+        partial.write_bytes(data.getbuffer())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _newest_first(folder: Path, end: str) -> list[Path]:

@@ -70,6 +70,8 @@ class StepGuard(nn.Module):
     """int64 [2]: the same of the present streak of skipped steps; zeros after a step that was taken."""
     reason: Tensor
     """int64 scalar: place in `REASONS` for the last step."""
+    values: Tensor
+    """fp64 [2]: loss and gradient norm of the last step."""
     scores: Tensor
     """fp64 [2]: standard deviations by which the last step lay above the window's mean; 0 while it is too short."""
 
@@ -82,6 +84,7 @@ class StepGuard(nn.Module):
             ("spikes", torch.zeros(2, dtype=torch.int64)),
             ("streak_spikes", torch.zeros(2, dtype=torch.int64)),
             ("reason", torch.zeros((), dtype=torch.int64)),
+            ("values", torch.zeros(2, dtype=torch.float64)),
             ("scores", torch.zeros(2, dtype=torch.float64)),
         ):
             self.register_buffer(name, value, persistent=False)
@@ -97,7 +100,7 @@ class StepGuard(nn.Module):
         Returns:
             bool scalar: whether to skip the step.
         """
-        values = torch.stack([loss, norm]).double()
+        self.values = values = torch.stack([loss, norm]).double()
         finite = values.isfinite().all()
         spikes = torch.zeros(2, dtype=torch.bool, device=values.device)
         if self.config is not None:

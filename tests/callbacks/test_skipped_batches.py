@@ -100,11 +100,19 @@ def test_batches_are_written_before_the_run_is_stopped(tmp_path) -> None:
 
 
 def test_the_line_of_a_spike_says_how_far_out_it_lay() -> None:
-    values = {"loss": 9.125, "gradient_norm": 3.25, "loss_sigmas": 8.71, "gradient_sigmas": -0.42}
-    metrics = {f"training/{name}": torch.tensor(value) for name, value in values.items()}
-    assert skip_line(7, "loss_spike", metrics) == (
+    assert skip_line(7, "loss_spike", (9.125, 3.25), (8.71, -0.42)) == (
         "step 7 skipped, loss spike: loss 9.125 (+8.7 sigma), gradient norm 3.25 (-0.4 sigma)"
     )
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*step=00000001\.pt'"):
+        run(tmp_path, {0}, ListData(row_batches(2)))
+    assert names(tmp_path) == []
 
 
 def test_keeping_none_is_refused() -> None:
