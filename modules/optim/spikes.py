@@ -133,8 +133,10 @@ class StepGuard(nn.Module):
         }
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return copies of what a checkpoint keeps."""
-        return {name: getattr(self, name).clone().cpu() for name in ("history", "spikes", "streak_spikes")}
+        """Return copies of what a checkpoint keeps: of the window, the steps that it holds."""
+        held = self.history[:, self.history[0].isfinite()]
+        state = {"history": held, "spikes": self.spikes, "streak_spikes": self.streak_spikes}
+        return {name: value.clone().cpu() for name, value in state.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; a window of another length takes the newest steps that both have room for."""

@@ -103,18 +103,22 @@ def test_a_level_that_stays_high_stops_the_run_and_says_how_to_go_on(program, ru
 
 @pytest.mark.slow
 def test_two_processes_decide_alike_and_keep_their_own_batches(run_file, tmp_path) -> None:
-    folders = tmp_path / "with", tmp_path / "without"
-    for folder, option in zip(folders, ("true", "false"), strict=True):
-        options = [f"--mock_step.enabled={option}", "--trainer.devices=2", "--data.init_args.micro_batch_size=1"]
-        common = ["-m", "app", "fit", f"--config={run_file}", f"--trainer.default_root_dir={folder}"]
-        result = python(*common, *options, OMP_NUM_THREADS="1")
+    outputs = {}
+    for name, *options in (
+        ("with", f"--trainer.max_steps={BAD}", "--checkpoint.keep_last=3"),
+        ("without", "--trainer.max_steps=6", "--mock_step.enabled=false"),
+    ):
+        common = ["-m", "app", "fit", f"--config={run_file}", f"--trainer.default_root_dir={tmp_path / name}"]
+        layout = ["--trainer.devices=2", "--data.init_args.micro_batch_size=1"]
+        result = python(*common, *layout, *options, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count(" skipped, ") == 1
-        assert result.stdout.count("mock step") == (option == "true")
-        assert f"run/spikes/step={BAD:08d}-rank=*.pt" in result.stdout
-    same_checkpoint(*map(last, folders))
+        outputs[name] = result.stdout
+    assert [output.count("mock step") for output in outputs.values()] == [1, 0]
+    same_checkpoint(*(tmp_path / name / "run" / "checkpoints" / "step=00000006" for name in outputs))
+    assert outputs["with"].count(" skipped, ") == 1
+    assert f"run/spikes/step={BAD:08d}-rank=*.pt" in outputs["with"]
     saved = [
-        torch.load(folders[0] / "run" / "spikes" / f"step={BAD:08d}-rank={rank}.pt", weights_only=True)
+        torch.load(tmp_path / "with" / "run" / "spikes" / f"step={BAD:08d}-rank={rank}.pt", weights_only=True)
         for rank in (0, 1)
     ]
     assert [content["rank"] for content in saved] == [0, 1]
