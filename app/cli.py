@@ -28,18 +28,22 @@ from app.run_folder import SHOWN, RunFolder, differences
 from app.strategies import ShardedStrategy, folder
 from callbacks.checkpoint import Checkpoint
 from callbacks.console import Console, validation_line
+from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
 from callbacks.random_state import RandomState
 from callbacks.samples import Samples
+from callbacks.skipped_batches import SkippedBatches
 from callbacks.startup import Startup
 from callbacks.summary import Summary
 from callbacks.validation import Validation
 
 COMMANDS = ("fit", "validate", "test")
 CALLBACKS: dict[str, type[Callback]] = {
+    "mock_step": MockStep,
     "console": Console,
     "validation": Validation,
     "samples": Samples,
+    "skipped_batches": SkippedBatches,
     "checkpoint": Checkpoint,
 }
 """Group of keys -> callback."""

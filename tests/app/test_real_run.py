@@ -56,9 +56,8 @@ checkpoint: {{every_n_steps: 2}}
 """
 
 
-@pytest.fixture(scope="module")
-def run_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
+def make_run_file(folder: Path, steps: int = STEPS) -> Path:
+    """Prepare a corpus in a folder and write a run file for it."""
     chance = random.Random(0)
     (folder / "texts").mkdir()
     for number in range(60):
@@ -74,9 +73,14 @@ def run_file(tmp_path_factory) -> Path:
     )
     prepare_corpus(options)
     file = folder / "run.yaml"
-    text = RUN_FILE.format(vocab_size=600, corpus=folder / "corpus", total_tokens=STEPS * 4 * 64)
+    text = RUN_FILE.format(vocab_size=600, corpus=folder / "corpus", total_tokens=steps * 4 * 64)
     file.write_text(text, encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    return make_run_file(tmp_path_factory.mktemp("corpus"))
 
 
 def start(program: Program, run_file: Path, folder: Path, *options: str, **kwargs):
