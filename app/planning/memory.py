@@ -6,10 +6,9 @@ the count stays right when operations change. What is counted are the bytes of t
 """
 
 import copy
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from app.planning.live import LiveBytes
 from app.planning.meta import MetaExecution, UnknownValueError
+from app.planning.sharding import Sharding, replace_by_shards
 from modules.backbone.model import Network
 from modules.base import StageModule
 from modules.batch import PackedBatch
@@ -27,7 +28,7 @@ from modules.optim.clipping import clip_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """Bytes of one device that holds everything; a step is an optimiser step."""
+    """Bytes that a device holds; a step is an optimiser step."""
 
     weights: int
     """Parameters and buffers."""
@@ -50,9 +51,7 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """Most that any step but the first holds at once (the gradients of the step before are freed after the
-        forward pass, by Lightning's order).
-        """
+        """Most that any step but the first holds; Lightning frees the old gradients after the forward pass."""
         forward, update = self.gradients + self.forward_peak, self.gradients + self.update_peak
         return self.weights + self.optimizer + self.batch + max(forward, self.backward_peak, update)
 
@@ -65,7 +64,11 @@ class StepMemory:
 
 
 def measure_step(
-    module: StageModule, documents: list[list[int]], accumulates: bool = False, device: str = "cpu"
+    module: StageModule,
+    documents: list[list[int]],
+    accumulates: bool = False,
+    devices: int | None = None,
+    kind: str = "cpu",
 ) -> StepMemory:
     """Run a training step on the meta device and count its memory.
 
@@ -73,31 +76,43 @@ def measure_step(
         module: the stage, without a network.
         documents: lengths of the documents of each row of a micro-batch; rows have equal lengths.
         accumulates: whether a step has several micro-batches.
-        device: kind of device the step is meant for, cpu or cuda; the portable operations run in either case.
+        devices: over which FSDP2 lays the network, as `fit` does; None: a plain network on one device.
+        kind: what the devices are, cpu or cuda; the portable operations run in either case.
+
+    Returns:
+        What the first of the devices holds.
     """
     try:
-        return _measure(module, documents, accumulates, device, even_choices=False)
-    except UnknownValueError:  # only experts of odd widths are split on the host
-        return _measure(module, documents, accumulates, device, even_choices=True)
+        return _measure(module, documents, accumulates, devices, kind, even_choices=False)
+    except UnknownValueError:  # experts of odd widths are split on the host
+        return _measure(module, documents, accumulates, devices, kind, even_choices=True)
 
 
 def _measure(
-    module: StageModule, documents: list[list[int]], accumulates: bool, device: str, even_choices: bool
+    module: StageModule,
+    documents: list[list[int]],
+    accumulates: bool,
+    devices: int | None,
+    kind: str,
+    even_choices: bool,
 ) -> StepMemory:
-    network = module.build_network().train()
     live = LiveBytes()
     execution = MetaExecution(live.observe, even_choices)
-    with _training(module, network, device) as trial:
+    computing = stored = module.build_network().train()
+    sharding = None
+    if devices is not None:
+        stored = module.build_network()
+        replace_by_shards(stored, devices)
+        sharding = Sharding(computing, devices, live, accumulates)
+    with _training(module, stored, kind) as trial:
         optimizer: Any = trial.configure_optimizers()
         optimizer.found_inf = torch.zeros((), device="meta")
+        weights = live.add([*stored.parameters(), *stored.buffers()])
         batch = _batch(execution, documents, getattr(module, "mtp_depths", 0))
-        weights = live.add([*network.parameters(), *network.buffers()])
         held = weights + (batch_bytes := live.add(vars(batch).values()))
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         if accumulates:
-            for parameter in network.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            held += live.add(parameter.grad for parameter in network.parameters() if parameter.grad is not None)
+            held += live.add(_make_gradients(stored))
+        trial.network = computing
         with execution.running():
             live.restart()
             loss = trial.micro_batch_loss(batch).loss
@@ -105,10 +120,16 @@ def _measure(
             live.restart()
             loss.backward()
             del loss
-            backward_peak = live.peak - weights - batch_bytes
+            if sharding is not None:
+                sharding.finish_backward()
+                backward_peak = live.peak - weights - batch_bytes
+                sharding.gradients.clear()
+                live.add(_make_gradients(stored))
+            else:
+                backward_peak = live.peak - weights - batch_bytes
             held = live.now
             live.restart()
-            clip_gradients(network.parameters(), module.optimizer_config.gradient_clip_norm)
+            clip_gradients(stored.parameters(), module.optimizer_config.gradient_clip_norm)
             clip_peak = live.peak - held
             live.restart()
             optimizer.step()
@@ -116,7 +137,7 @@ def _measure(
             update_peak = max(clip_peak, live.peak - held - state)
     return StepMemory(
         weights=weights,
-        gradients=gradients,
+        gradients=sum(parameter.numel() * parameter.element_size() for parameter in stored.parameters()),
         optimizer=state,
         batch=batch_bytes,
         kept=kept,
@@ -127,42 +148,10 @@ def _measure(
     )
 
 
-@dataclass
-class LiveBytes:
-    """Bytes of the storages that are alive."""
-
-    now: int = 0
-    """Alive now."""
-    peak: int = 0
-    """Most since the last `restart`."""
-    _known: dict[int, weakref.ref] = field(default_factory=dict)
-
-    def observe(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it is freed; one that is counted already changes nothing."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-
-        def free(_: object) -> None:
-            self.now -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, free)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def add(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors and return their bytes."""
-        before = self.now
-        for tensor in tensors:
-            self.observe(tensor)
-        return self.now - before
-
-    def restart(self) -> None:
-        """Start a new peak."""
-        self.peak = self.now
+def _make_gradients(network: Network) -> Iterator[Tensor]:
+    for parameter in network.parameters():
+        parameter.grad = torch.empty_like(parameter)
+        yield parameter.grad
 
 
 def _batch(execution: MetaExecution, documents: list[list[int]], depths: int) -> PackedBatch:
@@ -180,12 +169,12 @@ def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _training(module: StageModule, network: Network, device: str) -> Iterator[StageModule]:
+def _training(module: StageModule, network: Network, kind: str) -> Iterator[StageModule]:
     """Yield a copy of `module` that trains a meta network as if it lay on a device of the given kind."""
     module = copy.deepcopy(module)
     module.network = network
     module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)  # type: ignore[assignment]
     chunks = cross_entropy._CHUNK_LOGITS
     fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
-    with patch.dict(chunks, {"meta": chunks[device]}), patch(fused, lambda: ["meta"]):
+    with patch.dict(chunks, {"meta": chunks[kind]}), patch(fused, lambda: ["meta"]):
         yield module
