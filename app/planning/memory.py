@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.planning.live import LiveBytes
 from app.planning.meta import MetaExecution, UnknownValueError
@@ -46,6 +46,10 @@ class StepMemory:
     """Most that the backward pass holds at once beside weights, optimiser and batch; gradients included."""
     update_peak: int
     """Most that clipping and the optimiser hold at once beside weights, gradients, optimiser and batch."""
+    loss_peak: int
+    """Most that the head and the loss hold at once: logits of a chunk, gradients of the head and its inputs."""
+    gathered_peak: int
+    """Most that FSDP2 holds at once in whole weights of single units and in buffers."""
     accumulates: bool
     """Whether a step has several micro-batches, whose gradients add up."""
 
@@ -54,6 +58,11 @@ class StepMemory:
         """Most that any step but the first holds; Lightning frees the old gradients after the forward pass."""
         forward, update = self.gradients + self.forward_peak, self.gradients + self.update_peak
         return self.weights + self.optimizer + self.batch + max(forward, self.backward_peak, update)
+
+    @property
+    def passing(self) -> int:
+        """What a step holds at its peak beside weights, gradients, optimiser, batch and kept activations."""
+        return self.peak - (self.weights + self.gradients + self.optimizer + self.batch + self.kept)
 
     @property
     def first_peak(self) -> int:
@@ -113,6 +122,7 @@ def _measure(
         if accumulates:
             held += live.add(_make_gradients(stored))
         trial.network = computing
+        loss_peak = _watch(computing.lm_head, live)
         with execution.running():
             live.restart()
             loss = trial.micro_batch_loss(batch).loss
@@ -144,8 +154,29 @@ def _measure(
         forward_peak=forward_peak,
         backward_peak=backward_peak,
         update_peak=update_peak,
+        loss_peak=max(loss_peak),
+        gathered_peak=0 if sharding is None else sharding.buffers.peak,
         accumulates=accumulates,
     )
+
+
+def _watch(module: nn.Module, live: LiveBytes) -> list[int]:
+    """Return a list that gets what each forward pass of `module` holds at most."""
+    found: list[int] = []
+    before: list[tuple[int, int]] = []
+
+    def enter(*_: object) -> None:
+        before.append((live.now, live.peak))
+        live.restart()
+
+    def leave(*_: object) -> None:
+        start, peak = before.pop()
+        found.append(live.peak - start)
+        live.peak = max(live.peak, peak)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+    return found
 
 
 def _make_gradients(network: Network) -> Iterator[Tensor]:

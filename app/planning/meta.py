@@ -8,7 +8,7 @@ once per set of shapes: most meta kernels are Python, and the layers of a networ
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -34,11 +34,13 @@ class MetaExecution(TorchDispatchMode):
         even_choices: whether `topk` has values, each index as often as any other (experts under even load).
     """
 
+    _results: ClassVar[dict[tuple, list[tuple]]] = {}
+    """What operations returned, shared by all runs."""
+
     def __init__(self, observe: Callable[[Tensor], None], even_choices: bool = False) -> None:
         super().__init__()
         self._observe, self._even_choices = observe, even_choices
         self._values: dict[int, Tensor] = {}
-        self._results: dict[tuple, list[tuple]] = {}
 
     def make_known(self, values: Tensor) -> Tensor:
         """Return a meta tensor like the CPU tensor `values`, whose values the code may read."""
@@ -159,7 +161,7 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The operation that a CPU runs; those of GPUs hold as little. It knows grouped queries by its arguments' shapes."""
+    """The operation that a CPU runs (those of GPUs hold as little); it knows grouped queries by its arguments."""
     operation = aten._scaled_dot_product_flash_attention_for_cpu
     return operation(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

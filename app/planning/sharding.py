@@ -49,6 +49,8 @@ class Sharding:
 
     def __init__(self, network: Network, devices: int, live: LiveBytes, accumulates: bool) -> None:
         self._devices, self._live, self._accumulates = devices, live, accumulates
+        self.buffers = LiveBytes()
+        """Gathered weights and buffers alone."""
         self._units: list[_Unit] = []
         self._order: list[_Unit] = []
         self._root: _Unit | None = None
@@ -141,7 +143,8 @@ class Sharding:
         self._reducing = self._allocate(unit.reduced_bytes)
         for parameter in unit.parameters:
             parameter.grad = None
-        shards = self._allocate(unit.reduced_bytes // self._devices)
+        shards = _buffer(unit.reduced_bytes // self._devices)
+        self._live.observe(shards)
         if not self._accumulates:
             self.gradients.append(shards)
         if self._devices == 1:
@@ -155,9 +158,14 @@ class Sharding:
         self._reducing = None
 
     def _allocate(self, size: int) -> Tensor:
-        buffer = torch.empty(size, dtype=torch.uint8, device="meta")
+        buffer = _buffer(size)
         self._live.observe(buffer)
+        self.buffers.observe(buffer)
         return buffer
+
+
+def _buffer(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="meta")
 
 
 class _AfterBackward(Function):
