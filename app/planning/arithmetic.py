@@ -84,8 +84,8 @@ def part_formats(config: BackboneConfig, precision: Sequence[tuple[str, str, str
     for name, chosen, _ in precision:
         for part, format_name in _parts_of(name, chosen, config):
             formats.setdefault(part, {})[format_name] = None
-    for prefix in ("", MTP):
-        formats |= {prefix + part: {"fp32": None} for part in _FULL_PRECISION}
+    for where in ("", MTP):
+        formats |= {where + part: {"fp32": None} for part in _FULL_PRECISION}
     return {part: ", ".join(chosen) for part, chosen in formats.items()}
 
 
@@ -97,10 +97,10 @@ def _parts_of(name: str, chosen: str, config: BackboneConfig) -> list[tuple[str,
         case ["mtp", "layers", _, "eh_proj"]:
             return [(MTP + "eh_proj", chosen)]
         case [first, *_, index, "mixer", inner] | [first, *_, index, "mixer", inner, "up_proj" | "down_proj"]:
-            prefix = MTP if first == "mtp" else ""
+            where = MTP if first == "mtp" else ""
             letters = config.mtp_hybrid_override_pattern if first == "mtp" else config.hybrid_override_pattern
             key = (letters[int(index)], inner)
             results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])
-            weightless = [(prefix + part, results) for part, module in _RESULTS_OF.items() if module == key]
-            return [(prefix + _MODULES[key], chosen), *weightless]
+            weightless = [(where + part, results) for part, module in _RESULTS_OF.items() if module == key]
+            return [(where + _MODULES[key], chosen), *weightless]
     return []

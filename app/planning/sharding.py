@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._pytree import tree_leaves
 
 from app.planning.live import LiveBytes
 from modules.backbone.model import Network, ShardingUnit
@@ -30,8 +31,8 @@ class _Unit:
     ahead: Tensor | None = None
     """Buffer of a gathering that is not yet copied to `weights`."""
     in_backward: bool = False
-    running: int = 0
-    """Modules that have run in this forward pass."""
+    waiting: set[nn.Module] = field(default_factory=set)
+    """Modules that have yet to run in this forward pass."""
     places: list[int] = field(default_factory=list)
     """Where the unit stands in the order in which units ended their forward passes."""
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -82,16 +83,16 @@ class Sharding:
         self._units.append(unit)
         for module in unit.modules:
             module.register_forward_pre_hook(lambda _, args, unit=unit: self._before_forward(unit, args))
-            module.register_forward_hook(lambda _, __, output, unit=unit: self._after_forward(unit, output))
+            module.register_forward_hook(lambda module, _, output, unit=unit: self._after_forward(unit, module, output))
 
     def _before_forward(self, unit: _Unit, args: tuple) -> tuple | None:
         if unit.in_backward:  # recomputation
             if unit.weights is None:
                 self._gather(unit)
             return None
-        unit.running += 1
-        if unit.running > 1:
+        if unit.waiting:
             return None
+        unit.waiting.update(unit.modules)
         self._root = self._root or unit
         if self._devices > 1:
             unit.ahead = self._allocate(unit.gathered_bytes)
@@ -103,17 +104,23 @@ class Sharding:
             for value in args
         )
 
-    def _after_forward(self, unit: _Unit, output: Any) -> None:  # noqa: ANN401
-        if unit.in_backward or unit.running < len(unit.modules):
+    def _after_forward(self, unit: _Unit, module: nn.Module, output: Any) -> None:  # noqa: ANN401
+        unit.waiting.discard(module)
+        if unit.in_backward or unit.waiting:
             return
-        unit.running = 0
+        self._end_forward(unit, output)
+        if unit is self._root:  # ends the passes of units of which only some modules have run (a tied embedding)
+            for other in self._units:
+                if other.waiting:
+                    other.waiting.clear()
+                    self._end_forward(other, output)
+            self._root = self._previous = None
+
+    def _end_forward(self, unit: _Unit, output: Any) -> None:  # noqa: ANN401
         unit.weights = None
         unit.places.append(len(self._order))
         self._order.append(unit)
-        if unit is self._root:
-            self._root = self._previous = None
-        tensors = output if isinstance(output, tuple) else (output,)
-        for tensor in torch.utils._pytree.tree_leaves(tensors):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: self._before_backward(unit))
 
@@ -136,10 +143,9 @@ class Sharding:
 
     def after_backward(self, unit: _Unit) -> None:
         """Free a unit's weights and reduce its gradients."""
-        unit.in_backward, unit.weights = False, None
-        if all(parameter.grad is None for parameter in unit.parameters):
+        unit.in_backward, unit.weights, self._reducing = False, None, None
+        if all(parameter.grad is None for parameter in unit.parameters):  # of a block at several depths: at the last
             return
-        self._reducing = None
         self._reducing = self._allocate(unit.reduced_bytes)
         for parameter in unit.parameters:
             parameter.grad = None
