@@ -122,12 +122,12 @@ def _time_lines(
     tokens = data.total_tokens
     if mfu is not None and peak_tflops is not None:
         speed = mfu * peak_tflops * 1e12 / flops * devices
-        return time_lines(tokens, flops, speed, devices, f"{mfu:.0%} of {peak_tflops:g} TFLOP/s per device, stated")
+        return time_lines(tokens, flops, speed, devices, f"{mfu:.3g} of {peak_tflops:g} TFLOP/s, stated")
     if tokens_per_second is not None:
         return time_lines(tokens, flops, tokens_per_second * devices, devices, "stated")
     folder: Path = run.run_folder.path
     if (speed := measured_speed(folder)) is not None:
-        return time_lines(tokens, flops, speed, devices, f"measured in {folder}, whatever devices it had")
+        return time_lines(tokens, flops, speed, devices, f"measured in {folder}")
     return [
         f"{with_prefix(tokens * flops, 'FLOP')} in all; no speed is known: {folder} has not been trained",
         "give --tokens_per_second (of one device), or --mfu and --peak_tflops",

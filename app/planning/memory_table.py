@@ -20,6 +20,8 @@ _ROWS = {
     "most gathered by FSDP2 at a time": "gathered_peak",
 }
 
+_DEVICES = {"cuda": ("GPU", "GPUs"), "cpu": ("CPU process", "CPU processes")}
+
 
 def memory_lines(
     module: StageModule, rows: int, sequence_length: int, accumulation: int, devices: int, kind: str
@@ -45,7 +47,9 @@ def memory_lines(
     }
     if devices == 1:
         columns["without FSDP2"] = measure_step(module, documents, accumulation > 1, None, kind)
-    device = f"{'GPU' if kind == 'cuda' else 'CPU process'}{'s' if devices > 1 else ''}"
+    device = (
+        {"cuda": "GPU", "cpu": "CPU process"}[kind] if devices == 1 else {"cuda": "GPUs", "cpu": "CPU processes"}[kind]
+    )
     return [
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {accumulation:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",

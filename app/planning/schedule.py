@@ -74,10 +74,15 @@ def time_lines(tokens: int, flops_per_token: float, speed: float, devices: int, 
     """
     seconds = tokens / speed
     return [
-        f"{duration(seconds)}, validation and checkpoints left out; {seconds * devices / 3600:,.0f} device hours",
+        f"{duration(seconds)}, validation and checkpoints left out; {_hours(seconds * devices)} device hours",
         f"at {speed:,.0f} tokens/s, {with_prefix(speed * flops_per_token / devices, 'FLOP/s')} per device ({source})",
         f"{with_prefix(tokens * flops_per_token, 'FLOP')} in all",
     ]
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def measured_speed(folder: Path) -> float | None:

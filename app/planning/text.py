@@ -25,6 +25,7 @@ def byte_unit(largest: int) -> tuple[int, str]:
 
 def with_prefix(value: float, unit: str) -> str:
     """Return a value with four digits and a decimal prefix, e.g. `88.25 GFLOP`."""
+    value = float(f"{value:.4g}")
     size, name = prefix(value)
     return f"{value / size:.4g} {name}{unit}"
 
@@ -35,13 +36,13 @@ def prefix(largest: float) -> tuple[float, str]:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in its two largest units, e.g. `3 days 4 hours`."""
-    units = (("year", 31_557_600), ("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
-    for index, (_, size) in enumerate(units):
-        if seconds >= size or size == 1:
-            small = units[index + 1] if index + 1 < len(units) else units[index]
-            total = round(seconds / small[1])
-            ratio = size // small[1]
-            parts = [(total // ratio, units[index][0]), (total % ratio, small[0])] if ratio > 1 else [(total, "second")]
-            return " ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in parts if count) or "0 s"
-    raise AssertionError
+    """Return a length of time in its two largest units (days at most), e.g. `3 days 4 hours`."""
+    minutes, hours, days = (60 * round(seconds / 60), 3600 * round(seconds / 3600), 86_400)
+    if hours >= days:
+        parts = [(hours // days, "day"), (hours % days // 3600, "hour")]
+    elif minutes >= 3600:
+        parts = [(minutes // 3600, "hour"), (minutes % 3600 // 60, "minute")]
+    else:
+        parts = [(round(seconds) // 60, "minute"), (round(seconds) % 60, "second")]
+    named = [f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in parts if count]
+    return " ".join(named) or "less than a second"
