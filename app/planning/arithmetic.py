@@ -53,8 +53,8 @@ def flop_lines(
     rows = [(f"{prefix_name}FLOP", "formats", "training", "share", f"decoding at {sequence_length:,}", "share")]
     for part, flops in training.items():
         once = decoded.get(part)
-        decoding = ("", "") if once is None else (f"{once / size:,.4f}", f"{once / decoded_total:.1%}")
-        rows.append((part, formats[part], f"{flops / size:,.4f}", f"{flops / total:.1%}", *decoding))
+        amount, share = ("", "") if once is None else (f"{once / size:,.4f}", f"{once / decoded_total:.1%}")
+        rows.append((part, formats[part], f"{flops / size:,.4f}", f"{flops / total:.1%}", amount, share))
     rows.append(("all", "", f"{total / size:,.4f}", "", f"{decoded_total / size:,.4f}", ""))
     shares: dict[str, float] = {}
     for part, flops in training.items():

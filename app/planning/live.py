@@ -16,6 +16,7 @@ class LiveBytes:
     peak: int = 0
     """Most since the last `restart`."""
     _known: dict[int, weakref.ref] = field(default_factory=dict)
+    """By the address of the storage."""
 
     def observe(self, tensor: Tensor) -> None:
         """Count the storage of a tensor until it is freed; one that is counted already changes nothing."""

@@ -5,6 +5,7 @@ real beside their meta tensors, so that data-dependent code runs unchanged. And 
 once per set of shapes: most meta kernels are Python, and the layers of a network repeat each other.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,13 @@ class MetaExecution(TorchDispatchMode):
         if all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
             self._compute_values(func, args, kwargs, tensors)
             floating = all(tensor.is_floating_point() for tensor in tensors)
-            if tensors and floating and not isinstance(out, list) and _makes_new_storage(args, kwargs, tensors):
+            if (
+                tensors
+                and floating
+                and not isinstance(out, list)
+                and _is_pure(func)
+                and _makes_new_storage(args, kwargs, tensors)
+            ):
                 self._results[key] = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         return out
 
@@ -111,10 +118,11 @@ class MetaExecution(TorchDispatchMode):
             indices = outs[1]
             self._remember(indices, torch.arange(indices.numel()).remainder(args[0].shape[-1]).view(indices.shape))
             return
-        if not outs or any(out.is_floating_point() or out.numel() > _LARGEST_KNOWN for out in outs):
+        if not outs or any(out.is_floating_point() for out in outs):
             return
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if not all(value.is_cpu or value.untyped_storage()._cdata in self._values for value in inputs):
+        known = all(value.is_cpu or value.untyped_storage()._cdata in self._values for value in inputs)
+        if not known or any(out.numel() > _LARGEST_KNOWN for out in outs):
             for out in outs:
                 self._values.pop(out.untyped_storage()._cdata, None)
             return
@@ -185,6 +193,13 @@ def _shapes_of(values: Any) -> Any:  # noqa: ANN401
     if isinstance(values, tuple | list):
         return tuple(map(_shapes_of, values))
     return (type(values), values)
+
+
+@functools.cache
+def _is_pure(func: Any) -> bool:  # noqa: ANN401
+    """Whether an operation says that it returns new tensors and changes none."""
+    schema = func._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
 
 
 def _makes_new_storage(args: tuple, kwargs: dict[str, Any], outs: list[Tensor]) -> bool:

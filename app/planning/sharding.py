@@ -7,6 +7,7 @@ is that of torch/distributed/fsdp/_fully_shard; a test holds it against FSDP2 it
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ class Sharding:
                 unit.reduced_bytes += elements * 4
         self._units.append(unit)
         for module in unit.modules:
-            module.register_forward_pre_hook(lambda _, args, unit=unit: self._before_forward(unit, args))
-            module.register_forward_hook(lambda module, _, output, unit=unit: self._after_forward(unit, module, output))
+            module.register_forward_pre_hook(partial(self._before_forward, unit))
+            module.register_forward_hook(partial(self._after_forward, unit))
 
-    def _before_forward(self, unit: _Unit, args: tuple) -> tuple | None:
+    def _before_forward(self, unit: _Unit, _: nn.Module, args: tuple) -> tuple | None:
         if unit.in_backward:  # recomputation
             if unit.weights is None:
                 self._gather(unit)
@@ -104,7 +105,7 @@ class Sharding:
             for value in args
         )
 
-    def _after_forward(self, unit: _Unit, module: nn.Module, output: Any) -> None:  # noqa: ANN401
+    def _after_forward(self, unit: _Unit, module: nn.Module, _: Any, output: Any) -> None:  # noqa: ANN401
         unit.waiting.discard(module)
         if unit.in_backward or unit.waiting:
             return
