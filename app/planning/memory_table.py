@@ -20,6 +20,7 @@ _ROWS = {
     "most gathered by FSDP2 at a time": "gathered_peak",
 }
 
+_MUCH_PADDING = 0.05
 _DEVICES = {"cuda": ("GPU", "GPUs"), "cpu": ("CPU process", "CPU processes")}
 
 
@@ -54,10 +55,20 @@ def memory_lines(
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {accumulation:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",
         *_columns([*columns], [*columns.values()]),
+        *_padding_lines(module, columns["this run"], devices),
         "",
         "counted: bytes of all tensors while a step runs on the meta device, portable operations and one document per",
         "row; fast kernels (SSD, packed attention) need less, an allocator's rounding and other processes' needs more",
     ]
+
+
+def _padding_lines(module: StageModule, measured: StepMemory, devices: int) -> list[str]:
+    """Say so where much of what is sharded is padding: FSDP2 cuts along dimension 0, into equal parts."""
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in module.build_network().parameters())
+    share = 1 - parameters / (measured.gradients * devices)
+    if share < _MUCH_PADDING:
+        return []
+    return [f"{share:.0%} of the shards is padding: there are more devices than rows (experts) in the largest tensors"]
 
 
 def _columns(names: Sequence[str], columns: Sequence[StepMemory]) -> list[str]:

@@ -70,6 +70,14 @@ def test_devices_and_their_speed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"at 4,000 tokens/s, .* per device \(stated\)", printed)
 
 
+def test_more_devices_than_experts_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = small_run(tmp_path, accelerator="gpu")
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8").replace("global_batch_size: 8", "global_batch_size: 256")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert "is padding" not in planned(capsys, "--config", file, "--devices", "4")
+    assert re.search(r"\d\d% of the shards is padding", planned(capsys, "--config", file, "--devices", "128"))
+
+
 def test_time_from_a_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     printed = planned(capsys, "--config", small_run(tmp_path), "--mfu", "0.5", "--peak_tflops", "0.2")
     assert re.search(r"at .* tokens/s, 100 GFLOP/s per device \(0.5 of 0.2 TFLOP/s, stated\)", printed)
