@@ -88,12 +88,16 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    fields = {name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))}
+    fields = {
+        name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))
+    }
     model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**fields))
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
             layer.mixer.time_step_limit = (0.0, float("inf"))
-    state = {name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()}
+    state = {
+        name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()
+    }
     state = {name.removesuffix(".weight") if ".experts." in name else name: value for name, value in state.items()}
     model.load_state_dict(state)
     return model.train()
