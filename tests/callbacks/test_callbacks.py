@@ -54,7 +54,7 @@ def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
     """The clock stops first, a validation is in the checkpoint, and a run is left after it is saved."""
     from app.cli import CALLBACKS, LATE
 
-    assert list(CALLBACKS) == ["console", "validation", "samples", "checkpoint"]
+    assert list(CALLBACKS) == ["console", "validation", "samples", "health", "checkpoint"]
     assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]
 
 
