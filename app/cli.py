@@ -237,7 +237,7 @@ class RunCLI(LightningCLI):
         logger = RunLogger(self.run_folder.path, step)
         preemption, interval = Preemption(groups["checkpoint"]), groups["console"].every_n_steps
         speed = Speed(interval)
-        own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(), *groups.values()]
+        own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(interval), *groups.values()]
         trainer = self._build([*own, preemption, Summary()], logger)
         logger.trainer = trainer
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.dashboard import LAYOUT
+from callbacks.dashboard import BAND, LAYOUT
 from datamodules.preparation import Preparation, prepare_corpus
 from tests.app.helpers import ROOT, Program, kill_when, same_checkpoint, scalars
 
@@ -142,7 +142,8 @@ def test_every_chart_of_the_dashboard_finds_its_curves(whole):
         if not any(re.fullmatch(pattern, tag) for tag in tags)
     ]
     assert missing == []
-    assert tags["speed/mfu"] == tags["data/packing_use"] == [3, 6, 9]
+    bands = [tags[name] for charts in LAYOUT.values() for name, *rest in charts.values() if rest == BAND]
+    assert bands == [tags["scale/0"]] * 5 == [[3, 6, 9]] * 5, "a band needs points at the same steps"
     assert tags["experts/dead_fraction/worst"] == tags["residual/rms/mtp_1"] == [1, 9]
 
 

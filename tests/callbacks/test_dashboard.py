@@ -15,3 +15,11 @@ def test_patterns_fit_whole_names():
 def test_no_chart_has_the_title_of_another():
     titles = [title for charts in LAYOUT.values() for title in charts]
     assert len(titles) == len(set(titles))
+
+
+def test_a_band_is_drawn_between_the_constant_curves():
+    """TensorBoard takes whole names there, in the order value, lower, upper."""
+    assert custom_scalars()["Is the run healthy?"]["MFU, share of the peak"] == [
+        "Margin",
+        ["speed/mfu", "scale/0", "scale/1"],
+    ]
