@@ -56,7 +56,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "Spread of the router bias": ["experts/bias_spread/(layer|mtp)_.*"],
     },
 }
-"""Question -> chart -> patterns of the curves in it, or one curve and its band. TensorBoard shows those with bands last."""
+"""Question -> chart -> patterns of the curves in it, or one curve and its band (TensorBoard shows those last)."""
 
 
 class Dashboard(StepCallback):
