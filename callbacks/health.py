@@ -12,7 +12,7 @@ import math
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.step import check_interval, step_loop
 from modules.backbone.layer import Layer
@@ -74,13 +74,13 @@ class Observation:
     """
 
     def __init__(self, network: Network) -> None:
-        self._index = {layer: index for index, layer in enumerate(layers(network))}
+        self._index: dict[nn.Module, int] = {layer: index for index, layer in enumerate(layers(network))}
         size, device = len(self._index), next(network.parameters()).device
         self._squares, self._entropies = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self._values, self._tokens = [0] * size, [0] * size
 
     @torch.no_grad()
-    def add(self, layer: Layer, x: Tensor, routing: Routing | None) -> None:
+    def add(self, layer: nn.Module, x: Tensor, routing: Routing | None) -> None:
         """Add what a layer returned; an `Observer`."""
         index = self._index[layer]
         self._squares[index] += torch.linalg.vector_norm(x, dtype=torch.float32).square()

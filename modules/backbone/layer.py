@@ -59,5 +59,5 @@ class Layer(nn.Module):
         return x + out.to(x.dtype), routing
 
 
-Observer = Callable[[Layer, Tensor, Routing | None], None]
+Observer = Callable[[nn.Module, Tensor, Routing | None], None]
 """Gets a layer and what it returned: the residual stream [B, T, D] and the `Routing` of a mixture layer."""
