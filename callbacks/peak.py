@@ -18,20 +18,22 @@ from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, 
 
 DATA_SHEETS: tuple[tuple[str, dict[Format, float]], ...] = (
     # Beginning of the name that torch.cuda.get_device_name returns, after "NVIDIA "; the first that fits counts, so the
-    # longer names come first. bf16: tensor cores, dense, sums in fp32 (half of what a sheet gives "with sparsity").
-    # fp32: without TF32, which torch leaves off. Figures in 1e12 FLOP/s.
-    ("GB200", {"bf16": 2500, "fp32": 80}),  # NVIDIA GB200 NVL72 data sheet, a GPU's half of the superchip
-    ("B200", {"bf16": 2250, "fp32": 75}),  # NVIDIA HGX B200 data sheet, an eighth of the board
-    ("GH200", {"bf16": 989.4, "fp32": 67}),  # NVIDIA GH200 data sheet
-    ("H200 NVL", {"bf16": 835.5, "fp32": 60}),  # NVIDIA H200 data sheet
-    ("H200", {"bf16": 989.4, "fp32": 67}),  # the same
-    ("H100 NVL", {"bf16": 835.5, "fp32": 60}),  # NVIDIA H100 data sheet
-    ("H100 PCIe", {"bf16": 756, "fp32": 51.2}),  # NVIDIA H100 architecture white paper, table 2
-    ("H100", {"bf16": 989.4, "fp32": 66.9}),  # the same
-    ("A100", {"bf16": 312, "fp32": 19.5}),  # NVIDIA A100 data sheet
-    ("L40S", {"bf16": 362, "fp32": 91.6}),  # NVIDIA L40S data sheet
-    ("L4", {"bf16": 121, "fp32": 30.3}),  # NVIDIA L4 data sheet
-    ("GeForce RTX 4090", {"bf16": 165.2, "fp32": 82.6}),  # NVIDIA Ada architecture white paper, appendix A
+    # longer names come first. Figures in 1e12 FLOP/s.
+    # bf16: tensor cores, dense, sums in fp32 (half of what a sheet gives "with sparsity"); source: the table of data
+    # sheet figures in nanochat (karpathy/nanochat, nanochat/common.py).
+    # fp32: without TF32, which torch leaves off; source: the table in lightning.fabric.utilities.throughput, which
+    # names the sheets. Where no source was at hand the format is left out, and measured.
+    ("GB200", {"bf16": 2500}),
+    ("B200", {"bf16": 2250}),
+    ("H200 NVL", {"bf16": 836, "fp32": 60}),
+    ("H200", {"bf16": 989, "fp32": 67}),
+    ("H100 NVL", {"bf16": 835}),
+    ("H100 PCIe", {"bf16": 756, "fp32": 51.2}),
+    ("H100", {"bf16": 989, "fp32": 66.9}),
+    ("A100", {"bf16": 312, "fp32": 19.5}),
+    ("L40S", {"bf16": 362}),
+    ("L4", {"bf16": 121, "fp32": 30.3}),
+    ("GeForce RTX 4090", {"bf16": 165.2, "fp32": 82.6}),
 )
 SIZES = {"cpu": 512, "cuda": 4096}
 """Rows and columns of the matrices that are multiplied where the peak is measured."""
@@ -54,7 +56,7 @@ def find_peak(device: torch.device, number_format: Format) -> Peak:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
         for beginning, figures in DATA_SHEETS:
-            if re.match(rf"{beginning}\b", name):
+            if re.match(rf"{beginning}\b", name) and number_format in figures:
                 return Peak(figures[number_format] * 1e12, f"data sheet of {beginning}")
     size = SIZES["cpu" if device.type == "cpu" else "cuda"]
     return Peak(measure_peak(device, number_format, size), f"measured with matrices of {size} x {size}")
