@@ -9,17 +9,11 @@ ratios of neighbouring steps. Then: the step's matrix products over what large p
 operations that cost most, and the peak memory of each side, measured in processes of their own.
 """
 
-import argparse
 import dataclasses
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.config import BackboneConfig

@@ -52,17 +52,15 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
         A batch of `len(rows) + missing` rows whose counts are its own.
     """
     shape = len(rows) + missing, len(rows[0][0])
-    tokens, document_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int32)
-    padding = np.ones(shape, dtype=bool)
+    tokens = np.zeros(shape, dtype=np.int64)
+    document_ids = np.full(shape, shape[1], dtype=np.int32)  # padding is the document T, whatever came before it
     for number, (row, lengths) in enumerate(rows):
         used = int(lengths.sum())
         tokens[number] = row
         document_ids[number, :used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        document_ids[number, used:] = len(lengths)
-        padding[number, :used] = False
     ids, documents = torch.from_numpy(tokens), torch.from_numpy(document_ids)
     labels = next_token_labels(ids, documents)
-    labels[torch.from_numpy(padding)] = IGNORED_LABEL  # padding is a document without targets
+    labels[documents == shape[1]] = IGNORED_LABEL  # padding is a document without targets
     counts = count_targets(labels, documents, depths)
     return PackedBatch(tokens=ids, labels=labels, document_ids=documents, counts=counts)
 

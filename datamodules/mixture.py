@@ -201,6 +201,7 @@ class Mixture:
         self.names = list(chunk_rows)
         self._orders = [EpochOrder(name, rows, seed) for name, rows in chunk_rows.items()]
         self._rows_per_step = rows_per_step
+        self._weights = stages
         self._stages: list[_Stage] = []
         start, before = 0, np.zeros(len(self.names), dtype=np.int64)
         for stage in stages:
@@ -234,6 +235,18 @@ class Mixture:
             name: Consumption(rows=int(count), epochs=int(count) / order.rows)
             for name, count, order in zip(self.names, rows, self._orders, strict=True)
         }
+
+    def asked(self, step: int) -> dict[str, float]:
+        """Return the share of each source that the weights of the stages ask for in the first `step` steps (>= 1)."""
+        shares = dict.fromkeys(self.names, 0.0)
+        start = 0
+        for stage in self._weights:
+            steps = max(0, min(step, stage.end_step) - start)
+            total = sum(stage.weights.values())
+            for name, weight in stage.weights.items():
+                shares[name] += steps / step * weight / total
+            start = stage.end_step
+        return shares
 
     def _stage(self, step: int) -> "_Stage":
         return next(stage for stage in reversed(self._stages) if step >= stage.start)

@@ -89,6 +89,8 @@ class StageModule(LightningModule):
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_streak", torch.zeros((), dtype=torch.int64))
         self.step_guard = StepGuard(spike_guard)
+        self.expert_counts: Tensor | None = None
+        """int64 [routers, E]: choices of each expert in the last step, over all ranks; None without routers."""
         self._sums: dict[str, Tensor] = {}
         self._expert_counts: Tensor | None = None
 
@@ -247,8 +249,9 @@ class StageModule(LightningModule):
         """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped."""
         if self._expert_counts is None:
             return
-        counts = self.all_reduce(self._expert_counts).float()
+        self.expert_counts = self.all_reduce(self._expert_counts)
         self._expert_counts = None
+        counts = self.expert_counts.float()
         change = self.expert_bias_rate * torch.sign(counts.mean(1, keepdim=True) - counts)
         change = torch.where(skip, 0.0, change)
         for router, delta in zip(self.built_network.routers(), change, strict=True):

@@ -114,7 +114,7 @@ class _ChunkedScan(Function):
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
-        x, dt, A, B, C, D, ids, *kept = ctx.saved_tensors
+        x, dt, A, B, C, D, _, *kept = ctx.saved_tensors
         groups, dtype = B.shape[2], x.dtype
         gradients = _Gradients(
             *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, dt)),

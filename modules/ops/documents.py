@@ -25,7 +25,7 @@ class DocumentLayout:
 
     @functools.cached_property
     def starts(self) -> Tensor:
-        """bool [B x T]: whether a document starts at the position."""
+        """Bool [B x T]: whether a document starts at the position."""
         starts = torch.ones_like(self.ids, dtype=torch.bool)
         starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         return starts.flatten()

@@ -54,7 +54,15 @@ def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
     """Memory is tried first, then the clock stops; a validation is in the checkpoint; a run is left after a save."""
     from app.cli import CALLBACKS, LATE
 
-    assert list(CALLBACKS) == ["mock_step", "console", "validation", "samples", "skipped_batches", "checkpoint"]
+    assert list(CALLBACKS) == [
+        "mock_step",
+        "console",
+        "validation",
+        "samples",
+        "skipped_batches",
+        "health",
+        "checkpoint",
+    ]
     assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]
 
 
