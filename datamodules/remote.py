@@ -10,6 +10,7 @@ would replace the botocore that boto3 needs.
 """
 
 import hashlib
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -242,7 +243,10 @@ def _s3_options() -> dict[str, Any]:
 
 
 def _failed(key: str, url: str, error: Exception) -> ValueError:
+    if isinstance(error, FileNotFoundError) or isinstance(error, urllib.error.HTTPError) and error.code == 404:
+        return ValueError(f"{key}: {public(url)} does not exist")
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
     text = " ".join(str(error).split())
-    return ValueError(f"{key}: {public(url)}: {type(error).__name__}: {text[:300]}; {AGAIN}")
+    code = re.search(r"<Code>(\w+)</Code>", text)  # what object stores answer, inside of what obstore makes of it
+    return ValueError(f"{key}: {public(url)}: {type(error).__name__}: {code[1] if code else text[:200]}; {AGAIN}")

@@ -59,8 +59,6 @@ def _files(path: str, tally: Tally, downloads: Path) -> Iterator[tuple[str, str]
         root = sysconfig.get_paths()["stdlib"]
         for name in _walk_standard_library(root):
             yield os.path.join(root, name), f"{DEFAULT_CORPUS}/{name}"
-    elif remote.is_url(path):
-        yield from _remote_files(path, tally, downloads)
     elif os.path.isdir(path):
         for name in _walk(path, path, tally):
             file = os.path.join(path, name)
@@ -71,6 +69,8 @@ def _files(path: str, tally: Tally, downloads: Path) -> Iterator[tuple[str, str]
     elif path.startswith(hub.SCHEME):
         for file in hub.load_files(path):
             yield file, f"{path} {os.path.basename(file)}"
+    elif remote.is_url(path):
+        yield from _remote_files(path, tally, downloads)
     else:
         raise ValueError(
             f"paths: {path} does not exist; give files, folders, URLs, {hub.SYNTAX} or the word '{DEFAULT_CORPUS}'"
