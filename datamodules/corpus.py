@@ -9,15 +9,18 @@ step needs. What can be wrong on disk is found at the start where a look at name
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import litdata
 import numpy as np
+from litdata.streaming import downloader
 from litdata.streaming.downloader import get_downloader
 from litdata.utilities.dataset_utilities import get_default_cache_dir
 
 from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
+from datamodules.remote import s3_endpoint, shorten
 from datamodules.rows import INDEX_NAME, checksum
 from datamodules.tokenizer import Tokenizer
 
@@ -64,6 +67,7 @@ class RowReader:
         """
         try:
             if self._dataset is None:
+                _allow_plain_http(self.folder)
                 self._dataset = litdata.StreamingDataset(self.folder, batch_decode=0)
             item = self._dataset[row]
             # copies: LitData's arrays lie in a file mapping that the next chunk closes
@@ -175,11 +179,24 @@ def _fetch(url: str) -> Path:
 
 
 def _download(url: str, file: Path, required: bool = True) -> None:
+    """Copy a small file to the cache; processes that do it at the same time do not meet each other's half."""
+    _allow_plain_http(url)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # a stale copy would be taken for the download
-    try:
-        remote, name = url.rsplit("/", 1)
-        get_downloader(remote, str(file.parent), []).download_file(f"{remote}/{name}", str(file))
-    except Exception as error:  # each store has its own
-        if required:
-            raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error})") from error
+    remote, name = url.rsplit("/", 1)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        fresh = os.path.join(folder, name)
+        try:
+            get_downloader(remote, folder, []).download_file(url, fresh)
+            os.replace(fresh, file)
+        except Exception as error:  # each store has its own
+            if required:
+                reason = shorten(error)
+                raise ValueError(f"{url} cannot be read ({type(error).__name__}: {reason})") from error
+            file.unlink(missing_ok=True)
+
+
+def _allow_plain_http(url: str) -> None:
+    """Let LitData's obstore speak to an S3 endpoint without TLS (a store in the house); it has no option for that."""
+    if url.startswith("s3://") and s3_endpoint().startswith("http://"):
+        options = {**downloader._OBSTORE_CLIENT_OPTIONS, "allow_http": True}
+        downloader._OBSTORE_CLIENT_OPTIONS = options  # type: ignore[assignment]

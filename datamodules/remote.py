@@ -9,6 +9,7 @@ Object stores are spoken to through obstore, which LitData brings, with boto3's 
 would replace the botocore that boto3 needs.
 """
 
+import functools
 import hashlib
 import re
 import threading
@@ -33,6 +34,7 @@ AGAIN = "run the same command again, what is there so far is kept"
 _BLOCK = 8 << 20
 _CONNECTIONS = 8
 _WEB_SECONDS = 60.0
+_STORE_TIMEOUT = "200s"
 
 
 class RemoteFile(NamedTuple):
@@ -216,25 +218,37 @@ def _open_store(url: str) -> "tuple[ObjectStore, str]":
     from obstore.store import from_url
 
     parts = urlsplit(url)
-    options: dict[str, Any] = {"client_options": {"timeout": "200s"}, "retry_config": {"max_retries": 5}}
+    options: dict[str, Any] = {"client_options": {"timeout": _STORE_TIMEOUT}, "retry_config": {"max_retries": 5}}
     if parts.scheme == "s3":
         options |= _s3_options()
     store = from_url(f"{parts.scheme}://{parts.netloc}", **options)
     return store, parts.path.lstrip("/")
 
 
+def s3_endpoint() -> str:
+    """Return the URL of the S3 service that boto3, hence LitData, is configured for."""
+    return _s3_client().meta.endpoint_url
+
+
+@functools.cache
+def _s3_client() -> Any:  # noqa: ANN401 (boto3 makes its classes at run time)
+    import boto3
+
+    session = boto3.Session()
+    return session.client("s3", region_name=session.region_name or "us-east-1")
+
+
 def _s3_options() -> dict[str, Any]:
-    """Return credentials, region and endpoint as boto3 (hence LitData) finds them; none: a public bucket."""
+    """Return credentials, region and endpoint as boto3 finds them; without credentials for a public bucket."""
     import boto3
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    session = boto3.Session()
-    client = session.client("s3", region_name=session.region_name or "us-east-1").meta
-    config: dict[str, Any] = {"region": client.region_name}
+    session, endpoint = boto3.Session(), s3_endpoint()
+    config: dict[str, Any] = {"region": _s3_client().meta.region_name}
     options: dict[str, Any] = {"config": config}
-    if "amazonaws.com" not in client.endpoint_url:
-        config |= {"endpoint": client.endpoint_url, "virtual_hosted_style_request": False}
-        options["client_options"] = {"timeout": "200s", "allow_http": client.endpoint_url.startswith("http://")}
+    if "amazonaws.com" not in endpoint:
+        config |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
+        options["client_options"] = {"timeout": _STORE_TIMEOUT, "allow_http": endpoint.startswith("http://")}
     if session.get_credentials() is None:
         config["skip_signature"] = True
     else:
@@ -242,11 +256,16 @@ def _s3_options() -> dict[str, Any]:
     return options
 
 
+def shorten(error: Exception) -> str:
+    """Return the essence of what a server answered, out of what its library makes of it."""
+    text = " ".join(str(error).split())
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    return code[1] if code else text[:200]
+
+
 def _failed(key: str, url: str, error: Exception) -> ValueError:
-    if isinstance(error, FileNotFoundError) or isinstance(error, urllib.error.HTTPError) and error.code == 404:
+    if isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404):
         return ValueError(f"{key}: {public(url)} does not exist")
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
-    text = " ".join(str(error).split())
-    code = re.search(r"<Code>(\w+)</Code>", text)  # what object stores answer, inside of what obstore makes of it
-    return ValueError(f"{key}: {public(url)}: {type(error).__name__}: {code[1] if code else text[:200]}; {AGAIN}")
+    return ValueError(f"{key}: {public(url)}: {type(error).__name__}: {shorten(error)}; {AGAIN}")
