@@ -1,14 +1,15 @@
 """One loader process of ours against plain Hugging Face `datasets` loops over the same rows.
 
-    python -m benchmarks.data_loading [--path data/stdlib] [--rounds 7] [--step TOKENS_PER_SECOND] [--output FILE]
+    python -m benchmarks.data_loading [--path data/stdlib] [--rounds 9] [--step TOKENS_PER_SECOND] [--output FILE]
 
 All sides read the packed rows of a prepared corpus (the default one is prepared first where it is missing) and build
 the same micro-batches: tokens, labels, document ids, and the number of targets of the next token and each MTP depth.
 Ours is the loader of `fit` without worker processes, in its weighted, shuffled order and with its checksums. Theirs are
-the rows written by `Dataset.save_to_disk`, read in torch format as their documentation shows: by a shuffling DataLoader,
-and in order by `iter` (which a training run would not do). Labels and the like are built there row by row, as one writes
-it. The rounds alternate, so that a busy machine slows all alike; a ratio is the median of the ratios of neighbouring
-rounds. All sides must have counted the same targets and added up the same token ids, else there is no table.
+the rows written by `Dataset.save_to_disk`, read in torch format as their documentation shows: by a DataLoader that
+shuffles, and in order by `iter` (which a training run would not do). Labels and the like are built there row by row, as
+one writes it. The rounds alternate, so that a busy machine slows all alike; a ratio is the median of the ratios of
+neighbouring rounds. All sides must have counted the same targets and added up the same token ids, else there is no
+table.
 
 Beside it: what the training step of configs/pretrain.yaml consumes on this machine (all threads), or `--step` for what
 was measured on another one, per device. The aim is a loader process at 50 times that or more.
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192, help="rows of a round, at most those of the corpus")
     parser.add_argument("--micro_batch_size", type=int, default=8, help="B (default: 8)")
     parser.add_argument("--depths", type=int, default=2, help="MTP depths to count targets for (default: 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds, after one to warm up (default: 7)")
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds, after one to warm up (default: 9)")
     parser.add_argument("--step", type=float, help=f"tokens/s a device consumes; unless given, {CONFIG} is measured")
     parser.add_argument("--output", type=Path, help="file that takes the table as well")
     options = parser.parse_args()
