@@ -2,18 +2,19 @@
 
 Which row comes when is `mixture.py`'s business, so rows are read by number. Chunks (LitData's format) are mapped into
 memory by ourselves, as many as the mixture reads side by side: a random row costs some 20 microseconds of processor
-time. LitData's `StreamingDataset[i]` maps and unmaps a file at each change of chunk (some 200 microseconds), and asks an
-object store twice for each row. Chunks behind a URL are downloaded whole, by LitData's downloaders, into its cache. What
-can be wrong on disk is found at the start where a look at names and sizes tells, else at the row.
+time. LitData's `StreamingDataset[i]` maps and unmaps a file at each change of chunk (200 microseconds), and asks an
+object store twice for each row. Chunks behind a URL are downloaded whole, by LitData's downloaders, into its cache.
+What can be wrong on disk is found at the start where a look at names and sizes tells, else at the row.
 """
 
+import functools
 import hashlib
 import json
 import os
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
 from datamodules.remote import s3_endpoint, shorten
 from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from litdata.streaming.downloader import Downloader
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _OPEN_CHUNKS = 2 * LANES
@@ -209,24 +213,25 @@ def _download_once(url: str, file: Path, required: bool = True) -> None:
 
 
 def _download(url: str, file: Path, required: bool = True) -> None:
-    from litdata.streaming.downloader import get_downloader
-
-    _allow_plain_http(url)
+    """Copy a remote file; it is there completely or not at all."""
     remote, name = url.rsplit("/", 1)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         fresh = os.path.join(folder, name)
         try:
-            get_downloader(remote, folder, []).download_file(url, fresh)
+            _downloader(remote).download_file(url, fresh)
             os.replace(fresh, file)
         except Exception as error:  # each store has its own
             if required:
                 raise ValueError(f"{url} cannot be read ({type(error).__name__}: {shorten(error)})") from error
 
 
-def _allow_plain_http(url: str) -> None:
-    """Let LitData's obstore speak to an S3 endpoint without TLS (a store in the house); it has no option for that."""
+@functools.cache
+def _downloader(remote: str) -> "Downloader":
+    """Return LitData's downloader of a remote folder: it keeps its connections."""
     from litdata.streaming import downloader
 
-    if url.startswith("s3://") and s3_endpoint().startswith("http://"):
+    if remote.startswith("s3://") and s3_endpoint().startswith("http://"):
+        # a store in the house without TLS: LitData has no option to let obstore speak to it
         options = {**downloader._OBSTORE_CLIENT_OPTIONS, "allow_http": True}
         downloader._OBSTORE_CLIENT_OPTIONS = options  # type: ignore[assignment]
+    return downloader.get_downloader(remote, tempfile.gettempdir(), [])

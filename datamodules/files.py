@@ -28,11 +28,12 @@ def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ValueError(
             f"cannot write {path}: {error.strerror}; mend that (free space?) and run the same command again, "
             "what is written so far is kept"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -215,14 +215,17 @@ def _put(store: "ObjectStore", path: str, file: Path) -> int:
 
 def _open_store(url: str) -> "tuple[ObjectStore, str]":
     """Return the bucket of a URL and the path in it."""
+    parts = urlsplit(url)
+    return _bucket(parts.scheme, parts.netloc), parts.path.lstrip("/")
+
+
+@functools.cache
+def _bucket(scheme: str, name: str) -> "ObjectStore":
+    """Return a bucket, which keeps its connections."""
     from obstore.store import from_url
 
-    parts = urlsplit(url)
     options: dict[str, Any] = {"client_options": {"timeout": _STORE_TIMEOUT}, "retry_config": {"max_retries": 5}}
-    if parts.scheme == "s3":
-        options |= _s3_options()
-    store = from_url(f"{parts.scheme}://{parts.netloc}", **options)
-    return store, parts.path.lstrip("/")
+    return from_url(f"{scheme}://{name}", **options | (_s3_options() if scheme == "s3" else {}))
 
 
 def s3_endpoint() -> str:
