@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules import files, remote
+from datamodules import corpus, files, remote
 from datamodules.corpus import Corpus
 from datamodules.policies import Policies, Tally
 from datamodules.preparation import CORPUS_FILE, prepare_corpus
