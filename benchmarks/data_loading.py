@@ -27,6 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; as `fit` does, see app/__main__.py
+
 import numpy as np
 import torch
 from torch import Tensor

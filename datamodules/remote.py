@@ -59,9 +59,9 @@ def check_scheme(url: str, key: str, schemes: tuple[str, ...]) -> None:
     Raises:
         ValueError: naming the key and the schemes there are.
     """
-    scheme = urlsplit(url).scheme
-    if scheme not in schemes:
-        raise ValueError(f"{key}: cannot use {scheme}:// ({public(url)}); there are {', '.join(schemes)} and folders")
+    if urlsplit(url).scheme not in schemes:
+        known = ", ".join(f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"{key}: {public(url)} is not a URL that can be used here; give one that begins with {known}")
 
 
 def public(url: str) -> str:

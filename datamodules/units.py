@@ -7,7 +7,7 @@ from typing import Literal
 
 ROW_UNIT_BYTES = 4 << 20
 """Groups of rows (of a table on disk) are joined up to this size..."""
-LARGEST_GROUP_BYTES = 32 << 20
+LARGEST_GROUP_BYTES = 8 << 20
 """...and cut above this one; not much finer, because a cut group is decoded from its start for each of its parts."""
 
 
