@@ -180,7 +180,8 @@ def machine() -> str:
         ]
         cpu = names[0] if names else cpu
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "litdata", "datasets", "pyarrow"))
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({cpu}), Python {platform.python_version()}, {packages}"
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores ({cpu}, load average {os.getloadavg()[0]:.1f})"
+    return f"{cores}, Python {platform.python_version()}, {packages}"
 
 
 def main() -> None:

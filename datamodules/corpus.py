@@ -233,5 +233,5 @@ def _downloader(remote: str) -> "Downloader":
     if remote.startswith("s3://") and s3_endpoint().startswith("http://"):
         # a store in the house without TLS: LitData has no option to let obstore speak to it
         options = {**downloader._OBSTORE_CLIENT_OPTIONS, "allow_http": True}
-        downloader._OBSTORE_CLIENT_OPTIONS = options  # type: ignore[assignment]
+        downloader._OBSTORE_CLIENT_OPTIONS = options
     return downloader.get_downloader(remote, tempfile.gettempdir(), [])

@@ -11,7 +11,7 @@ from app.__main__ import main
         (["--output", "s3://bucket/mine"], "error: output: s3:/bucket/mine is a URL; give a folder on this machine"),
         (
             ["--output", "OUT", "--upload", "https://host/mine"],
-            "error: upload: https://host/mine is not a URL that can be used",
+            "error: upload: https://host/mine is not a URL that",
         ),
         (["--output", "OUT", "--upload", "mine"], "error: upload: mine is not a URL that can be used here; give"),
     ],
