@@ -167,16 +167,17 @@ class EpochOrder:
         lane_rows, longer_lanes = divmod(self.rows, self._lanes)
         lanes, places = positions % self._lanes, positions // self._lanes
         places = places + lanes * lane_rows + np.minimum(lanes, longer_lanes)
-        return np.array(
-            [self._row(int(epoch), int(place)) for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64
-        )
-
-    def _row(self, epoch: int, place: int) -> int:
-        order, ends = self._chunk_order(epoch)
-        slot = int(np.searchsorted(ends, place, side="right"))
-        chunk = int(order[slot])
-        inside = place - int(ends[slot]) + int(self._chunk_rows[chunk])
-        return int(self._first_rows[chunk] + self._row_order(epoch, chunk)[inside])
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            mine = np.flatnonzero(epochs == epoch)
+            order, ends = self._chunk_order(epoch)
+            slots = ends.searchsorted(places[mine], side="right")
+            chunks = order[slots]
+            inside = places[mine] - ends[slots] + self._chunk_rows[chunks]
+            first = self._first_rows[chunks]
+            for n, chunk, start, place in zip(*(part.tolist() for part in (mine, chunks, first, inside)), strict=True):
+                rows[n] = start + self._row_order(epoch, chunk)[place]
+        return rows
 
     def _order_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(self._chunk_rows), hash64("chunks", self._seed, self._name, epoch))
