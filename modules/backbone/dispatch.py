@@ -45,7 +45,7 @@ class LocalDispatcher:
         # Not bincount: on CUDA it asks the host for its size.
         counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
         rows = compute(_Spread.apply(x, order, back), counts.cumsum(0).int())
-        return _Combine.apply(rows, weights, order, back)
+        return _Combine.apply(rows, weights, back.view_as(experts))
 
 
 # Both gradients are gathers and sums in a fixed order. Plain indexing adds them up with atomic operations, on a CPU
@@ -71,21 +71,29 @@ class _Spread(Function):
 
 
 class _Combine(Function):
-    """Tokens [N, L]: the sum of each token's rows times its weights, in fp32; rows [R, L] are sorted by expert."""
+    """Tokens [N, L]: the sum of each token's rows times its weights, in fp32.
+
+    `rows` [R, L] are sorted by expert and `places` [N, K] says where each token's are. One choice after the other, so
+    that what is between lies in a CPU's cache and no [R, L] in fp32 exists.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(rows, weights, order, back)
-        per_token = rows.index_select(0, back).view(*weights.shape, -1)
-        return (per_token * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(rows, weights, places)
+        out = rows.new_zeros(len(places), rows.shape[1], dtype=torch.float32)
+        for weight, place in zip(weights.unbind(1), places.unbind(1), strict=True):
+            out.addcmul_(rows.index_select(0, place).float(), weight.unsqueeze(1))
+        return out.to(rows.dtype)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
-    ) -> tuple[Tensor, Tensor, None, None]:
-        rows, weights, order, back = ctx.saved_tensors
-        spread = grad.index_select(0, order // weights.shape[1])
-        grad_weights = (spread * rows).sum(1, dtype=torch.float32).index_select(0, back).view_as(weights)
-        grad_rows = spread * weights.flatten().index_select(0, order).unsqueeze(1)
-        return grad_rows.to(rows.dtype), grad_weights, None, None
+    ) -> tuple[Tensor, Tensor, None]:
+        rows, weights, places = ctx.saved_tensors
+        grad = grad.float()
+        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+        for choice, place in enumerate(places.unbind(1)):
+            grad_weights[:, choice] = (rows.index_select(0, place).float() * grad).sum(1)
+            grad_rows.index_copy_(0, place, (grad * weights[:, choice, None]).to(rows.dtype))
+        return grad_rows, grad_weights, None

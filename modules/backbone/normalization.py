@@ -1,8 +1,11 @@
 """RMSNorm and the gated group RMSNorm of Mamba-2, computed in fp32."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 
 class RMSNorm(nn.Module):
@@ -40,6 +43,34 @@ class GatedGroupRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Normalise [..., size] gated by [..., size]; returns the dtype of `x`."""
-        gated = (x.float() * F.silu(gate.float())).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.epsilon).flatten(-2)
-        return (normed * self.weight).to(x.dtype)
+        return _GatedNorm.apply(x, gate, self.weight, self.groups, self.epsilon)
+
+
+class _GatedNorm(Function):
+    """Keeps its inputs and computes the rest again: half the passes of automatic differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:  # noqa: ANN401
+        gated = F.silu(gate.float()).mul_(x).unflatten(-1, (groups, -1))
+        scale = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).square_().div_(gated.shape[-1])
+        scale.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, gate, weight, scale)
+        ctx.groups, ctx.dtype = groups, x.dtype
+        return gated.mul_(scale).flatten(-2).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, gate, weight, scale = ctx.saved_tensors
+        x, gate, grad = x.float(), gate.float(), grad.float()
+        activated = F.silu(gate)
+        normed = torch.mul(activated, x).unflatten(-1, (ctx.groups, -1)).mul_(scale)
+        grad_weight = (grad * normed.flatten(-2)).flatten(0, -2).sum(0)
+        # d/du of u r(u): r (g - normed mean(g normed))
+        grad = (grad * weight).unflatten(-1, (ctx.groups, -1))
+        mean = (grad * normed).mean(-1, keepdim=True)
+        grad = grad.addcmul_(normed, mean, value=-1).mul_(scale).flatten(-2)
+        grad_gate = torch.ops.aten.silu_backward(grad * x, gate)
+        return grad.mul_(activated).to(ctx.dtype), grad_gate.to(ctx.dtype), grad_weight, None, None

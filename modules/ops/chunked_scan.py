@@ -98,10 +98,14 @@ class _ChunkedScan(Function):
             mixed = decays.inside * scores.view(groups, *shape[2:5], shape[4])
             out = torch.bmm(mixed.flatten(0, 3), inputs.u.flatten(0, 3)).view(shape).float()
             weighted = inputs.u * decays.to_end.unsqueeze(-1).to(x.dtype)
-            added = torch.stack([torch.bmm(inputs.B.transpose(1, 2), head) for head in weighted.flatten(1, 3)])
+            added = x.new_empty(shape[0], len(inputs.B), B.shape[3], shape[5])
+            for head, rows in enumerate(weighted.flatten(1, 3)):
+                torch.bmm(inputs.B.transpose(1, 2), rows, out=added[head])
             before, state = _carry(state, decays.whole, added.unflatten(1, shape[1:4]))
-            before = before.to(x.dtype)
-            across = torch.stack([torch.bmm(inputs.C, head) for head in before.flatten(1, 3)]).view(shape)
+            across = weighted.flatten(1, 3)
+            for head, states in enumerate(before.flatten(1, 3)):
+                torch.bmm(inputs.C, states, out=across[head])
+            across = across.view(shape)
             out.addcmul_(across, decays.from_start.unsqueeze(-1)).addcmul_(inputs.x, _per_head(D, groups, 4))
             y[:, part] = _join_heads(out)[:, : part.stop - part.start]
             if any(ctx.needs_input_grad):
@@ -137,7 +141,9 @@ class _ChunkedScan(Function):
             grad_mixed *= decays.inside
             grad_scores = grad_mixed.sum(0).flatten(0, 2)
             grad_mixed *= per_group
-            grad_decay = grad_mixed.sum(-1, dtype=torch.float32) - grad_mixed.sum(-2, dtype=torch.float32)
+            grad_kernel = grad_mixed.float()
+            grad_decay = grad_kernel.sum(-1) - grad_kernel.sum(-2)
+            del grad_kernel
             mixed = torch.mul(decays.inside, per_group, out=grad_mixed)
             grad_u = torch.bmm(mixed.flatten(0, 3).transpose(1, 2), out.flatten(0, 3)).view(shape)
             grad_C = torch.bmm(grad_scores, inputs.B).float()
@@ -145,19 +151,19 @@ class _ChunkedScan(Function):
 
             # From the state before each chunk: y += from_start * (C before).
             scaled = out * decays.from_start.unsqueeze(-1).to(dtype)
-            grad_before = torch.empty(before.shape, dtype=torch.float32, device=x.device)
+            grad_before = torch.empty_like(before)
             for head, rows in enumerate(scaled.flatten(1, 3)):
                 grad_C_head = torch.bmm(rows, before[head].flatten(0, 2).transpose(1, 2))
                 grad_C += grad_C_head
                 grad_decay[head] += (grad_C_head * inputs.C).sum(-1, dtype=torch.float32).view(shape[1:5])
-                grad_before[head] = torch.bmm(inputs.C.transpose(1, 2), rows).view(before.shape[1:])
+                torch.bmm(inputs.C.transpose(1, 2), rows, out=grad_before[head].flatten(0, 2))
 
             # Through the states: state' = whole * state + added, added = B^T (to_end * u).
             grad_added, grad_whole, grad_state = _carry_back(grad_state, decays.whole, before, grad_before)
             grad_decay[..., -1] += grad_whole
             weighted = inputs.u * decays.to_end.unsqueeze(-1).to(dtype)
             for head, rows in enumerate(weighted.flatten(1, 3)):
-                grad_head = grad_added[head].flatten(0, 2).to(dtype)
+                grad_head = grad_added[head].flatten(0, 2)
                 grad_B_head = torch.bmm(rows, grad_head.transpose(1, 2))
                 grad_B += grad_B_head
                 grad_to_end = (grad_B_head * inputs.B).sum(-1, dtype=torch.float32).view(shape[1:5])
@@ -274,10 +280,10 @@ def _carry(state: Tensor | None, whole: Tensor, added: Tensor) -> tuple[Tensor, 
         added: [R, G, B, c, N, P].
 
     Returns:
-        (states before each chunk fp32 [R, G, B, c, N, P], state after the last).
+        (states before each chunk [R, G, B, c, N, P] in the dtype of `added`, state after the last, fp32).
     """
-    before = torch.empty_like(added, dtype=torch.float32)
-    state = torch.zeros_like(before[:, :, :, 0]) if state is None else state
+    before = torch.empty_like(added)
+    state = added.new_zeros(before[:, :, :, 0].shape, dtype=torch.float32) if state is None else state
     for chunk in range(added.shape[3]):
         before[:, :, :, chunk] = state
         state = torch.addcmul(added[:, :, :, chunk].float(), state, whole[:, :, :, chunk, None, None])
@@ -293,15 +299,16 @@ def _carry_back(
         grad_state: fp32 [R, G, B, N, P] of the state after the last chunk; None: zero.
         whole: fp32 [R, G, B, c].
         before: [R, G, B, c, N, P], states before each chunk.
-        grad_before: fp32 [R, G, B, c, N, P] of `before`; overwritten.
+        grad_before: [R, G, B, c, N, P] of `before`; becomes the gradient of `added`.
 
     Returns:
-        (gradient of `added`, of log `whole` [R, G, B, c], of the state before the first chunk), fp32.
+        (gradient of `added`, of log `whole` fp32 [R, G, B, c], of the state before the first chunk, fp32).
     """
-    state = torch.zeros_like(grad_before[:, :, :, 0]) if grad_state is None else grad_state
+    state = before.new_zeros(before[:, :, :, 0].shape, dtype=torch.float32) if grad_state is None else grad_state
+    grad_whole = torch.empty_like(whole)
     for chunk in range(before.shape[3] - 1, -1, -1):
-        through = torch.addcmul(grad_before[:, :, :, chunk], state, whole[:, :, :, chunk, None, None])
+        grad_whole[:, :, :, chunk] = (state * before[:, :, :, chunk]).sum((-2, -1))
+        through = torch.addcmul(grad_before[:, :, :, chunk].float(), state, whole[:, :, :, chunk, None, None])
         grad_before[:, :, :, chunk] = state
         state = through
-    grad_whole = (grad_before * before).sum((-2, -1)) * whole
-    return grad_before, grad_whole, state
+    return grad_before, grad_whole * whole, state

@@ -61,7 +61,7 @@ class _SpacedConvolution(Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.documents = documents
         spaced = _space_out(x, documents, weight.shape[1] - 1)
-        return F.silu(_convolve(spaced, weight, bias, x.shape, documents), inplace=True).to(x.dtype)
+        return F.silu(_convolve(spaced, weight, bias, documents), inplace=True).to(x.dtype)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -71,12 +71,12 @@ class _SpacedConvolution(Function):
         x, weight, bias = ctx.saved_tensors
         taps = weight.shape[1]
         spaced = _space_out(x, ctx.documents, taps - 1)
-        before_silu = _convolve(spaced, weight, bias, x.shape, ctx.documents)
+        before_silu = _convolve(spaced, weight, bias, ctx.documents)
         grad = torch.ops.aten.silu_backward(grad.float(), before_silu)
         grad_spaced = _space_out(grad, ctx.documents, taps - 1)
         # Each position's gradient comes from the outputs at and behind it: the convolution with the taps reversed.
         grad_x = _depthwise(grad_spaced, weight.flip(1), None)
-        grad_x = grad_x.index_select(0, ctx.documents.spaced_positions(taps - 1)).view(x.shape).to(x.dtype)
+        grad_x = _close_up(grad_x, ctx.documents, taps - 1, taps - 1).to(x.dtype)
         length, product = len(spaced), torch.empty_like(spaced)
         grad_taps = []
         for shift in range(taps - 1, -1, -1):
@@ -88,17 +88,28 @@ class _SpacedConvolution(Function):
 
 def _space_out(x: Tensor, documents: DocumentLayout, gap: int) -> Tensor:
     """Return fp32 [S, C]: the positions of [B, T, C] with `gap` zeros before each document and at the end."""
-    positions = documents.spaced_positions(gap)
-    spaced = torch.zeros(documents.spaced_length(gap), x.shape[-1], device=x.device)
-    return spaced.index_copy_(0, positions, x.flatten(0, 1).float())
+    flat = x.flatten(0, 1)
+    spaced = flat.new_empty(len(flat) + gap * (len(documents.spans) + 1), flat.shape[1], dtype=torch.float32)
+    shift = gap
+    for start, end in documents.spans:
+        spaced[start + shift - gap : start + shift] = 0
+        spaced[start + shift : end + shift] = flat[start:end]
+        shift += gap
+    spaced[len(flat) + shift - gap :] = 0
+    return spaced
 
 
-def _convolve(
-    spaced: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size, documents: DocumentLayout
-) -> Tensor:
+def _close_up(spaced: Tensor, documents: DocumentLayout, gap: int, first: int) -> Tensor:
+    """Return [B, T, C]: the rows of the positions in the spaced layout, the first of which is row `first`."""
+    shifted = [
+        spaced[start + number * gap + first :][: end - start] for number, (start, end) in enumerate(documents.spans)
+    ]
+    return torch.cat(shifted).view(*documents.ids.shape, -1)
+
+
+def _convolve(spaced: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:
     """Return the convolution, fp32 [B, T, C], of positions laid out by `_space_out`."""
-    gap = weight.shape[1] - 1
-    return _depthwise(spaced, weight, bias).index_select(0, documents.spaced_positions(gap) - gap).view(shape)
+    return _close_up(_depthwise(spaced, weight, bias), documents, weight.shape[1] - 1, 0)
 
 
 @torch.library.custom_op("superbolt::depthwise_convolution", mutates_args=())

@@ -59,17 +59,19 @@ class _LinearCrossEntropy(Function):
         chunk = min(len(labels), max(1, _CHUNK_LOGITS[hidden.device.type] // weight.shape[0]))
         # Buffers are reused: a fresh allocation of this size costs more in page faults than the arithmetic in it.
         logits_buffer = hidden.new_empty(chunk, weight.shape[0])
-        log_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
+        probability_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             rows = len(labels[part])
-            logits, log_probabilities = logits_buffer[:rows], log_buffer[:rows]
+            logits, probabilities = logits_buffer[:rows], probability_buffer[:rows]
             torch.mm(hidden[part], weight.T, out=logits)
-            torch.log_softmax(logits, -1, dtype=torch.float32, out=log_probabilities)
-            nats[part] = -log_probabilities.gather(1, targets[part]).squeeze(-1)
+            torch.softmax(logits, -1, dtype=torch.float32, out=probabilities)
+            # log sum exp = largest logit - log of its probability, which is no less than 1 / V: one pass over exp.
+            normalizer = logits.amax(-1).float() - probabilities.amax(-1).log()
+            nats[part] = normalizer - logits.gather(1, targets[part]).squeeze(-1).float()
             if grad_hidden is None and grad_weight is None:
                 continue
-            gradient = log_probabilities.exp_()
+            gradient = probabilities
             gradient.scatter_add_(1, targets[part], gradient.new_full((rows, 1), -1.0))
             gradient = gradient if gradient.dtype == hidden.dtype else logits.copy_(gradient)
             if grad_hidden is not None:

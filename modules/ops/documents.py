@@ -16,7 +16,6 @@ class DocumentLayout:
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
-        self._spaced: dict[int, Tensor] = {}
 
     @staticmethod
     def of_rows(rows: int, length: int, device: torch.device) -> "DocumentLayout":
@@ -40,14 +39,3 @@ class DocumentLayout:
     def spans(self) -> list[tuple[int, int]]:
         """(start, end) of each document in the flattened [B x T] positions, on the host."""
         return list(itertools.pairwise(self.boundaries.tolist()))
-
-    def spaced_positions(self, gap: int) -> Tensor:
-        """Return int64 [B x T]: where each position lies when `gap` positions are put in before each document."""
-        if gap not in self._spaced:
-            places = torch.arange(len(self.starts), device=self.ids.device)
-            self._spaced[gap] = places + gap * self.starts.cumsum(0)
-        return self._spaced[gap]
-
-    def spaced_length(self, gap: int) -> int:
-        """Return the positions of all documents with `gap` more before each and at the end."""
-        return self.ids.numel() + gap * (len(self.spans) + 1)

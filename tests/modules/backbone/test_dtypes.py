@@ -30,7 +30,7 @@ MIXED = (
 )
 RECIPES = {"fp32": FP32, "bf16": BF16, "mixed": MIXED}
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "multiply_rows")
 CASTS = ("_to_copy", "copy_")
 
 
