@@ -59,13 +59,13 @@ class _LinearCrossEntropy(Function):
         chunk = min(len(labels), max(1, _CHUNK_LOGITS[hidden.device.type] // weight.shape[0]))
         # Buffers are reused: a fresh allocation of this size costs more in page faults than the arithmetic in it.
         logits_buffer = hidden.new_empty(chunk, weight.shape[0])
-        probability_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
+        probability_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             rows = len(labels[part])
             logits, probabilities = logits_buffer[:rows], probability_buffer[:rows]
             torch.mm(hidden[part], weight.T, out=logits)
-            torch.softmax(logits, -1, dtype=torch.float32, out=probabilities)
+            torch.softmax(probabilities.copy_(logits), -1, out=probabilities)
             # log sum exp = largest logit - log of its probability, which is no less than 1 / V: one pass over exp.
             normalizer = logits.amax(-1).float() - probabilities.amax(-1).log()
             nats[part] = normalizer - logits.gather(1, targets[part]).squeeze(-1).float()
@@ -78,7 +78,10 @@ class _LinearCrossEntropy(Function):
                 grad_hidden[part] = (gradient @ weight) * scales[part].unsqueeze(-1)
             if grad_weight is not None:
                 assert scaled_hidden is not None
-                grad_weight += gradient.T @ scaled_hidden[part]
+                if gradient.dtype == torch.float32:
+                    grad_weight.addmm_(gradient.T, scaled_hidden[part])
+                else:
+                    grad_weight += gradient.T @ scaled_hidden[part]
         nats = torch.where(kept, nats, 0.0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
