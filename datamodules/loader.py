@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.corpus import RowReader
 from datamodules.mixture import Mixture
-from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, next_token_labels
+from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, document_boundaries, next_token_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
     labels = next_token_labels(ids, documents)
     labels[torch.from_numpy(padding)] = IGNORED_LABEL  # padding is a document without targets
     counts = count_targets(labels, documents, depths)
-    return PackedBatch(tokens=ids, labels=labels, document_ids=documents, counts=counts)
+    return PackedBatch(
+        tokens=ids, labels=labels, document_ids=documents, counts=counts, boundaries=document_boundaries(documents)
+    )
 
 
 class Windows(Dataset[list[PackedBatch]]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -31,10 +32,28 @@ class PackedBatch:
     counts: Tensor
     """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
     rank's whole accumulation window (in validation: over this batch)."""
+    boundaries: Tensor | None = None
+    """int32 [n + 1], see `document_boundaries`. The loader works them out on the host; None: the network does, which on
+    CUDA waits for the device once a micro-batch."""
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
-        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+
+def document_boundaries(document_ids: Tensor) -> Tensor:
+    """Return where the documents of packed rows begin and end.
+
+    Args:
+        document_ids: int32 [B, T].
+
+    Returns:
+        int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T.
+    """
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=document_ids.numel()).int()
 
 
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:

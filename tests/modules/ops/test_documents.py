@@ -15,6 +15,18 @@ def test_borders_equal_a_loop(rows: tuple[list[int], ...]) -> None:
     assert list(layout.spans) == expected
     assert layout.boundaries.dtype == torch.int32
     assert layout.boundaries.tolist() == [start for start, _ in expected] + [ids.numel()]
+    allowed = torch.zeros(len(rows), 1, 7, 7, dtype=torch.bool)
+    for row, part in spans(ids):
+        for position in range(part.start, part.stop):
+            allowed[row, 0, position, part.start : position + 1] = True
+    assert torch.equal(layout.mask, allowed)
+
+
+def test_known_boundaries_are_taken() -> None:
+    known = torch.tensor([0, 3, 14], dtype=torch.int32)
+    layout = DocumentLayout(torch.zeros(2, 7, dtype=torch.int32), known)
+    assert layout.boundaries is known
+    assert list(layout.spans) == [(0, 3), (3, 14)]
 
 
 def test_ids_may_jump_and_repeat_between_rows() -> None:
