@@ -1,19 +1,14 @@
 """Runs `modules.ops.ssd` with mamba-ssm's Triton kernel in Triton's interpreter: the kernel's own code, on a CPU.
 
-A program of its own, because Triton reads its environment when it is imported, and because what is put in place of CUDA
-here must not reach other tests. Reads a list of cases {inputs, ids, chunk_size, probe} from the file that it is given
-and writes, in their place, lists [y, gradients of the inputs].
+A program of its own, because Triton reads its environment (`TRITON_INTERPRET=1`) when it is imported, and because what
+is put in place of CUDA here must not reach other tests. Reads a list of cases {inputs, ids, chunk_size, probe} from the
+file that it is given and writes, in their place, lists [y, gradients of the inputs].
 """
 
 import contextlib
-import os
 import sys
 import types
 import warnings
-
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["MAMBA_DETERMINISTIC"] = "1"  # one configuration of each kernel, hence no timing of several on a GPU
-warnings.filterwarnings("ignore", message="Deterministic mode")
 
 import torch
 from torch import Tensor
@@ -49,6 +44,7 @@ def run(inputs: dict[str, Tensor], ids: Tensor | None, chunk_size: int, probe: T
 if __name__ == "__main__":
     torch.set_num_threads(1)
     stand_in_for_cuda()
+    warnings.filterwarnings("ignore", message="Deterministic mode")
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     ssd.ssd_kernel = lambda x: mamba_chunk_scan_combined
