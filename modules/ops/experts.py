@@ -12,6 +12,7 @@ from torch import Tensor
 _ALIGNMENT_BYTES = 16
 
 
+@torch.compiler.disable  # torch.compile cannot trace `F.grouped_mm` in fp32
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply rows of `x` by the weight of the expert they belong to.
 

@@ -16,11 +16,14 @@ from torch import Tensor
 
 @functools.cache
 def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
-    """Return (function or None, reason). Any failure of a foreign import is a reason, never an error."""
+    """Return (function or None, reason). Any failure of a foreign import is a reason, never an error.
+
+    torch.compile does not look into the function: its graphs end before it and go on after it.
+    """
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     try:
-        return getattr(importlib.import_module(module), attribute), "active"
+        return torch.compiler.disable(getattr(importlib.import_module(module), attribute)), "active"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
 

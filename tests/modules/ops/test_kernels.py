@@ -131,11 +131,11 @@ def test_a_kernel_that_does_not_import_is_a_reason_and_no_error(fresh_detection,
 
 def test_kernels_run_on_16_bits_on_cuda_only(fresh_detection, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = SimpleNamespace(mamba_chunk_scan_combined="scan", varlen_attn="attention")
+    found = SimpleNamespace(mamba_chunk_scan_combined=lambda: "scan", varlen_attn=lambda: "attention")
     monkeypatch.setattr(importlib, "import_module", lambda name: found)
     for dtype in (torch.bfloat16, torch.float16):
-        assert kernels.ssd_kernel(CudaLike(dtype)) == "scan"
-        assert kernels.varlen_attention_kernel(CudaLike(dtype)) == "attention"
+        assert kernels.ssd_kernel(CudaLike(dtype))() == "scan"
+        assert kernels.varlen_attention_kernel(CudaLike(dtype))() == "attention"
     for unfit in (CudaLike(torch.float32), torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)):
         assert kernels.ssd_kernel(unfit) is kernels.varlen_attention_kernel(unfit) is None
     for head_dim in (5, 12, 264):
@@ -194,6 +194,7 @@ def test_attention_calls_the_installed_kernel_with_arguments_that_it_has(monkeyp
     monkeypatch.setattr(attention_module, "varlen_attention_kernel", lambda query: recorder)
     attention(*(normal(2, 128, count, 8) for count in (4, 2, 2)), DocumentLayout(IDS))
     (call,) = calls
+    assert kernels.takes_argument(torch.compiler.disable(varlen_attn), "window_size"), "seen through the wrapper"
     assert call["max_q"] == call["max_k"] == 128
     assert call["cu_seq_q"].tolist() == [0, 5, 75, 128, 256]
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
