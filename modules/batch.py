@@ -51,9 +51,15 @@ def document_boundaries(document_ids: Tensor) -> Tensor:
     Returns:
         int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T.
     """
+    starts = document_starts(document_ids)
+    return F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts)).int()
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return bool [B x T], whether a document starts at the position, of int32 [B, T] ids."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=document_ids.numel()).int()
+    return starts.flatten()
 
 
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:

@@ -38,36 +38,54 @@ class LocalDispatcher:
 
     def __call__(self, x: Tensor, weights: Tensor, experts: Tensor, num_experts: int, compute: Experts) -> Tensor:
         """See `Dispatcher`."""
-        tokens, top_k = experts.shape
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         # Not bincount: on CUDA it asks the host for its size.
         counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-        rows = compute(_TakeRows.apply(x, order, back, top_k), counts.cumsum(0).int())
-        rows = _TakeRows.apply(rows, back, order, 1).view(tokens, top_k, -1)
-        return torch.einsum("nkl,nk->nl", rows.float(), weights).to(x.dtype)
+        rows = compute(_Spread.apply(x, order, back), counts.cumsum(0).int())
+        return _Combine.apply(rows, weights, order, back)
 
 
-class _TakeRows(Function):
-    """`x[index // copies]` for a permutation `index` of len(x) x copies, with its inverse known.
+# Both gradients are gathers and sums in a fixed order. Plain indexing adds them up with atomic operations, on a CPU
+# with several threads too: the same run would give other weights each time.
 
-    The gradient is then a gather and a sum over the copies, in a fixed order. Plain indexing adds it up with atomic
-    operations, on a CPU with several threads too: the same run would give other weights each time.
-    """
+
+class _Spread(Function):
+    """Rows [R, L] in the order of their experts, `x[order // K]`, from tokens [N, L]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[index // copies]
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(back)
+        ctx.top_k = len(order) // max(len(x), 1)
+        return x.index_select(0, order // ctx.top_k)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
-    ) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
-        return grad.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else grad, None, None, None
+    ) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+
+
+class _Combine(Function):
+    """Tokens [N, L]: the sum of each token's rows times its weights, in fp32; rows [R, L] are sorted by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(rows, weights, order, back)
+        per_token = rows.index_select(0, back).view(*weights.shape, -1)
+        return (per_token * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, order, back = ctx.saved_tensors
+        spread = grad.index_select(0, order // weights.shape[1])
+        grad_weights = (spread * rows).sum(1, dtype=torch.float32).index_select(0, back).view_as(weights)
+        grad_rows = spread * weights.flatten().index_select(0, order).unsqueeze(1)
+        return grad_rows.to(rows.dtype), grad_weights, None, None

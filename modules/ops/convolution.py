@@ -1,12 +1,18 @@
 """Depthwise causal convolution with SiLU that does not cross document borders.
 
-A few shifted multiply-adds: with 4 taps this beats a grouped `conv1d` on a CPU, and it runs on CUDA as it is.
-Shapes: B rows, T positions, C channels, k taps.
+On a CPU the documents are laid out one behind the other with k - 1 zeros between them, so that one plain convolution
+(oneDNN's depthwise kernel on channels-last data, some ten times faster than the sum below) cannot see across a border;
+the backward pass computes the same layout again instead of keeping it. On CUDA, where the number of documents would
+have to be asked for, a sum of shifted, masked products.
+Shapes: B rows, T positions, C channels, k taps, S = B x T + (k - 1) x (documents + 1) positions of the spaced layout.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from modules.ops.documents import DocumentLayout
 
@@ -17,7 +23,7 @@ def causal_convolution(
     """Compute `silu(bias + sum_j weight[:, k - 1 - j] * x[t - j])` over the taps inside t's document.
 
     Args:
-        x: [B, T, C], fp32 or bf16.
+        x: [B, T, C], fp32 or bf16; sums are fp32, rounded once, as fused kernels do.
         weight: fp32 [C, k].
         bias: fp32 [C] or None.
         documents: borders the taps must not cross; None: each row is one document.
@@ -25,8 +31,16 @@ def causal_convolution(
     Returns:
         [B, T, C] in the dtype of `x`.
     """
+    if x.is_cuda:
+        return _shifted_convolution(x, weight, bias, documents)
+    if documents is None:
+        documents = DocumentLayout.of_rows(*x.shape[:2], x.device)
+    return _SpacedConvolution.apply(x, weight, bias, documents)
+
+
+def _shifted_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout | None) -> Tensor:
     taps, dtype = weight.shape[1], x.dtype
-    x = x.float()  # sums in fp32, rounded once, as fused kernels do
+    x = x.float()
     out = x * weight[:, -1]
     for shift in range(1, min(taps, x.shape[1])):
         term = x[:, :-shift] * weight[:, taps - 1 - shift]
@@ -37,3 +51,67 @@ def causal_convolution(
     if bias is not None:
         out = out + bias
     return F.silu(out).to(dtype)
+
+
+class _SpacedConvolution(Function):
+    """The convolution over documents with k - 1 zeros between them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight, bias)
+        ctx.documents = documents
+        spaced = _space_out(x, documents, weight.shape[1] - 1)
+        return F.silu(_convolve(spaced, weight, bias, x.shape, documents), inplace=True).to(x.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, bias = ctx.saved_tensors
+        taps = weight.shape[1]
+        spaced = _space_out(x, ctx.documents, taps - 1)
+        before_silu = _convolve(spaced, weight, bias, x.shape, ctx.documents)
+        grad = torch.ops.aten.silu_backward(grad.float(), before_silu)
+        grad_spaced = _space_out(grad, ctx.documents, taps - 1)
+        # Each position's gradient comes from the outputs at and behind it: the convolution with the taps reversed.
+        grad_x = _depthwise(grad_spaced, weight.flip(1), None)
+        grad_x = grad_x.index_select(0, ctx.documents.spaced_positions(taps - 1)).view(x.shape).to(x.dtype)
+        length, product = len(spaced), torch.empty_like(spaced)
+        grad_taps = []
+        for shift in range(taps - 1, -1, -1):
+            part = product[: length - shift]
+            torch.mul(grad_spaced[shift:], spaced[: length - shift], out=part)
+            grad_taps.append(part.sum(0))
+        return grad_x, torch.stack(grad_taps, 1), grad.sum((0, 1)) if bias is not None else None, None
+
+
+def _space_out(x: Tensor, documents: DocumentLayout, gap: int) -> Tensor:
+    """Return fp32 [S, C]: the positions of [B, T, C] with `gap` zeros before each document and at the end."""
+    positions = documents.spaced_positions(gap)
+    spaced = torch.zeros(documents.spaced_length(gap), x.shape[-1], device=x.device)
+    return spaced.index_copy_(0, positions, x.flatten(0, 1).float())
+
+
+def _convolve(
+    spaced: Tensor, weight: Tensor, bias: Tensor | None, shape: torch.Size, documents: DocumentLayout
+) -> Tensor:
+    """Return the convolution, fp32 [B, T, C], of positions laid out by `_space_out`."""
+    gap = weight.shape[1] - 1
+    return _depthwise(spaced, weight, bias).index_select(0, documents.spaced_positions(gap) - gap).view(shape)
+
+
+@torch.library.custom_op("superbolt::depthwise_convolution", mutates_args=())
+def _depthwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve fp32 [S, C] along S with [C, k]; returns [S - k + 1, C].
+
+    An operation of its own, so that counters of matrix products see the same step on every device.
+    """
+    image = rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)  # [1, C, 1, S], channels last
+    out = F.conv2d(image, weight[:, None, None], bias, groups=rows.shape[1])
+    return out.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@_depthwise.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(len(rows) - weight.shape[1] + 1, rows.shape[1])

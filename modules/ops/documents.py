@@ -1,15 +1,16 @@
 """Where the documents of packed rows begin and end, worked out once per forward pass and shared by all layers.
 
-Each operation reads the form it needs: `ids` (scan, convolution), `boundaries` (attention kernels on CUDA), `spans`
-(attention on a CPU), `mask` (attention on CUDA without a kernel). None is made before it is read.
+Each operation reads the form it needs, and none is made before it is read. Only `spans` asks the device, and
+`boundaries` where they are not given.
 """
 
 import functools
 import itertools
 
+import torch
 from torch import Tensor
 
-from modules.batch import document_boundaries
+from modules.batch import document_boundaries, document_starts
 
 
 class DocumentLayout:
@@ -22,8 +23,20 @@ class DocumentLayout:
 
     def __init__(self, ids: Tensor, boundaries: Tensor | None = None) -> None:
         self.ids = ids
+        self._spaced: dict[int, Tensor] = {}
         if boundaries is not None:
             self.boundaries = boundaries
+
+    @staticmethod
+    def of_rows(rows: int, length: int, device: torch.device) -> "DocumentLayout":
+        """Return the layout in which each of B rows of T positions is one document."""
+        boundaries = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
+        return DocumentLayout(torch.zeros(rows, length, dtype=torch.int32, device=device), boundaries)
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """bool [B x T]: whether a document starts at the position."""
+        return document_starts(self.ids)
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
@@ -39,3 +52,14 @@ class DocumentLayout:
     def mask(self) -> Tensor:
         """Bool [B, 1, T, T]: whether a position (third axis) may attend to another (last axis)."""
         return (self.ids.unsqueeze(-1) == self.ids.unsqueeze(-2)).tril().unsqueeze(1)
+
+    def spaced_positions(self, gap: int) -> Tensor:
+        """Return int64 [B x T]: where each position lies when `gap` positions are put in before each document."""
+        if gap not in self._spaced:
+            places = torch.arange(len(self.starts), device=self.ids.device)
+            self._spaced[gap] = places + gap * self.starts.cumsum(0)
+        return self._spaced[gap]
+
+    def spaced_length(self, gap: int) -> int:
+        """Return the positions of all documents with `gap` more before each and at the end."""
+        return self.ids.numel() + gap * len(self.boundaries)

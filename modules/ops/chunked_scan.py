@@ -1,0 +1,304 @@
+"""The SSD scan in its chunked form, forward and backward in batched matrix products (arXiv 2405.21060, section 6).
+
+With a_i the running sum of dt A inside a chunk, u_j = dt_j x_j, and h the state before the chunk:
+
+    y_i = sum_{j <= i} exp(a_i - a_j) (C_i B_j) u_j + exp(a_i) C_i h,    h' = exp(a_q) h + sum_j exp(a_q - a_j) B_j u_j
+
+over the positions of one document. C B^T is computed once per group and never expanded to heads. The backward pass is
+written out: differentiated automatically, the same products need twice the passes over [q, q] and [q, P] arrays, which
+is what the time goes into on a CPU. Chunks are taken in stretches of `_STRETCH` positions, so that these arrays stay in
+a CPU's cache and do not grow with the length of a row.
+Shapes: B rows, T positions, H heads, P head dim, G groups, R = H / G heads per group, N state, c chunks of q positions;
+inside, heads come first: [R, G, B, c, q, P], so that what a group shares broadcasts and every product is contiguous.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+_STRETCH = 4096
+"""Positions, over all rows, that are computed at once."""
+
+
+def chunked_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, ids: Tensor | None, chunk_size: int
+) -> Tensor:
+    """Run the scan from a zero state.
+
+    Args:
+        x: [B, T, H, P], fp32 or bf16.
+        dt: fp32 [B, T, H], final step sizes.
+        A: fp32 [H], negative.
+        B: [B, T, G, N], dtype of `x`.
+        C: [B, T, G, N], dtype of `x`.
+        D: fp32 [H], skip weight.
+        ids: int32 [B, T]: the state is reset where it changes; None: each row is one document.
+        chunk_size: q.
+
+    Returns:
+        y [B, T, H, P] in the dtype of `x`.
+    """
+    length = x.shape[1]
+    chunk_size = min(chunk_size, length)
+    pad = -length % chunk_size
+    if pad:
+        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, pad)) for tensor in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+        ids = None if ids is None else F.pad(ids, (0, pad), value=-1)
+    return _ChunkedScan.apply(x, dt, A, B, C, D, ids, chunk_size)[:, :length]
+
+
+class _Inputs(NamedTuple):
+    """One stretch of the inputs, heads first."""
+
+    x: Tensor
+    """[R, G, B, c, q, P], a view."""
+    dt: Tensor
+    """fp32 [R, G, B, c, q], a view."""
+    u: Tensor
+    """[R, G, B, c, q, P]: dt x."""
+    B: Tensor
+    """[G x B x c, q, N]."""
+    C: Tensor
+    """[G x B x c, q, N]."""
+
+
+class _Decays(NamedTuple):
+    """What the running sum of dt A makes of one stretch, fp32."""
+
+    inside: Tensor
+    """[R, G, B, c, q, q] in the dtype of x: exp(a_i - a_j) for j <= i in the same document, else 0."""
+    to_end: Tensor
+    """[R, G, B, c, q]: exp(a_q - a_j), 0 outside the document that is open at the end of the chunk."""
+    from_start: Tensor
+    """[R, G, B, c, q]: exp(a_i), 0 outside the document that was open before the chunk."""
+    whole: Tensor
+    """[R, G, B, c]: exp(a_q), 0 where a document begins inside the chunk."""
+
+
+class _ChunkedScan(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        ids: Tensor | None,
+        chunk_size: int,
+    ) -> Tensor:
+        groups = B.shape[2]
+        ctx.save_for_backward(x, dt, A, B, C, D, ids)
+        ctx.chunk_size = chunk_size
+        ctx.kept = []
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        state: Tensor | None = None
+        for part in _stretches(x, chunk_size):
+            inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], chunk_size)
+            decays = _decay(inputs.dt, A, _chunk_ids(ids, part, chunk_size), x.dtype)
+            shape = inputs.u.shape
+            scores = torch.bmm(inputs.C, inputs.B.transpose(1, 2))
+            mixed = decays.inside * scores.view(groups, *shape[2:5], shape[4])
+            out = torch.bmm(mixed.flatten(0, 3), inputs.u.flatten(0, 3)).view(shape).float()
+            weighted = inputs.u * decays.to_end.unsqueeze(-1).to(x.dtype)
+            added = torch.stack([torch.bmm(inputs.B.transpose(1, 2), head) for head in weighted.flatten(1, 3)])
+            before, state = _carry(state, decays.whole, added.unflatten(1, shape[1:4]))
+            before = before.to(x.dtype)
+            across = torch.stack([torch.bmm(inputs.C, head) for head in before.flatten(1, 3)]).view(shape)
+            out.addcmul_(across, decays.from_start.unsqueeze(-1)).addcmul_(inputs.x, _per_head(D, groups, 4))
+            y[:, part] = _join_heads(out)
+            if any(ctx.needs_input_grad):
+                ctx.kept.append((decays, scores, before))
+        return y
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
+        x, dt, A, B, C, D, ids = ctx.saved_tensors
+        groups, dtype = B.shape[2], x.dtype
+        gradients = _Gradients(
+            *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, dt)),
+            torch.zeros_like(A),
+            *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (B, C)),
+            torch.zeros_like(D),
+        )
+        grad_state: Tensor | None = None
+        for part, (decays, scores, before) in zip(reversed(_stretches(x, ctx.chunk_size)), reversed(ctx.kept), strict=True):
+            inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], ctx.chunk_size)
+            out = _split_heads(grad[:, part], groups, ctx.chunk_size).contiguous()
+            shape = out.shape
+            per_group = scores.view(groups, *shape[2:5], shape[4])
+
+            # Inside chunks: y = (inside * scores) u.
+            grad_mixed = torch.bmm(out.flatten(0, 3), inputs.u.flatten(0, 3).transpose(1, 2)).view(decays.inside.shape)
+            grad_mixed *= decays.inside
+            grad_scores = grad_mixed.sum(0).flatten(0, 2)
+            grad_mixed *= per_group
+            grad_decay = grad_mixed.sum(-1, dtype=torch.float32) - grad_mixed.sum(-2, dtype=torch.float32)
+            mixed = torch.mul(decays.inside, per_group, out=grad_mixed)
+            grad_u = torch.bmm(mixed.flatten(0, 3).transpose(1, 2), out.flatten(0, 3)).view(shape)
+            grad_C = torch.bmm(grad_scores, inputs.B).float()
+            grad_B = torch.bmm(grad_scores.transpose(1, 2), inputs.C).float()
+
+            # From the state before each chunk: y += from_start * (C before).
+            scaled = out * decays.from_start.unsqueeze(-1).to(dtype)
+            grad_before = torch.empty(before.shape, dtype=torch.float32, device=x.device)
+            for head, rows in enumerate(scaled.flatten(1, 3)):
+                grad_C_head = torch.bmm(rows, before[head].flatten(0, 2).transpose(1, 2))
+                grad_C += grad_C_head
+                grad_decay[head] += (grad_C_head * inputs.C).sum(-1, dtype=torch.float32).view(shape[1:5])
+                grad_before[head] = torch.bmm(inputs.C.transpose(1, 2), rows).view(before.shape[1:])
+
+            # Through the states: state' = whole * state + added, added = B^T (to_end * u).
+            grad_added, grad_whole, grad_state = _carry_back(grad_state, decays.whole, before, grad_before)
+            grad_decay[..., -1] += grad_whole
+            weighted = inputs.u * decays.to_end.unsqueeze(-1).to(dtype)
+            for head, rows in enumerate(weighted.flatten(1, 3)):
+                grad_head = grad_added[head].flatten(0, 2).to(dtype)
+                grad_B_head = torch.bmm(rows, grad_head.transpose(1, 2))
+                grad_B += grad_B_head
+                grad_to_end = (grad_B_head * inputs.B).sum(-1, dtype=torch.float32).view(shape[1:5])
+                grad_decay[head] -= grad_to_end
+                grad_decay[head, ..., -1] += grad_to_end.sum(-1)
+                grad_weighted = torch.bmm(inputs.B, grad_head).view(shape[1:])
+                grad_u[head].addcmul_(grad_weighted, decays.to_end[head].unsqueeze(-1).to(dtype))
+
+            # Into the inputs: u = dt x, a = running sum of dt A, y += D x.
+            grad_steps = grad_decay.flip(-1).cumsum(-1).flip(-1)
+            grad_dt = (grad_u * inputs.x).sum(-1, dtype=torch.float32)
+            grad_dt.addcmul_(grad_steps, _per_head(A, groups, 3))
+            grad_x = grad_u.mul_(inputs.dt.unsqueeze(-1).to(dtype)).addcmul_(out, _per_head(D, groups, 4).to(dtype))
+            gradients.x[:, part] = _join_heads(grad_x)
+            gradients.dt[:, part] = _join_heads(grad_dt.unsqueeze(-1)).squeeze(-1)
+            gradients.A.add_((grad_steps * inputs.dt).sum((2, 3, 4)).T.flatten())
+            gradients.D.add_((out * inputs.x).sum(-1, dtype=torch.float32).sum((2, 3, 4)).T.flatten())
+            gradients.B[:, part] = _join_groups(grad_B, shape)
+            gradients.C[:, part] = _join_groups(grad_C, shape)
+        return *gradients, None, None
+
+
+class _Gradients(NamedTuple):
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+
+
+def _stretches(x: Tensor, chunk_size: int) -> list[slice]:
+    """Cut T positions into stretches of whole chunks of about `_STRETCH` positions over all rows."""
+    size = max(1, _STRETCH // (len(x) * chunk_size)) * chunk_size
+    return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
+
+
+def _chunk_ids(ids: Tensor | None, part: slice, chunk_size: int) -> tuple[Tensor, Tensor] | None:
+    """Return the ids [B, c, q] of a stretch and the id [B, c] open before each of its chunks."""
+    if ids is None:
+        return None
+    chunks = ids[:, part].unflatten(1, (-1, chunk_size))
+    first = ids[:, max(part.start - 1, 0), None]
+    return chunks, torch.cat([first, chunks[:, :-1, -1]], dim=1)
+
+
+def _split_heads(tensor: Tensor, groups: int, chunk_size: int) -> Tensor:
+    """View [B, T, H, ...] as [R, G, B, c, q, ...]."""
+    tensor = tensor.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk_size))
+    return tensor.permute(4, 3, 0, 1, 2, *range(5, tensor.ndim))
+
+
+def _join_heads(tensor: Tensor) -> Tensor:
+    """View [R, G, B, c, q, P] as [B, T, H, P]; the inverse of `_split_heads`."""
+    return tensor.permute(2, 3, 4, 1, 0, 5).flatten(3, 4).flatten(1, 2)
+
+
+def _split_groups(tensor: Tensor, chunk_size: int) -> Tensor:
+    """Copy [B, T, G, N] to [G x B x c, q, N]."""
+    return tensor.unflatten(1, (-1, chunk_size)).permute(3, 0, 1, 2, 4).flatten(0, 2)
+
+
+def _join_groups(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """View [G x B x c, q, N] as [B, T, G, N], given the shape [R, G, B, c, q, P]."""
+    return tensor.view(*shape[1:5], -1).permute(1, 2, 3, 0, 4).flatten(1, 2)
+
+
+def _heads_first(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> _Inputs:
+    """Lay out one stretch."""
+    groups = B.shape[2]
+    x, dt = _split_heads(x, groups, chunk_size), _split_heads(dt, groups, chunk_size)
+    u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(x, dt.unsqueeze(-1).to(x.dtype), out=u)
+    return _Inputs(x, dt, u, _split_groups(B, chunk_size), _split_groups(C, chunk_size))
+
+
+def _per_head(values: Tensor, groups: int, dims: int) -> Tensor:
+    """View [H] as [R, G, 1, ...] with `dims` dimensions behind."""
+    return values.view(groups, -1).T.reshape(-1, groups, *[1] * dims)
+
+
+def _decay(dt: Tensor, A: Tensor, ids: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> _Decays:
+    """Return the decays of a stretch; dt is [R, G, B, c, q]."""
+    size = dt.shape[-1]
+    total = (dt * _per_head(A, dt.shape[1], 3)).cumsum(-1)
+    allowed = torch.ones(size, size, dtype=torch.bool, device=dt.device).tril_()
+    to_end, from_start, whole = (total[..., -1:] - total).exp_(), total.exp(), total[..., -1].exp()
+    if ids is not None:
+        chunks, before = ids
+        last = chunks[..., -1]
+        allowed = (chunks.unsqueeze(-1) == chunks.unsqueeze(-2)) & allowed
+        to_end *= chunks == last.unsqueeze(-1)
+        from_start *= chunks == before.unsqueeze(-1)
+        whole *= last == before
+    # The mask comes before exp: masked differences are positive and would overflow.
+    forbidden = torch.zeros(allowed.shape, device=dt.device).masked_fill_(~allowed, float("-inf"))
+    inside = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(forbidden).exp_().to(dtype)
+    return _Decays(inside, to_end, from_start, whole)
+
+
+def _carry(state: Tensor | None, whole: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Run state' = whole * state + added over the chunks.
+
+    Args:
+        state: fp32 [R, G, B, N, P] before the first chunk; None: zero.
+        whole: fp32 [R, G, B, c].
+        added: [R, G, B, c, N, P].
+
+    Returns:
+        (states before each chunk fp32 [R, G, B, c, N, P], state after the last).
+    """
+    before = torch.empty_like(added, dtype=torch.float32)
+    state = torch.zeros_like(before[:, :, :, 0]) if state is None else state
+    for chunk in range(added.shape[3]):
+        before[:, :, :, chunk] = state
+        state = torch.addcmul(added[:, :, :, chunk].float(), state, whole[:, :, :, chunk, None, None])
+    return before, state
+
+
+def _carry_back(
+    grad_state: Tensor | None, whole: Tensor, before: Tensor, grad_before: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `_carry`.
+
+    Args:
+        grad_state: fp32 [R, G, B, N, P] of the state after the last chunk; None: zero.
+        whole: fp32 [R, G, B, c].
+        before: [R, G, B, c, N, P], states before each chunk.
+        grad_before: fp32 [R, G, B, c, N, P] of `before`; overwritten.
+
+    Returns:
+        (gradient of `added`, of log `whole` [R, G, B, c], of the state before the first chunk), fp32.
+    """
+    state = torch.zeros_like(grad_before[:, :, :, 0]) if grad_state is None else grad_state
+    for chunk in range(before.shape[3] - 1, -1, -1):
+        through = torch.addcmul(grad_before[:, :, :, chunk], state, whole[:, :, :, chunk, None, None])
+        grad_before[:, :, :, chunk] = state
+        state = through
+    grad_whole = (grad_before * before).sum((-2, -1)) * whole
+    return grad_before, grad_whole, state
