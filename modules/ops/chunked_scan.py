@@ -130,7 +130,9 @@ class _ChunkedScan(Function):
             torch.zeros_like(D),
         )
         grad_state: Tensor | None = None
-        for part, (decays, scores, before) in zip(reversed(_stretches(x, ctx.chunk_size)), reversed(ctx.kept), strict=True):
+        for part, (decays, scores, before) in zip(
+            reversed(_stretches(x, ctx.chunk_size)), reversed(ctx.kept), strict=True
+        ):
             inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], ctx.chunk_size)
             out = _split_heads(grad[:, part], groups, ctx.chunk_size).contiguous()
             shape = out.shape

@@ -35,7 +35,7 @@ class DocumentLayout:
 
     @functools.cached_property
     def starts(self) -> Tensor:
-        """bool [B x T]: whether a document starts at the position."""
+        """Bool [B x T]: whether a document starts at the position."""
         return document_starts(self.ids)
 
     @functools.cached_property

@@ -7,7 +7,6 @@ Portable: the chunked form (`chunked_scan.py`). Fast: mamba-ssm's Triton kernel 
 Shapes: B rows, T positions, H heads, P head dim, G groups, N state.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -108,6 +108,7 @@ NO_EXPERTS = tiny_config(hybrid_override_pattern="M*-", mtp_hybrid_override_patt
 CASES = {
     "bf16": (BF16, {}),
     "bf16, checkpointed": (BF16, {"activation_checkpointing": True}),
+    "bf16, odd widths": (BF16, {"config": tiny_config(moe_intermediate_size=13, moe_latent_size=11)}),
     # `F.grouped_mm` has no fp32 kernel on CUDA: there it copies the offsets to the host.
     "fp32, no experts": (
         FP32,
