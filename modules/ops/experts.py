@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
+from modules.ops.kernels import uncompiled
+
 _ALIGNMENT_BYTES = 16
 _ROWS = 16
 
 
-@torch.compiler.disable  # torch.compile cannot trace `F.grouped_mm` in fp32
+@uncompiled  # torch.compile cannot trace `F.grouped_mm` in fp32
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply rows of `x` by the weight of the expert they belong to.
 

@@ -8,22 +8,26 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Keep torch.compile out of a function: its graphs end before a call and go on after it."""
+    return cast(_Function, torch.compiler.disable(function))
+
 
 @functools.cache
 def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
-    """Return (function or None, reason). Any failure of a foreign import is a reason, never an error.
-
-    torch.compile does not look into the function: its graphs end before it and go on after it.
-    """
+    """Return (function or None, reason). Any failure of a foreign import is a reason, never an error."""
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     try:
-        return torch.compiler.disable(getattr(importlib.import_module(module), attribute)), "active"
+        return uncompiled(getattr(importlib.import_module(module), attribute)), "active"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
 
