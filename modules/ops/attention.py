@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.ops.documents import DocumentLayout
-from modules.ops.kernels import takes_argument, varlen_attention_kernel
+from modules.ops.kernels import takes_argument, uncompiled, varlen_attention_kernel
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout | None = None) -> Tensor:
@@ -27,17 +27,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayo
     Returns:
         [B, T, Q, P] in the dtype of `query`.
     """
-    batch, length = query.shape[:2]
     if documents is None:
         return _attend(query, key, value)
     kernel = varlen_attention_kernel(query)
     if kernel is not None:
         return _attend_by_kernel(kernel, query, key, value, documents)
-    if query.is_cuda:  # the spans below are read on the host
+    if query.is_cuda:  # spans are read on the host
         return _attend(query, key, value, documents.mask)
-    flat = [tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value)]
-    parts = [_attend(*(tensor[:, start:end] for tensor in flat)) for start, end in documents.spans]
-    return torch.cat(parts, dim=1).unflatten(1, (batch, length)).squeeze(0)
+    return _attend_by_span(query, key, value, documents)
 
 
 def _attend_by_kernel(
@@ -55,6 +52,13 @@ def _attend_by_kernel(
     # The longest document is not known here; a whole row bounds it, without asking the device.
     out = kernel(*flat, boundaries, boundaries, length, length, window_size=(-1, 0), **options)
     return out.unflatten(0, (batch, length))
+
+
+@uncompiled  # a graph would hold for one set of spans only
+def _attend_by_span(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayout) -> Tensor:
+    flat = [tensor.flatten(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+    parts = [_attend(*(tensor[:, start:end] for tensor in flat)) for start, end in documents.spans]
+    return torch.cat(parts, dim=1).view(query.shape)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
