@@ -31,8 +31,8 @@ format: $(READY)  ## mend what ruff can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-tensorboard: $(READY)  ## show every run under runs/
-	@$(BIN)/tensorboard --logdir runs
+tensorboard: $(READY)  ## show every run under runs/: ARGS='--port 6007 ...'
+	@$(BIN)/python -m app.tensorboard --logdir runs $(ARGS)
 
 # torch comes first and alone, so that pip takes the build (CPU or CUDA) that the machine offers and nothing later
 # replaces it; the lock follows without dependencies, so that nothing pulls torchvision (see requirements.lock).

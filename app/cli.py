@@ -28,18 +28,27 @@ from app.run_folder import SHOWN, RunFolder, differences
 from app.strategies import ShardedStrategy, folder
 from callbacks.checkpoint import Checkpoint
 from callbacks.console import Console, validation_line
+from callbacks.dashboard import Dashboard
+from callbacks.data_use import DataUse
+from callbacks.health import Health
+from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
 from callbacks.random_state import RandomState
 from callbacks.samples import Samples
+from callbacks.skipped_batches import SkippedBatches
+from callbacks.speed import Speed
 from callbacks.startup import Startup
 from callbacks.summary import Summary
 from callbacks.validation import Validation
 
 COMMANDS = ("fit", "validate", "test")
 CALLBACKS: dict[str, type[Callback]] = {
+    "mock_step": MockStep,
     "console": Console,
     "validation": Validation,
     "samples": Samples,
+    "skipped_batches": SkippedBatches,
+    "health": Health,
     "checkpoint": Checkpoint,
 }
 """Group of keys -> callback."""
@@ -230,8 +239,10 @@ class RunCLI(LightningCLI):
         self._prepare_folder(config)
         groups: dict[str, Any] = {key: self.instantiate(key) for key in CALLBACKS}
         logger = RunLogger(self.run_folder.path, step)
-        preemption = Preemption(groups["checkpoint"])
-        trainer = self._build([RandomState(), Startup(), *groups.values(), preemption, Summary()], logger)
+        preemption, interval = Preemption(groups["checkpoint"]), groups["console"].every_n_steps
+        speed = Speed(interval)
+        own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(interval), *groups.values()]
+        trainer = self._build([*own, preemption, Summary()], logger)
         logger.trainer = trainer
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
 

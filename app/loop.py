@@ -63,11 +63,17 @@ class StepLoop(_TrainingEpochLoop):
         super().on_advance_end(data_fetcher)
         if self._should_accumulate():
             return
-        callbacks = [callback for callback in self.trainer.callbacks if isinstance(callback, StepCallback)]  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in self._step_callbacks:
             callback.on_step_end(self.trainer, self.trainer.lightning_module)
-        for callback in callbacks:
-            callback.on_steps_resume(self.trainer, self.trainer.lightning_module)
+
+    def _on_before_fetch(self) -> None:
+        super()._on_before_fetch()
+        for callback in self._step_callbacks:
+            callback.on_fetch_start(self.trainer)
+
+    @property
+    def _step_callbacks(self) -> list[StepCallback]:
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, StepCallback)]  # type: ignore[attr-defined]
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:  # noqa: ANN401
         return False

@@ -2,6 +2,7 @@
 
 runs/<name>/config.yaml                      the resolved configuration of the newest start
 runs/<name>/checkpoints/step=00000123/       see app/strategies/folder.py
+runs/<name>/spikes/step=00000123.pt          see callbacks/skipped_batches.py
 runs/<name>/events.out.tfevents.*            TensorBoard
 """
 

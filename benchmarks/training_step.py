@@ -9,17 +9,11 @@ ratios of neighbouring steps. Then: the step's matrix products over what large p
 operations that cost most, and the peak memory of each side, measured in processes of their own.
 """
 
-import argparse
 import dataclasses
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.config import BackboneConfig
@@ -40,8 +34,8 @@ CONFIG = BackboneConfig(
     head_dim=32,
     mamba_num_heads=8,
     mamba_head_dim=64,
-    ssm_state_size=64,
-    n_groups=2,
+    ssm_state_size=128,
+    n_groups=1,
     chunk_size=64,
     n_routed_experts=32,
     num_experts_per_tok=6,
@@ -88,12 +82,16 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    fields = {name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))}
+    fields = {
+        name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))
+    }
     model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**fields))
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
             layer.mixer.time_step_limit = (0.0, float("inf"))
-    state = {name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()}
+    state = {
+        name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()
+    }
     state = {name.removesuffix(".weight") if ".experts." in name else name: value for name, value in state.items()}
     model.load_state_dict(state)
     return model.train()

@@ -23,8 +23,8 @@ class Console(StepCallback):
         self.every_n_steps = check_interval(every_n_steps, "console.every_n_steps")
         self.throughput = Throughput()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+    def on_fetch_start(self, trainer: Trainer) -> None:
+        """Start the clock: whatever else a callback did is over."""
         self.throughput.resume()
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -43,10 +43,6 @@ class Console(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics({"training/tokens_per_second": speed}, step)
 
-    def on_steps_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock again: validation and checkpoints are over."""
-        self.throughput.resume()
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of a validation during training."""
         if not trainer.is_global_zero or trainer.state.fn != "fit":
@@ -61,7 +57,7 @@ def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float
     Args:
         step: optimiser steps done.
         last: optimiser steps of the run.
-        metrics: by name; `training/loss`, `training/learning_rate` and `training/gradient_norm` are shown if there.
+        metrics: by name; loss, learning rate, gradient norm, MFU and the share of data wait are shown if there.
         speed: tokens per second.
         seconds_left: estimated time to the end.
     """
@@ -73,7 +69,11 @@ def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float
     ):
         if name in metrics:
             parts.append(f"{label} {float(metrics[name]):{form}}")
-    return "  ".join([*parts, f"{number(speed)} tokens/s", f"{duration(seconds_left)} left"])
+    parts.append(f"{number(speed)} tokens/s")
+    for name, label in (("speed/mfu", "MFU"), ("speed/data_wait_share", "data wait")):
+        if name in metrics:
+            parts.append(f"{label} {float(metrics[name]):.1%}")
+    return "  ".join([*parts, f"{duration(seconds_left)} left"])
 
 
 def validation_line(step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: float | None) -> str:
@@ -88,8 +88,8 @@ def validation_line(step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: f
 
 
 def number(value: float) -> str:
-    """Return a number with three digits and k, M or G: 12345 -> 12.3k."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Return a number with three digits and k, M, G or T: 12345 -> 12.3k."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g}{letter}"
     return f"{value:.0f}"

@@ -8,18 +8,27 @@ import platform
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.speed import Speed
 from callbacks.step import step_loop
 from modules.ops.kernels import kernel_table
 from modules.precision.recipe import summarize
 
 
 class Startup(Callback):
-    """Prints what is active before training starts."""
+    """Prints what is active before training starts.
+
+    Args:
+        speed: knows the peak that the speed is compared with, once training starts.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed = speed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
         if trainer.is_global_zero:
-            print("\n".join(f"{name:<12}{text}" for name, text in rows(trainer, pl_module)), flush=True)
+            table = rows(trainer, pl_module) + self.speed.describe()
+            print("\n".join(f"{name:<12}{text}" for name, text in table), flush=True)
 
 
 def rows(trainer: Trainer, module: LightningModule) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ skips a validation that was due. `on_step_end` runs after both, in the order of 
 
 from typing import Protocol, cast
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -29,13 +31,13 @@ class StepLoop(Protocol):
 
 
 class StepCallback(Callback):
-    """A callback that is also called at the end of each optimiser step."""
+    """A callback that is also called at the end of each optimiser step, and when data are asked for."""
+
+    def on_fetch_start(self, trainer: Trainer) -> None:
+        """Run before the loader is asked for a micro-batch: training goes on, whatever callbacks did before."""
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Run after an optimiser step; `trainer.global_step` counts it already."""
-
-    def on_steps_resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Run after every callback's `on_step_end`, when training goes on."""
 
 
 def step_loop(trainer: Trainer) -> StepLoop:
@@ -53,3 +55,13 @@ def check_interval(value: int, key: str) -> int:
     if value < 1:
         raise ValueError(f"{key} is {value}: it counts optimiser steps and must be at least 1")
     return value
+
+
+def gather(values: list[float], trainer: Trainer) -> list[list[float]]:
+    """Return the numbers of every rank, in the order of the ranks; all ranks call this (on a GPU it waits for it)."""
+    if trainer.world_size == 1:
+        return [values]
+    own = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    table = [torch.empty_like(own) for _ in range(trainer.world_size)]
+    dist.all_gather(table, own)
+    return torch.stack(table).tolist()

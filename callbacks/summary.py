@@ -35,4 +35,4 @@ class Summary(StepCallback):
             print(f"held-out text: {float(reached):.3f} bits per byte; gzip -9 needs {gzip:.3f}", flush=True)
         for name, used in data.consumed(trainer.global_step).items():
             print(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs", flush=True)
-        print(f"curves: tensorboard --logdir {trainer.default_root_dir}", flush=True)
+        print(f"curves: python -m app.tensorboard --logdir {trainer.default_root_dir}", flush=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Throughput:
-    """A stop-watch over training steps.
+    """A stop-watch over training steps; it stands still at first.
 
     Args:
         clock: returns seconds; replaced in tests.
@@ -16,19 +16,21 @@ class Throughput:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._started = clock()
+        self._started: float | None = None
         self._seconds = 0.0
         self._tokens = 0
         self._smoothed: float | None = None
 
     def pause(self) -> None:
-        """Stop the clock."""
+        """Stop the clock, which runs."""
+        assert self._started is not None
         self._seconds += self._clock() - self._started
-        self._started = self._clock()
+        self._started = None
 
     def resume(self) -> None:
-        """Start the clock; what passed since `pause` does not count."""
-        self._started = self._clock()
+        """Start the clock unless it runs; what passed since `pause` does not count."""
+        if self._started is None:
+            self._started = self._clock()
 
     def add(self, tokens: int) -> None:
         """Count the tokens of a finished step."""

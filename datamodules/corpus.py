@@ -1,54 +1,65 @@
 """Reading a prepared corpus: its metadata, its checks, random access to its rows.
 
-Rows are read through LitData's `StreamingDataset[i]` without its shuffling, sharding and epoch machinery: which row
-comes when is `mixture.py`'s business. A random row costs 14 microseconds within a chunk and 90 in another one (local
-disk, `batch_decode=0`; LitData's default decodes 32 neighbours and costs ten times that), far below what a training
-step needs. What can be wrong on disk is found at the start where a look at names and sizes tells, else at the row.
+Which row comes when is `mixture.py`'s business, so rows are read by number. Chunks (LitData's format) are mapped into
+memory by ourselves, as many as the mixture reads side by side: a random row costs some 20 microseconds of processor
+time. LitData's `StreamingDataset[i]` maps and unmaps a file at each change of chunk (200 microseconds), and asks an
+object store twice for each row. Chunks behind a URL are downloaded whole, by LitData's downloaders, into its cache.
+What can be wrong on disk is found at the start where a look at names and sizes tells, else at the row.
 """
 
+import functools
 import hashlib
 import json
 import os
+import tempfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import litdata
 import numpy as np
-from litdata.streaming.downloader import get_downloader
-from litdata.utilities.dataset_utilities import get_default_cache_dir
+import torch
+from filelock import FileLock
 
+from datamodules.mixture import LANES
 from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
-from datamodules.rows import INDEX_NAME, checksum
+from datamodules.remote import s3_endpoint, shorten
+from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from litdata.streaming.downloader import Downloader
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_OPEN_CHUNKS = 2 * LANES
 
 
 class RowReader:
     """Random access to the rows of one split; opened anew in each process that it is sent to.
 
     Args:
-        folder: LitData folder or URL.
-        chunk_rows: int64 [chunks], rows in each chunk.
-        chunk_names: file name of each chunk.
+        folder: folder or URL of the chunks.
+        cache: where chunks behind a URL are kept, as long as they are open (some gigabytes at most); None for a folder.
+        chunks: entries of LitData's index.
         sequence_length: T, tokens in a row.
     """
 
-    def __init__(self, folder: str, chunk_rows: np.ndarray, chunk_names: list[str], sequence_length: int) -> None:
+    def __init__(self, folder: str, cache: Path | None, chunks: list[dict[str, Any]], sequence_length: int) -> None:
         self.folder = folder
-        self.chunk_rows = chunk_rows
-        self._ends = np.cumsum(chunk_rows)
-        self._chunk_names = chunk_names
+        self.chunk_rows = np.array([chunk["chunk_size"] for chunk in chunks], dtype=np.int64)
+        """int64 [chunks], rows in each chunk."""
+        self._ends = np.cumsum(self.chunk_rows)
+        self._cache = cache
+        self._files = [(chunk["filename"], chunk["chunk_bytes"]) for chunk in chunks]
         self._sequence_length = sequence_length
-        self._dataset: litdata.StreamingDataset | None = None
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open dataset behind."""
-        return vars(self) | {"_dataset": None}
+        """Leave the open chunks behind."""
+        return vars(self) | {"_open": OrderedDict()}
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row.
@@ -57,30 +68,41 @@ class RowReader:
             row: its number, below `len(self)`.
 
         Returns:
-            int32 [T] token ids and int32 [n] tokens of each document piece; what is left of T is padding.
+            int32 [T] token ids and int32 [n] tokens of each document piece; what is left of T is padding. Both are
+            views of the file: not to be written to.
 
         Raises:
-            ValueError: if the chunk does not hold a row there; the message names the file.
+            ValueError: if the chunk does not hold a row there, or cannot be read; the message names the file.
         """
+        chunk = int(self._ends.searchsorted(row, side="right"))
         try:
-            if self._dataset is None:
-                self._dataset = litdata.StreamingDataset(self.folder, batch_decode=0)
-            item = self._dataset[row]
-            # copies: LitData's arrays lie in a file mapping that the next chunk closes
-            tokens, lengths = np.array(item["tokens"]), np.array(item["lengths"])
-            intact = checksum(tokens, lengths) == int(item["checksum"].view(np.uint32)[0])
-        except Exception as error:  # LitData lets struct, index, value and OS errors through
-            raise self._corrupt(row, f"{type(error).__name__}: {error}") from error
-        if not intact or tokens.shape != (self._sequence_length,):
-            raise self._corrupt(row, "its checksum is wrong")
-        return tokens, lengths
+            words = self._open.get(chunk)
+            if words is None:
+                words = self._map(chunk)
+            return read_row(words, row - int(self._ends[chunk] - self.chunk_rows[chunk]), self._sequence_length)
+        except (OSError, RuntimeError, CorruptRowError) as error:
+            file = os.path.join(self.folder, self._files[chunk][0])
+            raise ValueError(
+                f"{file}: row {row} cannot be read ({str(error).splitlines()[0]}); the chunk is corrupt: delete the "
+                "corpus and prepare it again"
+            ) from error
 
-    def _corrupt(self, row: int, reason: str) -> ValueError:
-        name = self._chunk_names[int(np.searchsorted(self._ends, row, side="right"))]
-        return ValueError(
-            f"{os.path.join(self.folder, name)}: row {row} cannot be read ({reason.splitlines()[0]}); the chunk is "
-            "corrupt: delete the corpus and prepare it again"
-        )
+    def _map(self, chunk: int) -> np.ndarray:
+        """Map a chunk into memory, the longest open one making room, and return its int32 words."""
+        name, size = self._files[chunk]
+        if self._cache is None:
+            file = Path(self.folder) / name
+        else:
+            file = self._cache / name
+            _download_once(f"{self.folder}/{name}", file)
+        # torch keeps no file open, as mmap and numpy.memmap do: 128 for each source would be too many
+        words = torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32).numpy()
+        self._open[chunk] = words
+        if len(self._open) > _OPEN_CHUNKS:
+            old, _ = self._open.popitem(last=False)
+            if self._cache is not None:
+                (self._cache / self._files[old][0]).unlink(missing_ok=True)
+        return words
 
 
 class Corpus:
@@ -129,14 +151,13 @@ class Corpus:
                 raise ValueError(f"{index}: its rows are not the {expected} of {CORPUS_FILE}; prepare the corpus again")
         if not is_remote(self.path):
             _check_sizes(folder, chunks)
-        rows = np.array([chunk["chunk_size"] for chunk in chunks], dtype=np.int64)
-        names = [chunk["filename"] for chunk in chunks]
-        return RowReader(folder, rows, names, self.sequence_length)
+        cache = self._local / split if is_remote(self.path) else None
+        return RowReader(folder, cache, chunks, self.sequence_length)
 
     def _fetch_index(self, split: str) -> Path:
         index = self._local / split / INDEX_NAME
         if is_remote(self.path):
-            _download(f"{self.path}/{split}/{INDEX_NAME}", index)
+            _download_once(f"{self.path}/{split}/{INDEX_NAME}", index)
         if not index.is_file():
             raise ValueError(f"{index} does not exist; prepare the corpus again")
         return index
@@ -164,22 +185,53 @@ def _check_sizes(folder: str, chunks: list[dict[str, Any]]) -> None:
 
 
 def _fetch(url: str) -> Path:
-    """Copy the small files of a remote corpus to the cache and return that folder."""
-    folder = Path(get_default_cache_dir()) / f"corpus-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    _download(f"{url}/{CORPUS_FILE}", folder / CORPUS_FILE)
-    _download(f"{url}/{OPENINGS_FILE}", folder / OPENINGS_FILE)
+    """Copy the small files of a remote corpus to the cache and return that folder: a new one for another corpus."""
+    from litdata.utilities.dataset_utilities import get_default_cache_dir
+
+    cache = Path(get_default_cache_dir())
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        _download(f"{url}/{CORPUS_FILE}", Path(folder) / CORPUS_FILE)
+        described = (Path(folder) / CORPUS_FILE).read_bytes()
+    folder = cache / f"corpus-{hashlib.sha256(url.encode() + described).hexdigest()[:16]}"
+    _download_once(f"{url}/{CORPUS_FILE}", folder / CORPUS_FILE)
+    _download_once(f"{url}/{OPENINGS_FILE}", folder / OPENINGS_FILE)
     for name in _TOKENIZER_FILES:
         required = name == _TOKENIZER_FILES[0]
-        _download(f"{url}/tokenizer/{name}", folder / "tokenizer" / name, required)
+        _download_once(f"{url}/tokenizer/{name}", folder / "tokenizer" / name, required)
     return folder
 
 
-def _download(url: str, file: Path, required: bool = True) -> None:
+def _download_once(url: str, file: Path, required: bool = True) -> None:
+    """Copy a remote file to the cache where it is not there; the processes of a machine wait for the first."""
+    if file.is_file():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # a stale copy would be taken for the download
-    try:
-        remote, name = url.rsplit("/", 1)
-        get_downloader(remote, str(file.parent), []).download_file(f"{remote}/{name}", str(file))
-    except Exception as error:  # each store has its own
-        if required:
-            raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error})") from error
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            _download(url, file, required)
+
+
+def _download(url: str, file: Path, required: bool = True) -> None:
+    """Copy a remote file; it is there completely or not at all."""
+    remote, name = url.rsplit("/", 1)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        fresh = os.path.join(folder, name)
+        try:
+            _downloader(remote).download_file(url, fresh)
+            os.replace(fresh, file)
+        except Exception as error:  # each store has its own
+            if required:
+                raise ValueError(f"{url} cannot be read ({type(error).__name__}: {shorten(error)})") from error
+
+
+@functools.cache
+def _downloader(remote: str) -> "Downloader":
+    """Return LitData's downloader of a remote folder: it keeps its connections."""
+    from litdata.streaming import downloader
+
+    if remote.startswith("s3://") and s3_endpoint().startswith("http://"):
+        # a store in the house without TLS: LitData has no option to let obstore speak to it
+        options = {**downloader._OBSTORE_CLIENT_OPTIONS, "allow_http": True}
+        downloader._OBSTORE_CLIENT_OPTIONS = options
+    return downloader.get_downloader(remote, tempfile.gettempdir(), [])

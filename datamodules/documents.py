@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from datamodules.policies import Policies, Tally
-from datamodules.sources import Unit, cut_tail, tail_size
+from datamodules.sources import cut_tail, tail_size
+from datamodules.tables import CorruptTableError, read_rows
+from datamodules.units import Unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +35,10 @@ def read_unit(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document
         ValueError: for bad input whose policy is `strict`.
     """
     try:
-        if unit.jsonl:
+        if unit.kind == "jsonl":
             yield from _read_lines(unit, policies, tally)
+        elif unit.kind != "text":
+            yield from _read_table(unit, policies, tally)
         else:
             with open(unit.path, "rb") as file:
                 file.seek(unit.start)
@@ -68,16 +72,30 @@ def _read_line(line: bytes, name: str, policies: Policies, tally: Tally) -> Iter
     try:
         record = json.loads(decoded)
     except (json.JSONDecodeError, RecursionError):
-        return policies.malformed_line(name, "not JSON", len(line), tally)
+        return policies.no_text(name, "not JSON", len(line), tally)
     if not isinstance(record, dict):
-        return policies.malformed_line(name, "not a JSON object", len(line), tally)
+        return policies.no_text(name, "not a JSON object", len(line), tally)
     text = record.get(policies.text_key)
     if not isinstance(text, str):
-        return policies.malformed_line(name, f"no string under the key '{policies.text_key}'", len(line), tally)
+        return policies.no_text(name, f"no string under the key '{policies.text_key}'", len(line), tally)
     # JSON can spell half a surrogate pair, which no UTF-8 can hold
     whole = policies.decode(text.encode("utf-8", "surrogatepass"), name, tally)
     if whole is not None:
         yield from _split(name, whole, policies, tally)
+
+
+def _read_table(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
+    row = unit.start
+    try:
+        for data in read_rows(unit, policies.text_key):
+            name = f"{unit.name} row {row}"
+            row += 1
+            if data is None:
+                policies.no_text(name, f"null in the column '{policies.text_key}'", 0, tally)
+            elif (text := policies.decode(data, name, tally)) is not None:
+                yield from _split(name, text, policies, tally)
+    except CorruptTableError as error:
+        policies.corrupt(f"{unit.name} rows {row} to {unit.end - 1}", str(error), unit.end - row, tally)
 
 
 def _split(name: str, text: str, policies: Policies, tally: Tally) -> Iterator[Document]:

@@ -1,6 +1,7 @@
 """Writing files so that each exists completely or not at all, however the process ends."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -12,20 +13,27 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         ValueError: if the system refuses (full disk, no permission); the temporary file is removed.
     """
+    write_blocks(path, [data])
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
+    """Do as `write_file` does with content that comes in blocks."""
     partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(data)
+            for block in blocks:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ValueError(
             f"cannot write {path}: {error.strerror}; mend that (free space?) and run the same command again, "
             "what is written so far is kept"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:

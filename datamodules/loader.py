@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.corpus import RowReader
 from datamodules.mixture import Mixture
-from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, document_boundaries, next_token_labels
+from modules.batch import IGNORED_LABEL, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +51,35 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
     Returns:
         A batch of `len(rows) + missing` rows whose counts are its own.
     """
-    shape = len(rows) + missing, len(rows[0][0])
-    tokens, document_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int32)
-    padding = np.ones(shape, dtype=bool)
-    for number, (row, lengths) in enumerate(rows):
-        used = int(lengths.sum())
-        tokens[number] = row
-        document_ids[number, :used] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        document_ids[number, used:] = len(lengths)
-        padding[number, :used] = False
-    ids, documents = torch.from_numpy(tokens), torch.from_numpy(document_ids)
-    labels = next_token_labels(ids, documents)
-    labels[torch.from_numpy(padding)] = IGNORED_LABEL  # padding is a document without targets
-    counts = count_targets(labels, documents, depths)
+    length = len(rows[0][0])
+    used = [int(lengths.sum()) for _, lengths in rows]
+    # the pieces of all rows one after the other, the padding of a row being its last (maybe empty)
+    pieces = np.concatenate([np.append(lengths, length - n) for (_, lengths), n in zip(rows, used, strict=True)])
+    numbers = np.concatenate(
+        [np.append(np.arange(len(lengths), dtype=np.int32), np.int32(length)) for _, lengths in rows]
+    )
+    padding_places = np.cumsum([len(lengths) + 1 for _, lengths in rows]) - 1
+
+    shape = len(rows) + missing, length
+    tokens = np.zeros(shape, dtype=np.int64)
+    document_ids = np.full(shape, length, dtype=np.int32)  # padding is the document T, whatever came before it
+    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    np.stack([row for row, _ in rows], out=tokens[: len(rows)])
+    document_ids[: len(rows)] = np.repeat(numbers, pieces).reshape(len(rows), length)
+    flat = labels.reshape(-1)[: len(rows) * length]
+    flat[:-1] = tokens.reshape(-1)[1 : len(flat)]
+    flat[np.cumsum(pieces) - 1] = IGNORED_LABEL  # the last token of a piece has no target
+    for row, start in enumerate(used):
+        labels[row, start:] = IGNORED_LABEL
+    boundaries = np.cumsum([0, *pieces[pieces > 0], *[length] * missing], dtype=np.int32)
+    pieces[padding_places] = 0  # padding is a document without targets
+    targets = [np.maximum(pieces - 1 - depth, 0).sum() for depth in range(depths + 1)]
     return PackedBatch(
-        tokens=ids, labels=labels, document_ids=documents, counts=counts, boundaries=document_boundaries(documents)
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        document_ids=torch.from_numpy(document_ids),
+        counts=torch.tensor(targets),
+        boundaries=torch.from_numpy(boundaries),
     )
 
 

@@ -167,16 +167,17 @@ class EpochOrder:
         lane_rows, longer_lanes = divmod(self.rows, self._lanes)
         lanes, places = positions % self._lanes, positions // self._lanes
         places = places + lanes * lane_rows + np.minimum(lanes, longer_lanes)
-        return np.array(
-            [self._row(int(epoch), int(place)) for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64
-        )
-
-    def _row(self, epoch: int, place: int) -> int:
-        order, ends = self._chunk_order(epoch)
-        slot = int(np.searchsorted(ends, place, side="right"))
-        chunk = int(order[slot])
-        inside = place - int(ends[slot]) + int(self._chunk_rows[chunk])
-        return int(self._first_rows[chunk] + self._row_order(epoch, chunk)[inside])
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            mine = np.flatnonzero(epochs == epoch)
+            order, ends = self._chunk_order(epoch)
+            slots = ends.searchsorted(places[mine], side="right")
+            chunks = order[slots]
+            inside = places[mine] - ends[slots] + self._chunk_rows[chunks]
+            first = self._first_rows[chunks]
+            for n, chunk, start, place in zip(*(part.tolist() for part in (mine, chunks, first, inside)), strict=True):
+                rows[n] = start + self._row_order(epoch, chunk)[place]
+        return rows
 
     def _order_chunks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(self._chunk_rows), hash64("chunks", self._seed, self._name, epoch))
@@ -201,6 +202,7 @@ class Mixture:
         self.names = list(chunk_rows)
         self._orders = [EpochOrder(name, rows, seed) for name, rows in chunk_rows.items()]
         self._rows_per_step = rows_per_step
+        self._weights = stages
         self._stages: list[_Stage] = []
         start, before = 0, np.zeros(len(self.names), dtype=np.int64)
         for stage in stages:
@@ -234,6 +236,18 @@ class Mixture:
             name: Consumption(rows=int(count), epochs=int(count) / order.rows)
             for name, count, order in zip(self.names, rows, self._orders, strict=True)
         }
+
+    def asked(self, step: int) -> dict[str, float]:
+        """Return the share of each source that the weights of the stages ask for in the first `step` steps (>= 1)."""
+        shares = dict.fromkeys(self.names, 0.0)
+        start = 0
+        for stage in self._weights:
+            steps = max(0, min(step, stage.end_step) - start)
+            total = sum(stage.weights.values())
+            for name, weight in stage.weights.items():
+                shares[name] += steps / step * weight / total
+            start = stage.end_step
+        return shares
 
     def _stage(self, step: int) -> "_Stage":
         return next(stage for stage in reversed(self._stages) if step >= stage.start)

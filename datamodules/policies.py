@@ -19,9 +19,9 @@ class Tally:
     changed: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reason -> the same of what is in the corpus, but not as it was."""
 
-    def skip(self, reason: str, name: str, size: int = 0) -> None:
+    def skip(self, reason: str, name: str, size: int = 0, count: int = 1) -> None:
         """Count something left out."""
-        _count(self.skipped, reason, 1, size, [name])
+        _count(self.skipped, reason, count, size, [name])
 
     def change(self, reason: str, name: str, size: int = 0) -> None:
         """Count something altered."""
@@ -50,13 +50,14 @@ class Policies:
     empty: Literal["strict", "skip"] = "skip"
     """A document without a visible character: stop or leave it out."""
     malformed: Literal["strict", "skip"] = "skip"
-    """A JSONL line that is no object with the text key, a file that cannot be read: stop or leave it out."""
+    """A JSONL line that is no object with the text key, a row of a table without text, a corrupt table or stretch of
+    one, a file that cannot be read: stop or leave it out."""
     oversized: Literal["strict", "split", "skip"] = "split"
     """A document over `max_document_bytes`: stop, cut it (at line ends) into documents, or leave it out."""
     max_document_bytes: int = 1 << 20
     """Largest document in bytes, >= 16."""
     text_key: str = "text"
-    """Key of the text in JSONL objects."""
+    """Key of the text in JSONL objects; column of the text in Parquet files and datasets."""
 
     def __post_init__(self) -> None:
         """Check the size limit."""
@@ -97,11 +98,17 @@ class Policies:
             raise ValueError(f"{name}: the document is empty; remove it, or set empty to skip")
         tally.skip("empty", name, size)
 
-    def malformed_line(self, name: str, reason: str, size: int, tally: Tally) -> None:
-        """Count a JSONL line that holds no text."""
+    def no_text(self, name: str, reason: str, size: int, tally: Tally) -> None:
+        """Count a JSONL line, or a row of a table, that holds no text."""
         if self.malformed == "strict":
-            raise ValueError(f"{name}: {reason}; mend the line, or set malformed to skip")
+            raise ValueError(f"{name}: {reason}; mend it, or set malformed to skip")
         tally.skip(reason, name, size)
+
+    def corrupt(self, name: str, reason: str, count: int, tally: Tally) -> None:
+        """Count a table, or `count` rows of one, that cannot be decoded."""
+        if self.malformed == "strict":
+            raise ValueError(f"{name}: cannot be decoded ({reason}); mend it, or set malformed to skip")
+        tally.skip("cannot be decoded", name, count=count)
 
     def unreadable(self, name: str, error: OSError, tally: Tally) -> None:
         """Count a file that the system does not let us read."""

@@ -26,8 +26,10 @@ from typing import Any
 
 from datamodules.documents import read_unit
 from datamodules.files import remove_partial_files, write_file
+from datamodules.hub import SYNTAX
 from datamodules.policies import Policies, Tally
 from datamodules.progress import Progress
+from datamodules.remote import public
 from datamodules.rows import INDEX_NAME, build_index
 from datamodules.scan import Scan, group_sizes, scan_sources
 from datamodules.shards import SPLITS, ShardJob, held_out_path, report_path, work_folder, write_shard
@@ -52,7 +54,7 @@ class Preparation:
     """What to prepare, and how. All but `output` and `workers` decide the content."""
 
     paths: list[str]
-    """Files, folders, or the word `stdlib`."""
+    """Files, folders, URLs, `hf:` names, or the word `stdlib`."""
     output: Path
     """Folder of the corpus."""
     sequence_length: int = 512
@@ -77,7 +79,7 @@ class Preparation:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not self.paths:
-            raise ValueError(f"paths: give at least one file or folder, or the word '{DEFAULT_CORPUS}'")
+            raise ValueError(f"paths: give at least one file, folder, URL or {SYNTAX}, or the word '{DEFAULT_CORPUS}'")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length: {self.sequence_length} leaves nothing to predict, give at least 2")
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
@@ -95,6 +97,7 @@ class Preparation:
         """Return the options that decide the content, as JSON."""
         options = asdict(self)
         del options["output"], options["workers"]
+        options["paths"] = [public(path) for path in self.paths]
         options.update(options.pop("policies"))
         if tokenizer is not None:
             options |= {"tokenizer": tokenizer.fingerprint, "vocab_size": None}
@@ -133,6 +136,7 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
                 preparation.deduplicate,
                 preparation.validation_fraction,
                 workers,
+                work_folder(output) / "downloads",
             )
             if state and state["fingerprint"] != scan.fingerprint:
                 raise ValueError(f"output: the sources changed since {output} was begun; delete it or choose another")

@@ -242,6 +242,10 @@ class PretrainingData(LightningDataModule):
         """Return rows and epochs that the first `step` optimiser steps take from each source."""
         return self.mixture.consumed(step)
 
+    def asked(self, step: int) -> dict[str, float]:
+        """Return the share of rows that the weights of the phases ask of each source in the first `step` steps."""
+        return self.mixture.asked(step)
+
     @cached_property
     def _readers(self) -> list[RowReader]:
         return [corpus.rows("train") for corpus in self.corpora.values()]

@@ -51,8 +51,40 @@ def build_row(pieces: list[Piece], documents: list[np.ndarray], capacity: int, p
 
 
 def checksum(tokens: np.ndarray, lengths: np.ndarray) -> int:
-    """Return the CRC-32 of a row's two arrays."""
-    return zlib.crc32(lengths.tobytes(), zlib.crc32(tokens.tobytes()))
+    """Return the CRC-32 of a row's two (contiguous) arrays."""
+    return zlib.crc32(lengths.data, zlib.crc32(tokens.data))
+
+
+class CorruptRowError(Exception):
+    """A place in a chunk that holds no row."""
+
+
+def read_row(chunk: np.ndarray, number: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row of a chunk.
+
+    Args:
+        chunk: int32 [words], the content of the file.
+        number: which of its rows.
+        capacity: T, the tokens of a row.
+
+    Returns:
+        int32 [T] token ids and int32 [n] tokens of each document piece, views of the chunk.
+
+    Raises:
+        CorruptRowError: if there is no such row, or its checksum is wrong.
+    """
+    if not 0 <= number < chunk[0]:
+        raise CorruptRowError("the chunk has fewer rows")
+    start, end = int(chunk[1 + number]) // 4, int(chunk[2 + number]) // 4
+    tokens, lengths = chunk[start + 3 : start + 3 + capacity], chunk[start + 3 + capacity : end - 1]
+    if not 0 < start < end - 3 - capacity < len(chunk) or end > len(chunk):
+        raise CorruptRowError("its place in the chunk is wrong")
+    sizes = chunk[start : start + 3]
+    if sizes[0] != tokens.nbytes or sizes[1] != lengths.nbytes or sizes[2] != 4:
+        raise CorruptRowError("the sizes of its parts are wrong")
+    if checksum(tokens, lengths) != int(chunk[end - 1]) & 0xFFFFFFFF:
+        raise CorruptRowError("its checksum is wrong")
+    return tokens, lengths
 
 
 def build_chunks(rows: list[bytes], max_bytes: int = MAX_CHUNK_BYTES) -> list[tuple[int, bytes]]:

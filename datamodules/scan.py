@@ -8,13 +8,16 @@ still the same.
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from datamodules.policies import Policies, Tally
 from datamodules.progress import Progress
+from datamodules.remote import public
 from datamodules.shards import DIGEST_BYTES, DUPLICATE, ScanJob, scan_units
-from datamodules.sources import Unit, list_units
+from datamodules.sources import list_units
+from datamodules.units import Unit
 from datamodules.workers import Workers
 
 _SCAN_BYTES = 8 << 20
@@ -44,38 +47,44 @@ class Scan:
 
 
 def scan_sources(
-    paths: list[str], policies: Policies, deduplicate: bool, validation_fraction: float, workers: Workers
+    paths: list[str],
+    policies: Policies,
+    deduplicate: bool,
+    validation_fraction: float,
+    workers: Workers,
+    downloads: Path,
 ) -> Scan:
     """Read all sources and decide which documents are for training, for validation, or left out.
 
     Args:
-        paths: files, folders, or the word `stdlib`.
+        paths: files, folders, URLs, `hf:` names, or the word `stdlib`.
         policies: what to do with bad input.
         deduplicate: whether a document whose text came before is left out.
         validation_fraction: share of the documents to hold out, in [0, 1); above 0 at least one is.
         workers: the processes that read.
+        downloads: folder that keeps what URLs hold.
 
     Raises:
         ValueError: for bad sources, or too little text to train on.
     """
     tally = Tally()
-    units = list_units(paths, policies, tally)
-    groups = group_sizes([unit.end - unit.start for unit in units], _SCAN_BYTES)
+    units = list_units(paths, policies, tally, downloads)
+    groups = group_sizes([unit.size for unit in units], _SCAN_BYTES)
     jobs = [ScanJob(units=[units[n] for n in group], policies=policies) for group in groups]
     digests: list[bytes] = [b""] * len(units)
     sizes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(units)
     tallies: dict[int, Tally] = {}
-    with Progress("reading", sum(unit.end - unit.start for unit in units)) as progress:
+    with Progress("reading", sum(unit.size for unit in units)) as progress:
         for position, result in workers.run(scan_units, jobs):
             tallies[position] = result.tally
             for unit, unit_digests, unit_sizes in zip(groups[position], result.digests, result.sizes, strict=True):
                 digests[unit], sizes[unit] = unit_digests, unit_sizes
-                progress.advance(units[unit].end - units[unit].start)
+                progress.advance(units[unit].size)
     for position in sorted(tallies):
         tally.merge(tallies[position])
     if not any(digests):
         reasons = "; ".join(f"{entry['count']} {reason}" for reason, entry in tally.skipped.items())
-        raise ValueError(f"paths: no document in {', '.join(paths)} ({reasons or 'nothing there'})")
+        raise ValueError(f"paths: no document in {', '.join(map(public, paths))} ({reasons or 'nothing there'})")
     flat = _decide(b"".join(digests), deduplicate, validation_fraction)
     if not (flat == 0).any():
         size = sum(int(part.sum()) for part in sizes)

@@ -21,8 +21,8 @@ from datamodules.packing import pack
 from datamodules.policies import Policies, Tally
 from datamodules.rows import build_chunks, build_row
 from datamodules.shuffle import hash64, permutation
-from datamodules.sources import Unit
 from datamodules.tokenizer import Tokenizer
+from datamodules.units import Unit
 
 SPLITS = ("train", "validation")
 """Folders of a corpus; a document's fate is the position of its split here, or `DUPLICATE`."""
@@ -103,9 +103,13 @@ def scan_units(job: ScanJob) -> ScanResult:
     tally = Tally()
     digests, sizes = [], []
     for unit in job.units:
-        texts = [document.text.encode() for document in read_unit(unit, job.policies, tally)]
-        digests.append(b"".join(map(digest, texts)))
-        sizes.append(np.array([len(text) for text in texts], dtype=np.int64))
+        unit_digests, unit_sizes = [], []
+        for document in read_unit(unit, job.policies, tally):
+            text = document.text.encode()
+            unit_digests.append(digest(text))
+            unit_sizes.append(len(text))
+        digests.append(b"".join(unit_digests))
+        sizes.append(np.array(unit_sizes, dtype=np.int64))
     return ScanResult(digests=digests, sizes=sizes, tally=tally)
 
 
@@ -140,13 +144,18 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
 
 
 def _read_again(job: ShardJob) -> list[list[tuple[Document, int]]]:
-    """Return per unit its documents with their fates."""
+    """Return per unit the documents that are in the corpus, with their fates."""
     documents: list[list[tuple[Document, int]]] = []
     for unit, fates, expected in zip(job.units, job.fates, job.digests, strict=True):
-        found = list(read_unit(unit, job.policies, Tally()))
-        if b"".join(digest(document.text.encode()) for document in found) != expected:
+        kept: list[tuple[Document, int]] = []
+        found = hashlib.sha256()
+        for number, document in enumerate(read_unit(unit, job.policies, Tally())):
+            found.update(digest(document.text.encode()))
+            if number < len(fates) and fates[number] != DUPLICATE:
+                kept.append((document, fates[number]))
+        if found.digest() != hashlib.sha256(expected).digest():
             raise ValueError(f"{unit.name}: changed while it was being prepared; run the command with a new output")
-        documents.append(list(zip(found, fates, strict=True)))
+        documents.append(kept)
     return documents
 
 

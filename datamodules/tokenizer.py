@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,10 @@ _PATTERN = (
     r"|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""GPT-2's alphabet of byte-level vocabularies: printable Latin-1 for itself, the other bytes from U+0100 on."""
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -170,26 +175,43 @@ class Tokenizer:
         """Hex sha256 of the tokenizer as text."""
         return hashlib.sha256(self._inner.to_str(pretty=False).encode()).hexdigest()
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        added = self._inner.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    def contents(self) -> list[bytes]:
+        """Return what each of the V token ids stands for: UTF-8 text or a part of a character, b"" for an unused id.
+
+        A special token stands for its name.
+
+        Raises:
+            ValueError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
+        """
+        added = self._inner.get_added_tokens_decoder()
+        kinds = set(_types(json.loads(self._inner.to_str())["decoder"]))
+        contents = [b""] * self.vocab_size
+        for piece, index in self._inner.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                contents[index] = added[index].content.encode()
+            elif "ByteLevel" in kinds:
+                contents[index] = bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+            elif kinds & {"ByteFallback", "Metaspace"}:
+                is_byte = len(piece) == 6 and piece.startswith("<0x")
+                contents[index] = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
+            else:
+                raise ValueError(f"tokenizer: {self.folder} is not byte-level; its tokens stand for no exact bytes")
+        return contents
+
     def token_bytes(self) -> np.ndarray:
         """Return int64 [V]: UTF-8 bytes each token stands for, 0 for special tokens and unused ids.
 
         Raises:
             ValueError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
         """
-        data = json.loads(self._inner.to_str())
-        added = {token["id"]: token for token in data["added_tokens"]}
-        kinds = set(_types(data["decoder"]))
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for piece, index in self._inner.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                sizes[index] = 0 if added[index]["special"] else len(added[index]["content"].encode())
-            elif "ByteLevel" in kinds:
-                sizes[index] = len(piece)  # each character of a piece stands for one byte
-            elif kinds & {"ByteFallback", "Metaspace"}:
-                is_byte = len(piece) == 6 and piece.startswith("<0x")
-                sizes[index] = 1 if is_byte else len(piece.replace("\u2581", " ").encode())
-            else:
-                raise ValueError(f"tokenizer: {self.folder} is not byte-level; bits per byte cannot be counted with it")
+        sizes = np.array([len(content) for content in self.contents()], dtype=np.int64)
+        sizes[sorted(self.special_ids)] = 0
         return sizes
 
 

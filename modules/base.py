@@ -7,7 +7,7 @@ Shapes: M MTP depths, E experts.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from modules.batch import PackedBatch, TrainingData
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
+from modules.optim.spikes import SpikeGuardConfig, StepGuard
 from modules.precision.recipe import PrecisionRule, apply
 
 
@@ -39,7 +40,7 @@ class MicroBatchLoss(NamedTuple):
 
 
 class TrainingDivergedError(ValueError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row were skipped: not finite, or spikes."""
 
 
 class StageModule(LightningModule):
@@ -54,7 +55,8 @@ class StageModule(LightningModule):
         activation_checkpointing: recompute the layers' activations in the backward pass; saves memory, costs a forward.
         compile_layers: compile each layer but the mixtures with torch.compile (CUDA only; elsewhere it is an error).
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
-        max_skipped_steps: stop after this many steps in a row with a loss or gradient that is not finite.
+        max_skipped_steps: stop after this many skipped steps in a row: not finite, or spikes.
+        spike_guard: skip steps whose loss or gradient norm is a spike; null: only those that are not finite.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class StageModule(LightningModule):
         compile_layers: bool = False,
         expert_bias_rate: float = 1e-3,
         max_skipped_steps: int = 10,
+        spike_guard: SpikeGuardConfig | None = None,
     ) -> None:
         super().__init__()
         self.backbone_config, self.precision = backbone, precision
@@ -85,6 +88,9 @@ class StageModule(LightningModule):
         self.skipped_streak: Tensor
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped_streak", torch.zeros((), dtype=torch.int64))
+        self.step_guard = StepGuard(spike_guard)
+        self.expert_counts: Tensor | None = None
+        """int64 [routers, E]: choices of each expert in the last step, over all ranks; None without routers."""
         self._sums: dict[str, Tensor] = {}
         self._expert_counts: Tensor | None = None
 
@@ -189,10 +195,10 @@ class StageModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm (the optimiser's own setting), and mark a step that is not finite as one to skip."""
+        """Clip by the global norm (the optimiser's own setting), and mark a step that is to be skipped."""
         norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
         sums = dict(zip(self._sums, self.all_reduce(torch.stack([*self._sums.values()])), strict=True))
-        skip = ~(torch.isfinite(norm) & torch.isfinite(sums["training/loss"]))
+        skip = self.step_guard.judge(sums["training/loss"], norm)
         cast(AdamW, optimizer).found_inf = skip.float()
         self.skipped_steps += skip
         self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
@@ -201,6 +207,7 @@ class StageModule(LightningModule):
             "training/gradient_norm": norm,
             "training/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             "training/skipped_steps": self.skipped_steps.clone(),
+            **self.step_guard.metrics(self.skipped_steps),
         }
         self._sums = {}
         self._update_expert_bias(skip)
@@ -217,10 +224,16 @@ class StageModule(LightningModule):
         self.write_metrics(self.metrics)
         streak = int(self.skipped_streak)
         if streak >= self.max_skipped_steps:
-            raise TrainingDivergedError(
-                f"loss or gradient not finite in steps {step - streak + 1} to {step} (model.max_skipped_steps "
-                f"{self.max_skipped_steps}); lower model.optimizer.learning_rate or look at the data of these steps"
-            )
+            raise TrainingDivergedError(self.step_guard.streak_message(step, streak, self.max_skipped_steps))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the guard, which may differ between runs of one architecture."""
+        checkpoint["step_guard"] = self.step_guard.saved_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; a checkpoint from before there was one starts with an empty window."""
+        if "step_guard" in checkpoint:
+            self.step_guard.restore(checkpoint["step_guard"])
 
     def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""
@@ -238,8 +251,9 @@ class StageModule(LightningModule):
         """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped."""
         if self._expert_counts is None:
             return
-        counts = self.all_reduce(self._expert_counts).float()
+        self.expert_counts = self.all_reduce(self._expert_counts)
         self._expert_counts = None
+        counts = self.expert_counts.float()
         change = self.expert_bias_rate * torch.sign(counts.mean(1, keepdim=True) - counts)
         change = torch.where(skip, 0.0, change)
         for router, delta in zip(self.built_network.routers(), change, strict=True):

@@ -28,13 +28,18 @@ class PackedBatch:
     labels: Tensor
     """int64 [B, T]: the target of each position (already shifted by one), or `IGNORED_LABEL`."""
     document_ids: Tensor
-    """int32 [B, T]: equal within a row exactly where the document is the same; non-decreasing in a row."""
+    """int32 [B, T]: equal within a row exactly where the document is the same; never falls in a row; T in padding."""
     counts: Tensor
     """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
     rank's whole accumulation window (in validation: over this batch)."""
     boundaries: Tensor | None = None
     """int32 [n + 1], see `document_boundaries`. The loader works them out on the host; None: the network does, which on
     CUDA waits for the device once a micro-batch."""
+
+    @property
+    def text_positions(self) -> Tensor:
+        """int64 scalar: positions that hold text, not padding."""
+        return (self.document_ids < self.tokens.shape[1]).sum()
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""

@@ -41,6 +41,9 @@ OUTSIDE = {
 OPTIONAL = ("causal_conv1d", "mamba_ssm", "torchao", "transformer_engine", "triton", "vllm")
 """Packages that need not be installed: never imported when a file of ours is loaded."""
 
+LATE = ("boto3", "datasets", "obstore", "pyarrow")
+"""Packages that few runs need and that take up to a second: imported in the functions that use them."""
+
 HEAVY = ("jsonargparse", "lightning", "litdata", "numpy", "torch", "transformers", "yaml")
 """Packages that make a program start slowly."""
 
@@ -93,6 +96,8 @@ def violations(name: str, tree: ast.Module) -> list[str]:
     for target in imported(at_load(tree), name):
         if any(within(target, other) for other in OPTIONAL):
             found.append(f"{name} imports the optional {target} when it is loaded")
+        if any(within(target, other) for other in LATE):
+            found.append(f"{name} imports the slow {target} when it is loaded")
         if name == "app.__main__" and any(within(target, other) for other in HEAVY):
             found.append(f"{name} imports {target} when it is loaded: every command would start slowly")
     return found
@@ -114,6 +119,7 @@ def test_imports_run_one_way(file: Path):
         ("modules.pretraining", "from app.strategies import sharded"),
         ("datamodules.corpus", "from modules.backbone import config"),
         ("callbacks.samples", "from datamodules.tokenizer import load"),
+        ("datamodules.tables", "import pyarrow.parquet as pq"),
         ("app.__main__", "from torch import nn"),
     ],
 )

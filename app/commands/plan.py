@@ -1,209 +1,134 @@
-"""What a run file asks for, without a device: parameters, active parameters, precision, tokens and schedule.
+"""What a run file asks for, without a device: parameters, FLOPs, memory, tokens, schedule and time.
 
-The file is parsed by fit's own parser and the network is built on the meta device, so the 120B model takes seconds on
-a laptop and a plan can never describe another model than the one `fit` would train.
+The file is parsed by fit's own parser, the network is built on the meta device and a step of it really runs there, so
+the 120B model takes seconds on a laptop and a plan can never describe another model than the one `fit` would train.
 """
 
-import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from modules.backbone.config import BackboneConfig
-    from modules.backbone.model import Network
-    from modules.base import StageModule
-    from modules.batch import TrainingData
-
-MIXER_PARTS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
-MIXTURE_PARTS = {
-    "experts": "MoE routed experts",
-    "shared_experts": "MoE shared expert",
-    "fc1_latent_proj": "MoE latent projections",
-    "fc2_latent_proj": "MoE latent projections",
-    "gate": "MoE router",
-}
-PARTS = (*MIXER_PARTS.values(), *dict.fromkeys(MIXTURE_PARTS.values()), "norms", "embedding", "head", "MTP")
+    from app.cli import RunCLI
 
 
-def plan(*, config: list[str]) -> None:
-    """Print what a run asks for: parameters, precision, tokens, schedule; no device and no data needed.
+def plan(
+    *,
+    config: list[str],
+    devices: int | None = None,
+    accelerator: Literal["cpu", "gpu"] | None = None,
+    tokens_per_second: float | None = None,
+    mfu: float | None = None,
+    peak_tflops: float | None = None,
+) -> None:
+    """Print what a run asks for: parameters, FLOPs, memory, tokens, schedule, time; no device and no data needed.
 
     Args:
         config: Run files, for example configs/pretrain/super.yaml; of a key in several of them the last one counts.
+        devices: Devices in all; those of the run file (trainer.devices x num_nodes, auto counts as 1) unless given.
+        accelerator: Kind of device, cpu or gpu; that of the run file (auto: what this machine has) unless given.
+        tokens_per_second: Speed of one device for the expected time; the speed that the run has logged unless given.
+        mfu: Share of the peak that the matrix products of training reach, 0 to 1; with --peak_tflops, for the time.
+        peak_tflops: Peak of one device in 10^12 FLOP/s, with --mfu.
 
     Raises:
-        ValueError: a file or key is wrong; the message names it and the mend.
+        ValueError: a file, key or option is wrong; the message names it and the mend.
     """
     from app.cli import parse_run
+    from app.planning.arithmetic import flop_lines
+    from app.planning.memory_table import memory_lines
+    from app.planning.parameters import parameter_lines, precision_lines
+    from app.planning.schedule import run_lines
     from modules.base import StageModule
 
+    _check_options(devices, tokens_per_second, mfu, peak_tflops)
     run = parse_run([argument for file in config for argument in ("--config", file)])
     module, data = run.instantiate("model"), run.instantiate("data")
     if not isinstance(module, StageModule):
         raise ValueError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
-    network = module.build_network()
+    count = devices or _devices(run.config.trainer)
+    rows, length = data.micro_batch_size, data.sequence_length
+    accumulation = _accumulation(data.global_batch_size, rows, count)
+    network, depths = module.build_network(), getattr(module, "mtp_depths", 0)
+    length_of_run = run_lines(module, data)
+    kind = "cuda" if (accelerator or _accelerator(run.config.trainer.accelerator)) == "gpu" else "cpu"
+    checkpointing = module.activation_checkpointing
     sections = {
-        f"Parameters of {run.config.name}": parameter_lines(network, getattr(module, "mtp_depths", 0)),
+        f"Parameters of {run.config.name}": parameter_lines(network, depths),
         "Precision": precision_lines(module.precision_table),
-        "Run": run_lines(module, data),
+        "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
+        "Memory of a device": memory_lines(
+            module, rows, length, accumulation, count, "cuda" if kind == "gpu" else kind
+        ),
+        "Run": length_of_run,
+        "Time": _time_lines(run, module, data, count, tokens_per_second, mfu, peak_tflops),
     }
     print("\n\n".join("\n".join([title, *lines]) for title, lines in sections.items()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Count:
-    """Sizes of one part of a network."""
+def _check_options(
+    devices: int | None, tokens_per_second: float | None, mfu: float | None, peak_tflops: float | None
+) -> None:
+    given = {"devices": devices, "tokens_per_second": tokens_per_second, "mfu": mfu, "peak_tflops": peak_tflops}
+    for name, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name}: {value} must be positive")
+    if mfu is not None and mfu > 1:
+        raise ValueError(f"--mfu: {mfu} is a share of the peak; give a number up to 1")
+    if (mfu is None) != (peak_tflops is None):
+        raise ValueError("--mfu and --peak_tflops go together: their product is the speed of a device")
+    if mfu is not None and tokens_per_second is not None:
+        raise ValueError("--tokens_per_second: the speed follows from --mfu and --peak_tflops already; leave one out")
 
-    parameters: int = 0
-    """Trained values."""
-    biases: int = 0
-    """Router biases: not trained by gradients, but stored in checkpoints."""
-    active: int = 0
-    """Parameters one token uses."""
 
-    def __add__(self, other: "Count") -> "Count":
-        return Count(
-            parameters=self.parameters + other.parameters,
-            biases=self.biases + other.biases,
-            active=self.active + other.active,
+def _devices(trainer: Any) -> int:  # noqa: ANN401
+    """Return the devices in all that a run file asks for."""
+    given = trainer.devices
+    if isinstance(given, list):
+        return len(given) * trainer.num_nodes
+    return (int(given) if str(given).isdecimal() else 1) * trainer.num_nodes
+
+
+def _accelerator(given: Any) -> str:  # noqa: ANN401
+    import torch
+
+    if given in ("gpu", "cuda"):
+        return "gpu"
+    return "gpu" if given == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def _accumulation(rows: int, micro_batch: int, devices: int) -> int:
+    if rows % (micro_batch * devices):
+        raise ValueError(
+            f"data.global_batch_size: {rows} rows do not divide among {devices} devices with data.micro_batch_size "
+            f"{micro_batch}; make it a multiple of {micro_batch * devices}, or plan for other --devices"
         )
-
-    @property
-    def total(self) -> str:
-        """Parameters, then elements of a checkpoint (with the router biases) in brackets."""
-        return f"{self.parameters:,} ({self.parameters + self.biases:,})"
+    return rows // (micro_batch * devices)
 
 
-def count_parts(network: "Network") -> dict[str, Count]:
-    """Count a network's parameters part by part.
+def _time_lines(
+    run: "RunCLI",
+    module: Any,  # noqa: ANN401
+    data: Any,  # noqa: ANN401
+    devices: int,
+    tokens_per_second: float | None,
+    mfu: float | None,
+    peak_tflops: float | None,
+) -> list[str]:
+    from app.planning.schedule import measured_speed, time_lines
+    from app.planning.text import with_prefix
+    from modules.backbone.flops import training_flops_per_token
 
-    Args:
-        network: on any device, meta included.
-
-    Returns:
-        A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding, and
-        is active in both.
-    """
-    config = network.config
-    counts: dict[str, Count] = {}
-    for name, parameter in network.named_parameters():
-        part, size = _part(name, config), parameter.numel()
-        active = size * config.num_experts_per_tok // config.n_routed_experts if ".mixer.experts." in name else size
-        counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
-    for name, buffer in network.named_buffers():
-        counts[_part(name, config)] += Count(biases=buffer.numel())
-    if config.tie_word_embeddings:
-        counts["head"] = Count(active=network.lm_head.weight.numel())
-    return {part: counts[part] for part in PARTS if part in counts}
-
-
-def _part(name: str, config: "BackboneConfig") -> str:
-    """Return the part of `PARTS` that a parameter or buffer belongs to, by its full name."""
-    match name.split("."):
-        case ["mtp", *_]:
-            return "MTP"
-        case ["lm_head", *_]:
-            return "head"
-        case ["backbone", "embeddings", *_]:
-            return "embedding"
-        case ["backbone", "layers", index, "mixer", inner, *_]:
-            letter = config.hybrid_override_pattern[int(index)]
-            return MIXTURE_PARTS[inner] if letter == "E" else MIXER_PARTS[letter]
-        case _:
-            return "norms"
-
-
-def _copies(config: "BackboneConfig") -> Counter[str]:
-    """Return how often each part occurs."""
-    letters = Counter(config.hybrid_override_pattern)
-    copies = Counter({"norms": letters.total() + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
-    copies.update({part: letters[letter] for letter, part in MIXER_PARTS.items()})
-    copies.update({part: letters["E"] for part in set(MIXTURE_PARTS.values())})
-    return copies
-
-
-def parameter_lines(network: "Network", mtp_depths: int) -> list[str]:
-    """Return the parameter table and the totals.
-
-    Args:
-        network: on any device, meta included.
-        mtp_depths: depths M the MTP block is applied at.
-    """
-    counts = count_parts(network)
-    copies = _copies(network.config)
-    rows = [("part", "copies", "parameters", "active per token")]
-    rows += [(part, str(copies[part]), f"{c.parameters:,}", f"{c.active:,}") for part, c in counts.items()]
-    backbone = sum((count for part, count in counts.items() if part != "MTP"), Count())
-    lines = [*_table(rows), "", "total: parameters (elements of a checkpoint, router biases included)"]
-    if "MTP" in counts:
-        lines += [
-            f"  with MTP           {(backbone + counts['MTP']).total}",
-            f"  without MTP        {backbone.total}",
-            f"  MTP depths         {mtp_depths}, all by the one block",
-        ]
-    else:
-        lines.append(f"  without MTP        {backbone.total}")
-    share = backbone.active / (backbone.parameters or 1)
+    flops = training_flops_per_token(module.backbone_config, data.sequence_length, getattr(module, "mtp_depths", 0))
+    tokens = data.total_tokens
+    if mfu is not None and peak_tflops is not None:
+        speed = mfu * peak_tflops * 1e12 / flops * devices
+        return time_lines(tokens, flops, speed, devices, f"{mfu:.3g} of {peak_tflops:g} TFLOP/s, stated")
+    if tokens_per_second is not None:
+        return time_lines(tokens, flops, tokens_per_second * devices, devices, "stated")
+    folder: Path = run.run_folder.path
+    if (speed := measured_speed(folder)) is not None:
+        return time_lines(tokens, flops, speed, devices, f"measured in {folder}")
     return [
-        *lines,
-        f"  active per token   {backbone.active:,} ({share:.1%}), MTP left out",
-        f"  the same without the input embedding   {backbone.active - counts['embedding'].active:,}",
-    ]
-
-
-def precision_lines(table: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return which modules compute in which format, alike modules of different layers in one row.
-
-    Args:
-        table: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
-    """
-    alike = Counter((re.sub(r"\.\d+", ".*", name), chosen, pattern) for name, chosen, pattern in table)
-    rows = [("module", "format", "layers", "decided by")]
-    rows += [(name, chosen, str(layers), pattern) for (name, chosen, pattern), layers in alike.items()]
-    return [
-        *_table(rows, text_columns=(0, 1, 3)),
-        "norms, routers, convolutions, A_log, D and dt_bias: fp32; all weights are kept in fp32",
-    ]
-
-
-def run_lines(module: "StageModule", data: "TrainingData") -> list[str]:
-    """Return the length of the run and its learning rate, in tokens (positions, padding included) and steps.
-
-    Args:
-        module: the LightningModule.
-        data: the datamodule.
-
-    Raises:
-        ValueError: if the schedule is longer than the run.
-    """
-    schedule, peak, total, step_tokens = (
-        module.schedule,
-        module.optimizer_config.learning_rate,
-        data.total_tokens,
-        data.tokens_at(1),
-    )
-    schedule.check_length(total)
-    stable = total - schedule.warmup_tokens - schedule.decay_tokens
-    phases = [
-        ("warm-up", schedule.warmup_tokens, f"0 to {peak:.3g}, linear"),
-        ("stable", stable, f"{peak:.3g}"),
-        ("decay", schedule.decay_tokens, f"{peak:.3g} to {peak * schedule.minimum_ratio:.3g}, minus-sqrt"),
-        ("run", total, f"{step_tokens:,} tokens a step"),
-    ]
-    rows = [("phase", "tokens", "steps", "learning rate")]
-    rows += [(name, f"{tokens:,}", f"{tokens / step_tokens:,.0f}", what) for name, tokens, what in phases if tokens]
-    return _table(rows, text_columns=(0, 3))
-
-
-def _table(rows: Sequence[tuple[str, ...]], text_columns: tuple[int, ...] = (0,)) -> list[str]:
-    """Align rows of equal length in columns: text to the left, numbers to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index in text_columns else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        f"{with_prefix(tokens * flops, 'FLOP')} in all; no speed is known: {folder} has not been trained",
+        "give --tokens_per_second (of one device), or --mfu and --peak_tflops",
     ]

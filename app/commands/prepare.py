@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.policies import Policies
-from datamodules.preparation import Preparation, describe, prepare_corpus
+from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
+from datamodules.remote import STORE_SCHEMES, check_scheme, upload_folder
 
 
 def prepare(
     paths: list[str],
     *,
     output: Path,
+    upload: str | None = None,
     sequence_length: int = 512,
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
@@ -26,15 +28,21 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Turn text, Markdown, source code and JSONL into tokenised, packed rows for `fit`.
+    """Turn text, Markdown, source code, JSONL, Parquet and Hugging Face datasets into tokenised, packed rows for `fit`.
 
     The same command in the same folder continues after an interruption, and the result is the same to the byte. What is
     skipped or changed is counted with its reason in the summary and in OUTPUT/corpus.json.
 
     Args:
-        paths: Files and folders to read, or the word `stdlib`: the Python standard library's sources. In folders, files
-            with the suffix of a text, source code or JSONL format are taken; hidden ones are not.
+        paths: What to read, one or several of: files; folders, of which all files with the suffix of a text, source
+            code, JSONL or Parquet format are taken, hidden ones are not; folders written by `Dataset.save_to_disk`;
+            URLs of such files (s3, gs, azure, http, https) and, in object stores, of folders; datasets of the Hugging
+            Face Hub as hf:OWNER/NAME[/CONFIG][:SPLIT], by network or from the cache in HF_HOME, the split train unless
+            given; the word `stdlib`, the Python standard library's sources. What URLs hold is downloaded into OUTPUT
+            until the corpus is complete.
         output: Folder of the corpus; give it to `fit` as data.path.
+        upload: URL (s3, gs, azure) to copy the complete corpus to, corpus.json last; `fit` reads it there when it is
+            given as data.path.
         sequence_length: Tokens in a row: what the model sees at once. Longer documents are cut, short ones share rows.
         tokenizer: Folder of a Hugging Face tokenizer; null trains a byte-level BPE on the corpus.
         vocab_size: Tokens of the vocabulary to train, at least 288.
@@ -43,16 +51,20 @@ def prepare(
         deduplicate: Whether to leave out a document whose text came before.
         encoding: Text that is not UTF-8: stop (strict), put U+FFFD for bad bytes (replace), or leave it out (skip).
         empty: Documents without a visible character: stop (strict) or leave them out (skip).
-        malformed: JSONL lines that are no object with the text key, and files that cannot be read: stop (strict) or
-            leave them out (skip).
+        malformed: JSONL lines that are no object with the text key, nulls in the text column, and files, or rows of
+            them, that cannot be read: stop (strict) or leave them out (skip).
         oversized: Documents over max_document_bytes: stop (strict), cut them at line ends into several documents
             (split), or leave them out (skip).
         max_document_bytes: Largest document in bytes.
-        text_key: Key of the text in the objects of JSONL files.
+        text_key: Key of the text in the objects of JSONL files; column of the text in Parquet files and datasets.
         shard_bytes: Text that is packed together and redone if interrupted, in bytes; null chooses 2 MiB to 64 MiB.
         seed: Seed of the order of documents and rows.
         workers: Processes; null takes one per available core.
     """
+    if ":/" in str(output):
+        raise ValueError(f"output: {output} is a URL; give a folder on this machine, and the URL as upload")
+    if upload is not None:
+        check_scheme(upload, "upload", STORE_SCHEMES)
     policies = Policies(
         encoding=encoding,
         empty=empty,
@@ -78,3 +90,6 @@ def prepare(
     if complete:
         print(f"{output} is complete already; delete it to prepare it again")
     print(describe(corpus))
+    if upload is not None:
+        copied = upload_folder(output, upload, last=CORPUS_FILE)
+        print(f"{upload} has it: {copied} files copied" if copied else f"{upload} has it already")

@@ -1,5 +1,7 @@
 """One layer of the backbone: `x + mixer(norm(x))`."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,3 +57,7 @@ class Layer(nn.Module):
         else:
             out = self.mixer(normed, documents)
         return x + out.to(x.dtype), routing
+
+
+Observer = Callable[[nn.Module, Tensor, Routing | None], None]
+"""Gets a layer and what it returned: the residual stream [B, T, D] and the `Routing` of a mixture layer."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.config import BackboneConfig
-from modules.backbone.layer import Layer
+from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
@@ -72,6 +72,7 @@ class Network(nn.Module):
         self.backbone = Backbone(config)
         self.mtp = MTPBlock(config) if config.num_nextn_predict_layers else None
         self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.observer: Observer | None = None
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -108,6 +109,8 @@ class Network(nn.Module):
         routings: list[Routing] = []
         for layer in self.backbone.layers:
             x, routing = layer(x, documents)
+            if self.observer is not None:
+                self.observer(layer, x, routing)
             if routing is not None:
                 routings.append(routing)
         hidden = self.backbone.norm_f(x)
@@ -121,6 +124,15 @@ class Network(nn.Module):
     def routers(self) -> list[Router]:
         """Return the routers in layer order, the MTP block's last."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show each layer's result to `observer` from now on, the MTP block's at every depth; None: to nobody.
+
+        No forward hooks: on a compiled layer they run inside the compiled code, where later changes go unnoticed.
+        """
+        self.observer = observer
+        if self.mtp is not None:
+            self.mtp.observer = observer
 
     def sharding_units(self) -> list[ShardingUnit]:
         """Return what a strategy should gather together, inner before outer, the network itself last.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.backbone.config import BackboneConfig
-from modules.backbone.layer import Layer
+from modules.backbone.layer import Layer, Observer
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Routing
 from modules.ops.documents import DocumentLayout
@@ -30,6 +30,7 @@ class MTPBlock(nn.Module):
         super().__init__()
         size, epsilon = config.hidden_size, config.layer_norm_epsilon
         self.layers = nn.ModuleList(Layer(config, letter) for letter in config.mtp_hybrid_override_pattern)
+        self.observer: Observer | None = None
         self.layers[0].add_module("enorm", RMSNorm(size, epsilon))
         self.layers[0].add_module("hnorm", RMSNorm(size, epsilon))
         self.layers[0].add_module("eh_proj", Linear(2 * size, size))
@@ -53,6 +54,8 @@ class MTPBlock(nn.Module):
         routings = []
         for layer in self.layers:
             x, routing = layer(x, documents)
+            if self.observer is not None:
+                self.observer(layer, x, routing)
             if routing is not None:
                 routings.append(routing)
         return self.layers[-1].get_submodule("final_layernorm")(x), routings

@@ -44,14 +44,7 @@ def chunked_scan(
     Returns:
         y [B, T, H, P] in the dtype of `x`.
     """
-    length = x.shape[1]
-    chunk_size = min(chunk_size, length)
-    pad = -length % chunk_size
-    if pad:
-        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, pad)) for tensor in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
-        ids = None if ids is None else F.pad(ids, (0, pad), value=-1)
-    return _ChunkedScan.apply(x, dt, A, B, C, D, ids, chunk_size)[:, :length]
+    return _ChunkedScan.apply(x, dt, A, B, C, D, ids, min(chunk_size, x.shape[1]))
 
 
 class _Inputs(NamedTuple):
@@ -96,9 +89,8 @@ class _ChunkedScan(Function):
         chunk_size: int,
     ) -> Tensor:
         groups = B.shape[2]
-        ctx.save_for_backward(x, dt, A, B, C, D, ids)
         ctx.chunk_size = chunk_size
-        ctx.kept = []
+        kept: list[Tensor] = []
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         state: Tensor | None = None
         for part in _stretches(x, chunk_size):
@@ -114,9 +106,10 @@ class _ChunkedScan(Function):
             before = before.to(x.dtype)
             across = torch.stack([torch.bmm(inputs.C, head) for head in before.flatten(1, 3)]).view(shape)
             out.addcmul_(across, decays.from_start.unsqueeze(-1)).addcmul_(inputs.x, _per_head(D, groups, 4))
-            y[:, part] = _join_heads(out)
+            y[:, part] = _join_heads(out)[:, : part.stop - part.start]
             if any(ctx.needs_input_grad):
-                ctx.kept.append((decays, scores, before))
+                kept += [*decays, scores, before]
+        ctx.save_for_backward(x, dt, A, B, C, D, ids, *kept)
         return y
 
     @staticmethod
@@ -124,7 +117,7 @@ class _ChunkedScan(Function):
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
-        x, dt, A, B, C, D, ids = ctx.saved_tensors
+        x, dt, A, B, C, D, _, *kept = ctx.saved_tensors
         groups, dtype = B.shape[2], x.dtype
         gradients = _Gradients(
             *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, dt)),
@@ -133,11 +126,12 @@ class _ChunkedScan(Function):
             torch.zeros_like(D),
         )
         grad_state: Tensor | None = None
-        for part, (decays, scores, before) in zip(
-            reversed(_stretches(x, ctx.chunk_size)), reversed(ctx.kept), strict=True
-        ):
+        for part in reversed(_stretches(x, ctx.chunk_size)):
+            before, scores = kept.pop(), kept.pop()
+            decays = _Decays(*[kept.pop() for _ in _Decays._fields][::-1])
             inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], ctx.chunk_size)
-            out = _split_heads(grad[:, part], groups, ctx.chunk_size).contiguous()
+            out = _split_heads(_pad(grad[:, part], ctx.chunk_size), groups, ctx.chunk_size).contiguous()
+            length = part.stop - part.start
             shape = out.shape
             per_group = scores.view(groups, *shape[2:5], shape[4])
 
@@ -180,12 +174,12 @@ class _ChunkedScan(Function):
             grad_dt = (grad_u * inputs.x).sum(-1, dtype=torch.float32)
             grad_dt.addcmul_(grad_steps, _per_head(A, groups, 3))
             grad_x = grad_u.mul_(inputs.dt.unsqueeze(-1).to(dtype)).addcmul_(out, _per_head(D, groups, 4).to(dtype))
-            gradients.x[:, part] = _join_heads(grad_x)
-            gradients.dt[:, part] = _join_heads(grad_dt.unsqueeze(-1)).squeeze(-1)
+            gradients.x[:, part] = _join_heads(grad_x)[:, :length]
+            gradients.dt[:, part] = _join_heads(grad_dt.unsqueeze(-1))[:, :length, :, 0]
             gradients.A.add_((grad_steps * inputs.dt).sum((2, 3, 4)).T.flatten())
             gradients.D.add_((out * inputs.x).sum(-1, dtype=torch.float32).sum((2, 3, 4)).T.flatten())
-            gradients.B[:, part] = _join_groups(grad_B, shape)
-            gradients.C[:, part] = _join_groups(grad_C, shape)
+            gradients.B[:, part] = _join_groups(grad_B, shape)[:, :length]
+            gradients.C[:, part] = _join_groups(grad_C, shape)[:, :length]
         return *gradients, None, None
 
 
@@ -199,16 +193,22 @@ class _Gradients(NamedTuple):
 
 
 def _stretches(x: Tensor, chunk_size: int) -> list[slice]:
-    """Cut T positions into stretches of whole chunks of about `_STRETCH` positions over all rows."""
+    """Cut T positions into stretches of about `_STRETCH` positions over all rows; all but the last are whole chunks."""
     size = max(1, _STRETCH // (len(x) * chunk_size)) * chunk_size
     return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
+
+
+def _pad(tensor: Tensor, chunk_size: int, value: int = 0) -> Tensor:
+    """Fill [B, T, ...] up to whole chunks: dt = 0 leaves the state as it is."""
+    missing = -tensor.shape[1] % chunk_size
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing), value=value) if missing else tensor
 
 
 def _chunk_ids(ids: Tensor | None, part: slice, chunk_size: int) -> tuple[Tensor, Tensor] | None:
     """Return the ids [B, c, q] of a stretch and the id [B, c] open before each of its chunks."""
     if ids is None:
         return None
-    chunks = ids[:, part].unflatten(1, (-1, chunk_size))
+    chunks = _pad(ids[:, part], chunk_size, -1).unflatten(1, (-1, chunk_size))
     first = ids[:, max(part.start - 1, 0), None]
     return chunks, torch.cat([first, chunks[:, :-1, -1]], dim=1)
 
@@ -237,6 +237,7 @@ def _join_groups(tensor: Tensor, shape: torch.Size) -> Tensor:
 def _heads_first(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> _Inputs:
     """Lay out one stretch."""
     groups = B.shape[2]
+    x, dt, B, C = (_pad(tensor, chunk_size) for tensor in (x, dt, B, C))
     x, dt = _split_heads(x, groups, chunk_size), _split_heads(dt, groups, chunk_size)
     u = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.mul(x, dt.unsqueeze(-1).to(x.dtype), out=u)

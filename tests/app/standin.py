@@ -233,6 +233,9 @@ class Data(LightningDataModule):
     def consumed(self, step: int) -> dict[str, SimpleNamespace]:
         return {"rows": SimpleNamespace(rows=step * self.global_batch_size, epochs=0.5)}
 
+    def asked(self, step: int) -> dict[str, float]:
+        return {"rows": 1.0}
+
     def sample_prompts(self, n: int, length: int) -> list[list[int]]:
         return []
 

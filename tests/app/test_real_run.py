@@ -1,14 +1,19 @@
 """The real model on a real corpus through the real program: killed, resumed, evaluated."""
 
 import json
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from callbacks.dashboard import BAND, LAYOUT
 from datamodules.preparation import Preparation, prepare_corpus
-from tests.app.helpers import Program, kill_when, same_checkpoint, scalars
+from tests.app.helpers import ROOT, Program, kill_when, same_checkpoint, scalars
 
 STEPS = 9
 RUN_FILE = """\
@@ -56,9 +61,8 @@ checkpoint: {{every_n_steps: 2}}
 """
 
 
-@pytest.fixture(scope="module")
-def run_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
+def make_run_file(folder: Path, steps: int = STEPS) -> Path:
+    """Prepare a corpus in a folder and write a run file for it."""
     chance = random.Random(0)
     (folder / "texts").mkdir()
     for number in range(60):
@@ -74,9 +78,14 @@ def run_file(tmp_path_factory) -> Path:
     )
     prepare_corpus(options)
     file = folder / "run.yaml"
-    text = RUN_FILE.format(vocab_size=600, corpus=folder / "corpus", total_tokens=STEPS * 4 * 64)
+    text = RUN_FILE.format(vocab_size=600, corpus=folder / "corpus", total_tokens=steps * 4 * 64)
     file.write_text(text, encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    return make_run_file(tmp_path_factory.mktemp("corpus"))
 
 
 def start(program: Program, run_file: Path, folder: Path, *options: str, **kwargs):
@@ -125,6 +134,40 @@ def test_a_checkpoint_stands_alone(whole):
     assert (newest / "tokenizer" / "tokenizer.json").is_file()
     text = (newest / "config.yaml").read_text()
     assert "layer_norm_epsilon" in text, "defaults are written out"
+
+
+def test_every_chart_of_the_dashboard_finds_its_curves(whole):
+    tags = scalars(whole)
+    missing = [
+        pattern
+        for charts in LAYOUT.values()
+        for patterns in charts.values()
+        for pattern in patterns
+        if not any(re.fullmatch(pattern, tag) for tag in tags)
+    ]
+    assert missing == []
+    bands = [tags[name] for charts in LAYOUT.values() for name, *rest in charts.values() if rest == BAND]
+    assert bands == [tags["scale/0"]] * 5 == [[3, 6, 9]] * 5, "a band needs points at the same steps"
+    assert tags["experts/dead_fraction/worst"] == tags["residual/rms/mtp_1"] == [1, 9]
+
+
+def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
+    """Same rows, half on each rank: values are those of all ranks, not of the one that writes."""
+    options = [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=3"]
+    result = subprocess.run(  # not from the program that is ready: Lightning starts the second process by its command
+        [sys.executable, "-m", "app", "fit", *options, "--trainer.devices=2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = scalars(whole, values=True), scalars(tmp_path / "run", values=True)
+    for name in one:
+        if name.startswith(("experts/", "residual/", "data/")):
+            assert two[name][0] == pytest.approx(one[name][0], rel=0.05), name
+    assert 0 < two["speed/mfu"][0] < 1
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,18 @@ def test_something_is_due_at_its_interval_and_at_the_end(step, last, due):
 
 
 def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
-    """The clock stops first, a validation is in the checkpoint, and a run is left after it is saved."""
+    """Memory is tried first, then the clock stops; a validation is in the checkpoint; a run is left after a save."""
     from app.cli import CALLBACKS, LATE
 
-    assert list(CALLBACKS) == ["console", "validation", "samples", "checkpoint"]
+    assert list(CALLBACKS) == [
+        "mock_step",
+        "console",
+        "validation",
+        "samples",
+        "skipped_batches",
+        "health",
+        "checkpoint",
+    ]
     assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]
 
 

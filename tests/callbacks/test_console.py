@@ -13,6 +13,11 @@ def test_progress_line_says_where_the_run_is():
     assert line == "step  120/2000   6.0%  loss 2.5000  lr 3.00e-04  grad 0.50  12.3k tokens/s  5m25s left"
 
 
+def test_progress_line_says_whether_it_is_fast():
+    metrics = {"speed/mfu": 0.4567, "speed/data_wait_share": 0.0012}
+    assert progress_line(1, 10, metrics, 5.0, 9.0).endswith("5 tokens/s  MFU 45.7%  data wait 0.1%  9s left")
+
+
 def test_metrics_that_are_not_there_are_left_out():
     assert progress_line(1, 10, {}, 5.0, 9.0) == "step  1/10  10.0%  5 tokens/s  9s left"
 
@@ -27,7 +32,8 @@ def test_validation_line_compares_with_gzip():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (999, "999"), (1000, "1k"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G")]
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1000, "1k"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G"), (25e12, "25T")],
 )
 def test_numbers_have_three_digits(value, text):
     assert number(value) == text
@@ -65,6 +71,19 @@ def test_validation_and_saving_stop_the_clock():
     throughput.pause()
     assert throughput.read() == pytest.approx(50)
     assert throughput.seconds_left(500) == pytest.approx(10)
+
+
+def test_what_happens_before_training_and_a_second_fetch_do_not_count():
+    """A validation before the first step; several micro-batches in a step."""
+    clock = Clock()
+    throughput = Throughput(clock)
+    clock.now += 100
+    for _ in range(3):
+        throughput.resume()
+        clock.now += 2
+    throughput.pause()
+    throughput.add(60)
+    assert throughput.read() == pytest.approx(10)
 
 
 def test_speed_is_that_of_the_interval_and_the_rest_is_estimated_smoothly():

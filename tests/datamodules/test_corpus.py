@@ -45,10 +45,7 @@ def test_a_reader_can_be_sent_to_another_process(corpus_folder: Path):
 
 
 def test_urls_are_read_through_litdata(corpus_folder: Path, tmp_path, monkeypatch):
-    from litdata.utilities import dataset_utilities
-
-    monkeypatch.setattr("datamodules.corpus.get_default_cache_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(dataset_utilities, "get_default_cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
     remote, local = Corpus(f"local:{corpus_folder}"), Corpus(str(corpus_folder))
     assert remote.metadata == local.metadata
     assert remote.openings() == local.openings()
@@ -59,6 +56,18 @@ def test_urls_are_read_through_litdata(corpus_folder: Path, tmp_path, monkeypatc
         assert np.array_equal(theirs.read(row)[0], ours.read(row)[0])
     with pytest.raises(ValueError, match=r"local:.*nowhere/corpus\.json cannot be read"):
         Corpus(f"local:{corpus_folder}/nowhere")
+
+
+def test_few_chunks_are_open_at_a_time_and_those_of_a_url_leave_the_disk(corpus_folder: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr("datamodules.corpus._OPEN_CHUNKS", 3)
+    far, near = Corpus(f"local:{corpus_folder}").rows("train"), Corpus(str(corpus_folder)).rows("train")
+    kept = [near.read(row)[0] for row in range(len(near))]
+    for row in [*range(len(near)), *reversed(range(len(near)))]:
+        tokens, _ = far.read(row)
+        assert np.array_equal(tokens, kept[row])
+        assert len(list((tmp_path / "cache").rglob("chunk-*.bin"))) <= 3
+    assert len(far._open) == len(near._open) == 3
 
 
 def damage(file: Path, at: int, data: bytes) -> None:

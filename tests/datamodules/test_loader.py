@@ -8,7 +8,7 @@ import torch
 from datamodules.corpus import Corpus, RowReader
 from datamodules.loader import Placement, TrainingLoader, ValidationLoader, Windows, build_batch
 from datamodules.mixture import Mixture, Stage
-from modules.batch import IGNORED_LABEL, PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch, document_boundaries
 
 STEPS = 12
 
@@ -52,12 +52,15 @@ def test_a_batch_has_the_labels_documents_and_counts_of_its_rows(reader: RowRead
         assert batch.tokens[number].tolist() == tokens.tolist()
         assert batch.labels[number].tolist() == naive_labels(tokens.tolist(), sizes)
         documents = [document for document, size in enumerate(sizes) for _ in range(size)]
-        padding = [len(sizes)] * (64 - sum(sizes))
+        padding = [64] * (64 - sum(sizes))
         assert batch.document_ids[number].tolist() == documents + padding
         for size in sizes:
             for depth in range(3):
                 counts[depth] += max(0, size - 1 - depth)
     assert batch.counts.tolist() == counts
+    assert batch.text_positions.item() == sum(used)
+    assert batch.boundaries.dtype == torch.int32
+    assert batch.boundaries.tolist() == document_boundaries(batch.document_ids).tolist()
     assert (batch.labels[-2:] == IGNORED_LABEL).all()
 
 

@@ -128,3 +128,17 @@ def test_a_far_step_costs_no_more_than_the_first():
     assert time.perf_counter() - start < 1
     assert draws.epoch.min() > 10**6
     assert mixture.consumed(10**11)["a"].rows == 10**11 * 64 * 9 // 10
+
+
+def test_what_was_asked_is_what_the_weights_say_step_by_step():
+    """The run so far is asked as a whole, and what is read stays within a row of it in every phase."""
+    stages = [Stage(end_step=5, weights={"a": 3, "b": 1}), Stage(end_step=12, weights={"b": 1.0, "c": 4.0})]
+    mixture = Mixture({name: np.array([7, 5]) for name in "abc"}, stages, rows_per_step=4, seed=0)
+    asked = Counter()
+    for step in range(1, 13):
+        shares = {"a": 0.75, "b": 0.25, "c": 0.0} if step <= 5 else {"a": 0.0, "b": 0.2, "c": 0.8}
+        for name, share in shares.items():
+            asked[name] += 4 * share
+        assert mixture.asked(step) == pytest.approx({name: rows / (4 * step) for name, rows in asked.items()})
+        for name, read in mixture.consumed(step).items():
+            assert abs(read.rows - asked[name]) < 2

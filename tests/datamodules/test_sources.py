@@ -14,7 +14,7 @@ def read(paths: list[Path | str], **options: object) -> tuple[list[str], Tally]:
     """Texts of all documents, and the tally."""
     policies = Policies(**options)  # type: ignore[arg-type]
     tally = Tally()
-    units = list_units([str(path) for path in paths], policies, tally)
+    units = list_units([str(path) for path in paths], policies, tally, Path("unused"))
     return [document.text for unit in units for document in read_unit(unit, policies, tally)], tally
 
 
@@ -131,7 +131,7 @@ def test_oversized_documents_are_split_without_loss_at_line_ends(kind: str, tmp_
         read([tmp_path], max_document_bytes=5000, oversized="strict")
     policies = Policies(max_document_bytes=5000)
     tally = Tally()
-    units = list_units([str(tmp_path)], policies, tally)
+    units = list_units([str(tmp_path)], policies, tally, Path("unused"))
     ends = [document.ends for unit in units for document in read_unit(unit, policies, tally)]
     assert ends == [False] * (len(ends) - 1) + [True]
 

@@ -34,10 +34,11 @@ def tokenizer() -> Tokenizer:
 
 
 def test_every_text_comes_back_and_its_bytes_are_counted_exactly(tokenizer: Tokenizer):
-    sizes = tokenizer.token_bytes()
+    sizes, contents = tokenizer.token_bytes(), tokenizer.contents()
     for text in TEXTS + random_texts():
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
+        assert b"".join(contents[index] for index in ids) == text.encode()
         assert sizes[ids].sum() == len(text.encode())
         assert min(ids) >= RESERVED_IDS
 
@@ -117,6 +118,8 @@ def test_a_foreign_sentencepiece_like_tokenizer_counts_bytes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     foreign = Tokenizer.load(tmp_path)
     assert foreign.token_bytes().tolist() == [0, 0, 0, 1, 3, 1, 2, 5]
+    assert foreign.contents() == [b"<unk>", b"<s>", b"</s>", b"\xe2", b" he", b" ", "é".encode(), b"<img>"]
+    assert foreign.special_ids == {0, 1, 2}
     assert (foreign.eos_id, foreign.pad_id) == (2, 2)
 
 

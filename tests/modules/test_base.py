@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modules.base import MicroBatchLoss, TrainingDivergedError
 from modules.batch import PackedBatch
+from modules.optim.spikes import SpikeGuardConfig
 from modules.precision.recipe import PrecisionRule
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
@@ -24,9 +25,11 @@ from tests.modules.helpers import (
     tiny_config,
 )
 
+GUARD = SpikeGuardConfig(window=4, minimum_steps=2)
+
 
 class Poisoned(Pretraining):
-    """Makes the loss, or only its gradient, of chosen micro-batches not finite."""
+    """Makes the loss, or only its gradient, of chosen micro-batches not finite, or a spike."""
 
     bad: frozenset[int] = frozenset()
     kind = "loss"
@@ -39,7 +42,11 @@ class Poisoned(Pretraining):
             return result
         if self.kind == "loss":
             return result._replace(loss=result.loss * math.nan)
+        if self.kind == "loss_spike":
+            return result._replace(loss=result.loss * 1000)
         trap = self.built_network.backbone.norm_f.weight[0]
+        if self.kind == "gradient_spike":
+            return result._replace(loss=result.loss + 1e4 * (trap - trap.detach()))
         return result._replace(loss=result.loss + torch.sqrt((trap - trap.detach()).abs()))  # 0 with a gradient of nan
 
 
@@ -63,17 +70,21 @@ class Snapshots(Callback):
         self.states.append(state)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind: str) -> None:
-    module = make_module(cls=Poisoned)
-    module.bad, module.kind = frozenset({2, 4}), kind
+@pytest.mark.parametrize("kind", ["loss", "gradient", "loss_spike", "gradient_spike"])
+def test_a_skipped_step_changes_nothing_and_is_counted(kind: str) -> None:
+    module = make_module(cls=Poisoned, spike_guard=GUARD)
+    module.bad, module.kind = frozenset({3, 5}), kind
     snapshots, collector = Snapshots(), Collector()
-    fit(module, ListData(row_batches(6)), callbacks=[snapshots, collector])
-    assert [step["training/skipped_steps"] for step in collector.steps] == [0, 0, 1, 1, 2, 2]
+    fit(module, ListData(row_batches(7)), callbacks=[snapshots, collector])
+    assert [step["training/skipped_steps"] for step in collector.steps] == [0, 0, 0, 1, 1, 2, 2]
+    for reason, name in (("loss_spike", "loss_spikes"), ("gradient_spike", "gradient_spikes")):
+        counts = [step[f"training/skipped_{name}"] for step in collector.steps]
+        assert counts == ([0, 0, 0, 1, 1, 2, 2] if kind == reason else [0] * 7)
+    assert [step["training/skipped_not_finite"] for step in collector.steps][-1] == (0 if "spike" in kind else 2)
     assert module.skipped_steps.item() == 2
     assert module.skipped_streak.item() == 0
-    assert module.trainer.global_step == 6
-    for step in range(6):
+    assert module.trainer.global_step == 7
+    for step in range(7):
         before, after = snapshots.states[step], snapshots.states[step + 1]
         changed = [name for name, tensor in after.items() if name in before and not torch.equal(before[name], tensor)]
         assert bool(changed) == (step not in module.bad), (step, changed)
@@ -99,6 +110,34 @@ def test_a_streak_stops_the_run_naming_its_steps() -> None:
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
     assert module.trainer.global_step == 5
+
+
+def test_a_streak_of_spikes_names_the_guard() -> None:
+    module = make_module(cls=Poisoned, max_skipped_steps=3, spike_guard=GUARD)
+    module.bad, module.kind = frozenset({3, 4, 5, 6}), "loss_spike"
+    with pytest.raises(TrainingDivergedError, match=r"in steps 4 to 6 .* 3 loss spikes .* model\.spike_guard\.sigmas"):
+        fit(module, ListData(row_batches(8)))
+
+
+def test_without_a_guard_spikes_are_taken() -> None:
+    module = make_module(cls=Poisoned)
+    module.bad, module.kind = frozenset({4}), "loss_spike"
+    collector = Collector()
+    fit(module, ListData(row_batches(6)), callbacks=[collector])
+    assert module.skipped_steps.item() == 0
+    assert "training/loss_sigmas" not in collector.steps[-1]
+
+
+def test_the_guard_goes_on_from_a_checkpoint_also_from_one_that_has_none() -> None:
+    module, other = (make_module(spike_guard=GUARD) for _ in range(2))
+    fit(module, ListData(row_batches(6)))
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint({})
+    assert other.step_guard.history.isnan().all()
+    other.on_load_checkpoint(checkpoint)
+    assert torch.equal(other.step_guard.history, module.step_guard.history)
+    assert other.step_guard.history.isfinite().all()
 
 
 def test_scattered_bad_steps_do_not_stop_the_run() -> None:

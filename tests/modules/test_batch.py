@@ -30,6 +30,14 @@ def make_inputs(rows: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
     return torch.randint(0, 50, ids.shape, generator=torch.Generator().manual_seed(0)), ids
 
 
+def test_text_is_what_is_not_padding() -> None:
+    batch = packed_batch(document_ids([4, 4, 2], [9, 1], [10]), 50, 1)
+    assert batch.text_positions.item() == 30
+    batch.document_ids[0, 8:] = 10
+    batch.document_ids[1, 9:] = 10
+    assert batch.text_positions.item() == 27
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("shift", [0, 1, 2, 5, 10, 11, 12, 30])
 def test_shifted_labels(rows: tuple[list[int], list[int]], shift: int) -> None:

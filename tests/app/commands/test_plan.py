@@ -1,120 +1,17 @@
-"""The parameter counts of `plan` against the published ones, and what the command prints."""
+"""What `plan` prints, and what a mistake costs."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from app.__main__ import main
-from app.commands import plan
-from modules.backbone.config import BackboneConfig
-from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionRule, apply
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PRETRAIN = ROOT / "configs" / "pretrain"
-TINY = {
-    "vocab_size": 10,
-    "hidden_size": 8,
-    "hybrid_override_pattern": "ME*-",
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "intermediate_size": 3,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 2,
-    "ssm_state_size": 3,
-    "n_groups": 2,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 6,
-    "moe_latent_size": 4,
-    "moe_shared_expert_intermediate_size": 5,
-    "num_nextn_predict_layers": 1,
-}
-
-
-def build(**fields: object) -> Network:
-    with torch.device("meta"):
-        return Network(BackboneConfig(**fields))  # type: ignore[arg-type]
-
-
-def model_file(name: str) -> Network:
-    return build(**yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text(encoding="utf-8")))
-
-
-def total(counts: dict[str, plan.Count]) -> plan.Count:
-    return sum(counts.values(), plan.Count())
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "elements"),
-    [
-        ("super", 120_668_687_360, 120_668_707_840),
-        ("nano", 31_577_937_344, 31_577_940_288),
-        ("ultra", 549_308_968_960, 549_308_993_536),
-        ("nano_9b_v2", 8_888_227_328, 8_888_227_328),
-    ],
-)
-def test_published_counts_without_mtp(name: str, parameters: int, elements: int):
-    counts = plan.count_parts(model_file(name))
-    counts.pop("MTP", None)
-    assert total(counts).parameters == parameters
-    assert total(counts).parameters + total(counts).biases == elements
-
-
-def test_published_counts_of_super_with_mtp():
-    count = total(plan.count_parts(model_file("super")))
-    assert count.parameters == 123_611_012_096
-    assert count.parameters + count.biases == 123_611_033_088
-
-
-@pytest.mark.parametrize(
-    ("name", "active", "without_embedding"),
-    [("super", 12.77, 12.23), ("nano", 3.58, 3.23)],  # published: 12.7 / 12.1 and 3.6 / 3.2 billion
-)
-def test_active_parameters(name: str, active: float, without_embedding: float):
-    counts = plan.count_parts(model_file(name))
-    counts.pop("MTP", None)
-    assert round(total(counts).active / 1e9, 2) == active
-    assert round((total(counts).active - counts["embedding"].active) / 1e9, 2) == without_embedding
-
-
-def test_parts_of_a_tiny_network_by_hand():
-    counts = plan.count_parts(build(**TINY))
-    inner, groups_times_state, heads = 8, 6, 4
-    conv = inner + 2 * groups_times_state
-    mamba = 8 * (inner + conv + heads) + conv * (4 + 1) + 3 * heads + inner + inner * 8
-    assert {part: count.parameters for part, count in counts.items() if part != "MTP"} == {
-        "Mamba-2": mamba,
-        "attention": 8 * 8 + 2 * 8 * 4 + 8 * 8,
-        "MLP": 2 * 8 * 3,
-        "MoE routed experts": 4 * 2 * 4 * 6,
-        "MoE shared expert": 2 * 8 * 5,
-        "MoE latent projections": 2 * 8 * 4,
-        "MoE router": 4 * 8,
-        "norms": 5 * 8,
-        "embedding": 80,
-        "head": 80,
-    }
-    assert counts["MoE routed experts"].active == 2 * 2 * 4 * 6
-    assert counts["MoE router"].biases == counts["MTP"].biases == 4
-
-
-def test_a_shared_embedding_counts_once_and_works_twice():
-    counts = plan.count_parts(build(**TINY | {"tie_word_embeddings": True, "num_nextn_predict_layers": 0}))
-    assert (counts["embedding"].parameters, counts["head"].parameters) == (80, 0)
-    assert (counts["embedding"].active, counts["head"].active) == (80, 80)
-
-
-def test_every_parameter_is_counted():
-    network = build(**TINY)
-    count = total(plan.count_parts(network))
-    assert count.parameters == sum(parameter.numel() for parameter in network.parameters())
-    assert count.biases == sum(buffer.numel() for buffer in network.buffers())
 
 
 def test_the_plan_of_super(capsys: pytest.CaptureFixture[str]):
@@ -129,13 +26,92 @@ def test_the_plan_of_super(capsys: pytest.CaptureFixture[str]):
     assert re.search(r"backbone\.layers\.\*\.mixer\.experts\.up_proj +bf16 +40 +\*", printed)
     assert re.search(r"warm-up +200,000,000,000 +7,947 ", printed)
     assert re.search(r"decay +5,000,000,000,000 +198,682 +0\.00045 to 4\.5e-06", printed)
+    assert re.search(r"MoE routed experts +bf16 +29\.0665 +32\.9% +9\.6888 +37\.7%", printed)
+    assert re.search(r"all +88\.2538 +25\.7045", printed)
+    assert "8 GPUs, micro-batches of 1 x 8,192 positions, 384 in a step; activation checkpointing on" in printed
+    assert re.search(r"weights, fp32 +57\.5\d\d +57\.5\d\d\n", printed), "an eighth of 460.5 GiB"
+    assert "0.00045 |***" in printed
+    assert "no speed is known: runs/super has not been trained" in printed
 
 
-def test_a_recipe_with_two_formats_shows_both():
-    recipe = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*", format="bf16")]
-    lines = plan.precision_lines(apply(recipe, build(**TINY)))
-    assert sum(line.split()[:2] == ["lm_head", "fp32"] for line in lines) == 1
-    assert sum(line.split()[0] == "backbone.embeddings" and line.split()[1] == "bf16" for line in lines) == 1
+def small_run(tmp_path: Path, **changes: Any) -> str:
+    """The tiny run with its folder in `tmp_path`, smaller still."""
+    tree = yaml.safe_load((ROOT / "configs" / "pretrain.yaml").read_text(encoding="utf-8"))
+    tree["model"]["init_args"]["backbone"] |= {"hybrid_override_pattern": "ME*", "vocab_size": 512}
+    tree["data"]["init_args"] |= {"sequence_length": 64, "global_batch_size": 8, "micro_batch_size": 2}
+    tree["trainer"] |= {"default_root_dir": str(tmp_path), **changes}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return str(file)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(["plan", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_plan_of_one_process_shows_it_without_fsdp2_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    printed = planned(capsys, "--config", small_run(tmp_path, accelerator="cpu"))
+    assert "1 CPU process, micro-batches of 2 x 64 positions, 4 in a step; activation checkpointing off" in printed
+    assert re.search(r"[MK]iB +this run +checkpointing on +without FSDP2\n", printed)
+    rows = [line.rsplit(maxsplit=3) for line in printed.splitlines()]
+    values = {row[0]: [float(cell.replace(",", "")) for cell in row[1:]] for row in rows if row and "peak" in row[0]}
+    kept = next(row for row in rows if row and row[0].startswith("activations kept"))
+    assert float(kept[2]) < 0.5 * float(kept[1]), "recomputation keeps less"
+    assert values["peak of a step"][1] < values["peak of a step"][0]
+
+
+def test_devices_and_their_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = small_run(tmp_path, accelerator="cpu", devices=2)
+    assert "2 CPU processes, micro-batches of 2 x 64 positions, 2 in a step" in planned(capsys, "--config", file)
+    printed = planned(capsys, "--config", file, "--devices", "4", "--accelerator", "gpu", "--tokens_per_second", "1000")
+    assert "4 GPUs, micro-batches of 2 x 64 positions, 1 in a step" in printed
+    assert "4 minutes 10 seconds, validation and checkpoints left out; 0.28 device hours" in printed
+    assert re.search(r"at 4,000 tokens/s, .* per device \(stated\)", printed)
+
+
+def test_more_devices_than_experts_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = small_run(tmp_path, accelerator="gpu")
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8").replace("global_batch_size: 8", "global_batch_size: 256")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert "is padding" not in planned(capsys, "--config", file, "--devices", "4")
+    assert re.search(r"\d\d% of the shards is padding", planned(capsys, "--config", file, "--devices", "128"))
+
+
+def test_time_from_a_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    printed = planned(capsys, "--config", small_run(tmp_path), "--mfu", "0.5", "--peak_tflops", "0.2")
+    assert re.search(r"at .* tokens/s, 100 GFLOP/s per device \(0.5 of 0.2 TFLOP/s, stated\)", printed)
+
+
+def test_time_from_what_the_run_has_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with SummaryWriter(str(tmp_path / "pretrain")) as writer:
+        for step, speed in enumerate([100.0, 2000.0, 2000.0, 2000.0, 9000.0]):
+            writer.add_scalar("training/tokens_per_second", speed, step)
+    printed = planned(capsys, "--config", small_run(tmp_path))
+    assert "8 minutes 20 seconds, validation" in printed
+    assert f"(measured in {tmp_path / 'pretrain'})" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "0"], "--devices: 0 must be positive"),
+        (["--devices", "3"], "data.global_batch_size: 8 rows do not divide among 3 devices"),
+        (["--mfu", "0.4"], "--mfu and --peak_tflops go together"),
+        (["--mfu", "40", "--peak_tflops", "989"], "--mfu: 40.0 is a share of the peak"),
+        (["--mfu", "0.4", "--peak_tflops", "989", "--tokens_per_second", "5"], "--tokens_per_second"),
+        (["--accelerator", "tpu"], "--accelerator"),
+    ],
+)
+def test_a_wrong_option_costs_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", "--config", small_run(tmp_path), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

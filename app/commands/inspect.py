@@ -1,0 +1,191 @@
+"""What the model sees: the batch of a step, from the datamodule and loader that `fit` uses, decoded token by token.
+
+Nothing is built but the datamodule (and the LightningModule around no network, which knows the MTP depths), so a batch
+of the 120B run can be looked at on a laptop that has the corpus.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.errors import UserError
+
+if TYPE_CHECKING:
+    from app.cli import RunCLI
+    from app.inspection.saved import SavedBatch
+    from datamodules.pretraining import PretrainingData
+    from modules.batch import PackedBatch
+
+SHOWN_ROWS = 16
+"""Rows on a page unless others are asked for."""
+SHOWN_ROWS_TERMINAL = 4
+"""Rows in the terminal unless others are asked for."""
+
+
+def inspect(
+    *,
+    config: list[str],
+    step: int | None = None,
+    rows: str | None = None,
+    full: bool = False,
+    output: Path | None = None,
+    batch: Path | None = None,
+) -> None:
+    """Show a batch as the model sees it: decoded text, document borders, labels, what has loss.
+
+    It is the whole batch of a step as `fit` would train on it on one device: the same rows in the same order. Rows,
+    documents and positions are numbered from 0, as in the tensors; steps and epochs from 1. Warnings name what is wrong
+    with labels, borders, ids or counts.
+
+    Args:
+        config: Run files, for example configs/pretrain.yaml; of a key in several of them the last one counts.
+        step: Optimiser step, from 1; null is 1.
+        rows: Rows to show, for example 0,3-5, or all; null shows the first 4 in the terminal, the first 16 on a page.
+            The summary and the warnings are always about all rows.
+        full: Whether to show every document and token in the terminal; else their beginnings and ends.
+        output: HTML file to write, a page that needs no network; null shows the rows in the terminal.
+        batch: File that the spike guard saved (runs/NAME/spikes/) to show instead of a step.
+
+    Raises:
+        ValueError: a file, key or option is wrong; the message names it and the mend.
+    """
+    if batch is not None and step is not None:
+        raise UserError("--step: --batch shows the step it was saved at; leave one of the two out")
+    from app.cli import parse_run
+    from app.inspection import saved, terminal
+    from app.inspection.checks import warnings
+    from app.inspection.page import write_page
+    from app.inspection.view import build_view
+    from datamodules.tokenizer import Tokenizer
+
+    run = parse_run([argument for file in config for argument in ("--config", file)])
+    loader = StepLoader(run)
+    if batch is None:
+        number = 1 if step is None else step
+        micro_batches, origins = loader.load(number), loader.origins(number)
+        title = [f"Step {number:,} of {loader.steps:,} of run {run.config.name}, on one device"]
+    else:
+        found = saved.load(batch)
+        micro_batches, origins = found.micro_batches, loader.origins_of(found)
+        title = saved_title(found, batch)
+    tokenizer = Tokenizer.load(loader.data.tokenizer_folder)
+    view = build_view(micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins)
+    troubles, paper = warnings(view), terminal.Paper.of_stdout()
+    default = SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
+    chosen = [view.rows[row] for row in choose_rows(rows, len(view.rows), default)]
+    lines = terminal.write_summary(view, title, troubles, paper)
+    if output is None:
+        lines += terminal.write_rows(view, chosen, full, paper)
+    else:
+        size = write_page(output, view, chosen, title, troubles)
+        lines += ["", f"{output}: {len(chosen):,} of {len(view.rows):,} rows, {size / 1e6:.2f} MB"]
+    print("\n".join(lines))
+
+
+class StepLoader:
+    """The batches of a run, step by step, as one device gets them.
+
+    Args:
+        run: the parsed run.
+
+    Raises:
+        ValueError: model or data refuse a value, or a corpus is missing or damaged.
+    """
+
+    def __init__(self, run: "RunCLI") -> None:
+        from lightning.pytorch import Trainer
+
+        from modules.base import StageModule
+
+        module = run.instantiate("model")
+        if not isinstance(module, StageModule):
+            raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
+        self.module: StageModule = module
+        self.data: PretrainingData = run.instantiate("data")
+        self.data.workers = 0  # the batches do not depend on them, and one step is read faster without
+        # what the datamodule asks of a trainer: rank, ranks, MTP depths, accumulation
+        self._trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        self._trainer.strategy.connect(module)
+        self.data.trainer = self._trainer
+        self.data.prepare_data()
+        self.data.setup("fit")
+        self._loader = self.data.train_dataloader()
+        self._window = self._trainer.accumulate_grad_batches
+        self.steps = len(self._loader) // self._window
+        """Optimiser steps of the run."""
+        if (most := run.config.trainer.max_steps) >= 0:
+            self.steps = min(self.steps, most)
+
+    def load(self, step: int) -> "list[PackedBatch]":
+        """Return the micro-batches of an optimiser step.
+
+        Args:
+            step: its number, from 1.
+
+        Raises:
+            UserError: the run has no such step.
+        """
+        if not 1 <= step <= self.steps:
+            raise UserError(f"--step: {step} is not in the run, which has steps 1 to {self.steps:,}")
+        self._loader.load_state_dict({"steps": step - 1})
+        return list(islice(self._loader, self._window))
+
+    def origins(self, step: int) -> list[str]:
+        """Return where each row of a step comes from, in the order of `load`."""
+        names, draws = self.data.mixture.names, self.data.mixture.draw(step - 1)
+        return [
+            f"{names[source]} row {row:,}, epoch {epoch + 1}"
+            for source, row, epoch in zip(draws.source, draws.row, draws.epoch, strict=True)
+        ]
+
+    def origins_of(self, saved: "SavedBatch") -> list[str]:
+        """Return where the rows of a saved batch come from; empty where its step in this run has other rows."""
+        known: dict[bytes, str] = {}
+        if 1 <= saved.step <= self.steps:
+            rows = [row for batch in self.load(saved.step) for row in batch.tokens]
+            known = {row.numpy().tobytes(): origin for row, origin in zip(rows, self.origins(saved.step), strict=True)}
+        rows = [row for batch in saved.micro_batches for row in batch.tokens]
+        return [known.get(row.numpy().tobytes(), "") for row in rows]
+
+
+def saved_title(saved: "SavedBatch", file: Path) -> list[str]:
+    """Return the lines that say what a saved batch is."""
+    return [
+        f"Step {saved.step:,}, rank {saved.rank}, saved by the spike guard",
+        f"reason: {saved.reason.replace('_', ' ')}",
+        f"loss {saved.loss:.4f}, gradient norm {saved.gradient_norm:.4f}",
+        f"file: {file}",
+    ]
+
+
+def choose_rows(text: str | None, rows: int, default: int) -> Sequence[int]:
+    """Return the numbers of the rows to show.
+
+    Args:
+        text: like `0,3-5`, or `all`; None takes the first ones.
+        rows: rows of the batch.
+        default: how many for None.
+
+    Raises:
+        UserError: the text is something else, or names a row that is not there.
+    """
+    if text is None or text == "all":
+        return range(rows if text else min(default, rows))
+    chosen: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"--rows: {text!r} is no list of rows like 0,3-5; or say all")
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or numbers[-1] >= rows:
+            raise UserError(f"--rows: {part.strip()} is not in the batch, which has rows 0 to {rows - 1:,}")
+        chosen |= dict.fromkeys(numbers)
+    return list(chosen)

@@ -1,0 +1,97 @@
+"""What is silently wrong in a batch: each check is a sentence about labels, borders, ids or counts."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from app.inspection.view import BatchView, Row
+from modules.batch import IGNORED_LABEL
+
+SHOWN = 5
+"""Places named in a warning."""
+
+Place = tuple[int, int | None]
+"""(row, first position or None for the whole row)."""
+
+
+def warnings(view: BatchView) -> list[str]:
+    """Return one line for each kind of trouble in the batch, with the rows and first positions where it is found."""
+    found: dict[str, list[Place]] = {}
+    for row in view.rows:
+        for what, position in _check_row(row, view):
+            found.setdefault(what, []).append((row.number, position))
+    return [f"{what}: {_places(places)}" for what, places in found.items()] + _check_counts(view)
+
+
+def _check_row(row: Row, view: BatchView) -> Iterator[tuple[str, int | None]]:
+    """Yield (trouble, first position) of a row."""
+    tokens, labels, ids = row.tokens, row.labels, row.document_ids
+    has_loss = labels != IGNORED_LABEL
+    if not has_loss.any():
+        yield "no position has a loss, the row trains nothing", None
+    for what, wrong in (
+        (
+            f"token id outside the model's vocabulary of {view.vocab_size:,} (model.backbone.vocab_size)",
+            (tokens < 0) | (tokens >= view.vocab_size),
+        ),
+        (
+            f"label outside the model's vocabulary of {view.vocab_size:,} (model.backbone.vocab_size)",
+            has_loss & ((labels < 0) | (labels >= view.vocab_size)),
+        ),
+        ("label is not the next token of the same document", has_loss & ~_is_next(labels, tokens, ids)),
+    ):
+        if (position := _first(wrong)) is not None:
+            yield what, position
+    if (position := _first_unknown(row, view)) is not None:
+        yield "token id that the tokenizer does not use", position
+    yield from _check_documents(row, view)
+
+
+def _check_documents(row: Row, view: BatchView) -> Iterator[tuple[str, int | None]]:
+    vocabulary, seen = view.vocabulary, set()
+    for document in row.documents:
+        tokens = row.tokens[document.start : document.end]
+        chat = vocabulary.chat_start_id is not None and bool((tokens == vocabulary.chat_start_id).any())
+        if document.id in seen:
+            yield "document id comes back after another document's", document.start
+        seen.add(document.id)
+        if chat and document.with_loss >= document.length - 1:
+            yield "conversation with loss on every token, prompts included", document.start
+        if not chat and (ends := _first(tokens[:-1] == vocabulary.eos_id)) is not None and not document.padding:
+            yield "end token inside a document: texts without a border between them", document.start + ends
+        if document.with_loss and document.length > 1 and bool((tokens == vocabulary.pad_id).all()):
+            yield "padding with loss", document.start
+
+
+def _check_counts(view: BatchView) -> list[str]:
+    """Return a line for each micro-batch whose counts are not those of the rows."""
+    return [
+        f"counts of micro-batch {number} are {counts}, but the rows have {view.counted} targets (next token, then MTP "
+        "depths): the loss is divided by a wrong number"
+        for number, counts in enumerate(view.counts)
+        if counts != view.counted
+    ]
+
+
+def _is_next(labels: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    """Return bool [T]: whether the label is the token after the position, in the same document."""
+    right = torch.zeros_like(labels, dtype=torch.bool)
+    right[:-1] = (labels[:-1] == tokens[1:]) & (ids[:-1] == ids[1:])
+    return right
+
+
+def _first(wrong: Tensor) -> int | None:
+    positions = torch.nonzero(wrong).flatten()
+    return int(positions[0]) if len(positions) else None
+
+
+def _first_unknown(row: Row, view: BatchView) -> int | None:
+    unknown = [index for index in set(row.tokens.tolist()) if not view.vocabulary.knows(index)]
+    return _first(torch.isin(row.tokens, torch.tensor(unknown, dtype=torch.int64)))
+
+
+def _places(places: list[Place]) -> str:
+    named = [f"row {row}" + ("" if at is None else f" from position {at}") for row, at in places[:SHOWN]]
+    rest = len({row for row, _ in places[SHOWN:]})
+    return ", ".join(named) + (f" and {rest} more" if rest else "")

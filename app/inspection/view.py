@@ -1,0 +1,231 @@
+"""A batch as the model sees it, made of packed micro-batches and a tokenizer and nothing of the stage they belong to.
+
+Rows, documents and positions are numbered from 0, as in the tensors. A document of a row is a stretch of equal document
+ids; padding is the last one of a row if all its tokens are the padding token and none has a label.
+Shapes: B rows of a micro-batch, T positions in a row, M MTP depths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from app.inspection.tokens import Token, Vocabulary
+from datamodules.tokenizer import Tokenizer
+from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, shifted_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document, or a piece of one, in a row."""
+
+    id: int
+    """Document id."""
+    start: int
+    """First position."""
+    end: int
+    """Position after the last one."""
+    padding: bool
+    """Whether it is padding."""
+    with_loss: int
+    """Positions with a label."""
+    complete: bool
+    """Whether its last token is the one that ends documents; a piece that was cut at the row's end has none."""
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the batch."""
+
+    number: int
+    """Number in the batch, over all micro-batches."""
+    micro_batch: int
+    """Number of its micro-batch."""
+    place: int
+    """Number in its micro-batch."""
+    origin: str
+    """Where its text comes from; empty if that is not known."""
+    tokens: Tensor
+    """int64 [T]."""
+    labels: Tensor
+    """int64 [T], `IGNORED_LABEL` where there is no loss."""
+    document_ids: Tensor
+    """int32 [T]."""
+    documents: list[Document]
+    """In order, padding included."""
+
+    def targets(self, depths: int) -> list[list[int]]:
+        """Return the labels of the next token and of MTP depths 1 to `depths`, [1 + M][T]."""
+        labels, ids = self.labels[None], self.document_ids[None]
+        return [shifted_labels(labels, ids, depth)[0].tolist() for depth in range(depths + 1)]
+
+    def shown(self, vocabulary: Vocabulary) -> list[Token]:
+        """Return how each of the T tokens is shown; characters do not reach over a document's border."""
+        ids = self.tokens.tolist()
+        return [token for part in self.documents for token in vocabulary.show(ids[part.start : part.end])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """The rows of one optimiser step (of one device), and what can be said about them."""
+
+    rows: list[Row]
+    """All rows in order."""
+    counts: list[list[int]]
+    """[micro-batches][1 + M]: the targets of each loss part that the loader stamped on each micro-batch."""
+    counted: list[int]
+    """[1 + M]: the targets of each loss part in these rows."""
+    vocabulary: Vocabulary
+    """The tokens as text."""
+    vocab_size: int
+    """V, ids that the model has a row of the embedding for."""
+
+    @property
+    def depths(self) -> int:
+        """M, MTP depths."""
+        return len(self.counted) - 1
+
+    @property
+    def positions(self) -> int:
+        """Positions of all rows."""
+        return sum(row.tokens.numel() for row in self.rows)
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """The documents of all rows, without padding."""
+        return [document for row in self.rows for document in row.documents if not document.padding]
+
+    @property
+    def padding(self) -> int:
+        """Positions of padding."""
+        return self.positions - sum(document.length for document in self.documents)
+
+
+def build_view(
+    micro_batches: Sequence[PackedBatch], tokenizer: Tokenizer, vocab_size: int, origins: Sequence[str]
+) -> BatchView:
+    """Return the view of an accumulation window.
+
+    Args:
+        micro_batches: at least one, all with the same T and M.
+        tokenizer: what the text was tokenised with.
+        vocab_size: V of the model.
+        origins: where each row comes from, over all micro-batches.
+    """
+    vocabulary = Vocabulary(tokenizer)
+    rows: list[Row] = []
+    for number, batch in enumerate(micro_batches):
+        for place, (tokens, labels, ids) in enumerate(zip(batch.tokens, batch.labels, batch.document_ids, strict=True)):
+            row = Row(
+                number=len(rows),
+                micro_batch=number,
+                place=place,
+                origin=origins[len(rows)],
+                tokens=tokens,
+                labels=labels,
+                document_ids=ids,
+                documents=_documents(tokens, labels, ids, vocabulary),
+            )
+            rows.append(row)
+    depths = micro_batches[0].counts.numel() - 1
+    counted = sum(count_targets(batch.labels, batch.document_ids, depths) for batch in micro_batches)
+    assert isinstance(counted, Tensor)
+    return BatchView(
+        rows=rows,
+        counts=[batch.counts.tolist() for batch in micro_batches],
+        counted=counted.tolist(),
+        vocabulary=vocabulary,
+        vocab_size=vocab_size,
+    )
+
+
+def _documents(tokens: Tensor, labels: Tensor, ids: Tensor, vocabulary: Vocabulary) -> list[Document]:
+    starts = [0, *(torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist()]
+    documents = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        with_loss = int((labels[start:end] != IGNORED_LABEL).sum())
+        filler = end == len(ids) and not with_loss and bool((tokens[start:end] == vocabulary.pad_id).all())
+        documents.append(
+            Document(
+                id=int(ids[start]),
+                start=start,
+                end=end,
+                padding=filler,
+                with_loss=with_loss,
+                complete=int(tokens[end - 1]) == vocabulary.eos_id,
+            )
+        )
+    return documents
+
+
+def summary(view: BatchView) -> list[tuple[str, str]]:
+    """Return (what, value) lines about the whole batch."""
+    lengths = sorted(document.length for document in view.documents)
+    cut = sum(not document.complete for document in view.documents)
+    micro_batches, rows, documents = len(view.counts), len(view.rows), len(lengths)
+    lines = [
+        ("rows", f"{rows:,} of {view.positions // rows:,} positions, in {_plural(micro_batches, 'micro-batch', 'es')}"),
+        ("positions", f"{view.positions:,}"),
+        ("with loss", f"{view.counted[0]:,} ({share(view.counted[0], view.positions)})"),
+        ("padding", f"{view.padding:,} ({share(view.padding, view.positions)})"),
+        ("documents", f"{documents:,} ({documents / rows:.1f} a row)"),
+    ]
+    if lengths:
+        middle = lengths[len(lengths) // 2]
+        lines += [
+            ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {middle:,}"),
+            ("cut", f"{cut:,} ({share(cut, documents)}) do not end with the end token: they go on in another row"),
+        ]
+    parts = ["next token", *(f"MTP depth {depth}" for depth in range(1, view.depths + 1))]
+    counted = [f"{part} {count:,}" for part, count in zip(parts, view.counted, strict=True)]
+    verdict = "as the loader counted" if all(count == view.counted for count in view.counts) else "see the warnings"
+    return [*lines, ("targets", f"{', '.join(counted)} ({verdict})")]
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share in percent; nothing is 0% and everything 100%, whatever the rounding."""
+    percent = 100 * part / max(whole, 1)
+    if part and percent < 0.05:
+        return "under 0.1%"
+    if part < whole and percent >= 99.95:
+        return "over 99.9%"
+    return f"{percent:.1f}%"
+
+
+def heading(row: Row) -> str:
+    """Return the line above a row, without its number."""
+    documents = [document for document in row.documents if not document.padding]
+    padding = len(row.tokens) - sum(document.length for document in documents)
+    with_loss = sum(document.with_loss for document in row.documents)
+    parts = [
+        row.origin,
+        f"micro-batch {row.micro_batch}, row {row.place} in it",
+        _plural(len(documents), "document"),
+        f"{with_loss:,} of {len(row.tokens):,} positions with loss",
+        f"{padding:,} padding" if padding else "no padding",
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def caption(document: Document, number: int) -> str:
+    """Return the line above a document that is the `number`-th of its row."""
+    if document.padding:
+        return f"padding: positions {document.start:,}-{document.end - 1:,}, {_plural(document.length, 'token')}"
+    parts = [
+        f"document {number}: positions {document.start:,}-{document.end - 1:,}",
+        _plural(document.length, "token"),
+        f"{document.with_loss:,} with loss",
+        *([] if document.complete else ["cut at its end"]),
+    ]
+    return ", ".join(parts)
+
+
+def _plural(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else ending}"

@@ -1,0 +1,136 @@
+"""Parameters, active parameters and formats of a network, part by part."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.planning.text import align
+from modules.backbone.config import BackboneConfig
+from modules.backbone.model import Network
+
+MIXER_PARTS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+MIXTURE_PARTS = {
+    "experts": "MoE routed experts",
+    "shared_experts": "MoE shared expert",
+    "fc1_latent_proj": "MoE latent projections",
+    "fc2_latent_proj": "MoE latent projections",
+    "gate": "MoE router",
+}
+PARTS = (*MIXER_PARTS.values(), *dict.fromkeys(MIXTURE_PARTS.values()), "norms", "embedding", "head", "MTP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Sizes of one part of a network."""
+
+    parameters: int = 0
+    """Trained values."""
+    biases: int = 0
+    """Router biases: not trained by gradients, but stored in checkpoints."""
+    active: int = 0
+    """Parameters one token uses."""
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(
+            parameters=self.parameters + other.parameters,
+            biases=self.biases + other.biases,
+            active=self.active + other.active,
+        )
+
+    @property
+    def total(self) -> str:
+        """Parameters, then elements of a checkpoint (with the router biases) in brackets."""
+        return f"{self.parameters:,} ({self.parameters + self.biases:,})"
+
+
+def count_parts(network: Network) -> dict[str, Count]:
+    """Count a network's parameters part by part.
+
+    Args:
+        network: on any device, meta included.
+
+    Returns:
+        A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding, and
+        is active in both.
+    """
+    config = network.config
+    counts: dict[str, Count] = {}
+    for name, parameter in network.named_parameters():
+        part, size = _part(name, config), parameter.numel()
+        active = size * config.num_experts_per_tok // config.n_routed_experts if ".mixer.experts." in name else size
+        counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
+    for name, buffer in network.named_buffers():
+        counts[_part(name, config)] += Count(biases=buffer.numel())
+    if config.tie_word_embeddings:
+        counts["head"] = Count(active=network.lm_head.weight.numel())
+    return {part: counts[part] for part in PARTS if part in counts}
+
+
+def _part(name: str, config: BackboneConfig) -> str:
+    """Return the part of `PARTS` that a parameter or buffer belongs to, by its full name."""
+    match name.split("."):
+        case ["mtp", *_]:
+            return "MTP"
+        case ["lm_head", *_]:
+            return "head"
+        case ["backbone", "embeddings", *_]:
+            return "embedding"
+        case ["backbone", "layers", index, "mixer", inner, *_]:
+            letter = config.hybrid_override_pattern[int(index)]
+            return MIXTURE_PARTS[inner] if letter == "E" else MIXER_PARTS[letter]
+        case _:
+            return "norms"
+
+
+def _copies(config: BackboneConfig) -> Counter[str]:
+    """Return how often each part occurs."""
+    letters = Counter(config.hybrid_override_pattern)
+    copies = Counter({"norms": letters.total() + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
+    copies.update({part: letters[letter] for letter, part in MIXER_PARTS.items()})
+    copies.update({part: letters["E"] for part in set(MIXTURE_PARTS.values())})
+    return copies
+
+
+def parameter_lines(network: Network, mtp_depths: int) -> list[str]:
+    """Return the parameter table and the totals.
+
+    Args:
+        network: on any device, meta included.
+        mtp_depths: depths M the MTP block is applied at.
+    """
+    counts = count_parts(network)
+    copies = _copies(network.config)
+    rows = [("part", "copies", "parameters", "active per token")]
+    rows += [(part, str(copies[part]), f"{c.parameters:,}", f"{c.active:,}") for part, c in counts.items()]
+    backbone = sum((count for part, count in counts.items() if part != "MTP"), Count())
+    lines = [*align(rows), "", "total: parameters (elements of a checkpoint, router biases included)"]
+    if "MTP" in counts:
+        lines += [
+            f"  with MTP           {(backbone + counts['MTP']).total}",
+            f"  without MTP        {backbone.total}",
+            f"  MTP depths         {mtp_depths}, all by the one block",
+        ]
+    else:
+        lines.append(f"  without MTP        {backbone.total}")
+    share = backbone.active / (backbone.parameters or 1)
+    return [
+        *lines,
+        f"  active per token   {backbone.active:,} ({share:.1%}), MTP left out",
+        f"  the same without the input embedding   {backbone.active - counts['embedding'].active:,}",
+    ]
+
+
+def precision_lines(table: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return which modules compute in which format, alike modules of different layers in one row.
+
+    Args:
+        table: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
+    """
+    alike = Counter((re.sub(r"\.\d+", ".*", name), chosen, pattern) for name, chosen, pattern in table)
+    rows = [("module", "format", "layers", "decided by")]
+    rows += [(name, chosen, str(layers), pattern) for (name, chosen, pattern), layers in alike.items()]
+    return [
+        *align(rows, text_columns=(0, 1, 3)),
+        "norms, routers, convolutions, A_log, D and dt_bias: fp32; all weights are kept in fp32",
+    ]

@@ -1,0 +1,50 @@
+"""Is the data right: the mixture asked for beside the one that was read, repetitions, and how much of a row is text."""
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.step import StepCallback, gather, is_due
+from modules.batch import PackedBatch
+
+
+class DataUse(StepCallback):
+    """Logs `data/...`.
+
+    All shares are of rows, from the beginning of the run on, so that they settle. `data/share_asked/SOURCE` follows
+    from the weights of the phases, `data/share_read/SOURCE` from the rows that were read, `data/mixture_error` is the
+    largest difference of the two. `data/epochs/SOURCE` counts how often a source has been read through,
+    `data/packing_use` is the share of positions that hold text, not padding, since the last point.
+
+    Args:
+        every_n_steps: Optimiser steps between points (>= 1).
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._text: Tensor | None = None
+        self._positions = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Count the positions with text, on the device."""
+        if isinstance(batch, PackedBatch):
+            self._text = batch.text_positions if self._text is None else self._text + batch.text_positions
+            self._positions += batch.tokens.numel()
+
+    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Log if it is due."""
+        if not is_due(self.every_n_steps, trainer):
+            return
+        data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
+        asked, used = data.asked(step), data.consumed(step)
+        rows = sum(source.rows for source in used.values())
+        read = {name: source.rows / rows for name, source in used.items()}
+        metrics = {f"data/share_asked/{name}": share for name, share in asked.items()}
+        metrics |= {f"data/share_read/{name}": share for name, share in read.items()}
+        metrics["data/mixture_error"] = max(abs(asked[name] - read[name]) for name in read)
+        metrics |= {f"data/epochs/{name}": source.epochs for name, source in used.items()}
+        if self._text is not None:
+            text = sum(count for (count,) in gather([float(self._text)], trainer))
+            metrics["data/packing_use"] = text / (self._positions * trainer.world_size)
+            self._text, self._positions = None, 0
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)

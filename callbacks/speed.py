@@ -1,0 +1,149 @@
+"""Is the run fast, and if not, why: MFU, where the time of a step goes, memory.
+
+Every part of a step is told apart by the hooks between them, see `callbacks/phases.py`. What is shown is the mean over
+the ranks, but for the share of the step spent waiting for data and for memory: there the worst rank counts, because all
+others wait for it, or the run ends with it.
+"""
+
+import resource
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.console import number
+from callbacks.peak import Peak, combine, find_peak, format_shares
+from callbacks.phases import CudaClock, HostClock, PhaseClock
+from callbacks.step import StepCallback, gather, is_due
+from modules.backbone.flops import training_flops_per_token
+from modules.base import StageModule
+from modules.precision.formats import Format
+
+DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER = "data_wait", "forward", "backward", "optimizer", "other"
+STEP = (DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER)
+"""Parts of a step. The optimiser's includes clipping; `other` is what is left, above all the writing of metrics."""
+BETWEEN = "between"
+"""Between two steps, when callbacks run; nothing but the following takes time there."""
+PAUSES = ("validation", "sampling", "checkpoint")
+"""What stops training."""
+GIB = 2**30
+
+
+class Speed(StepCallback):
+    """Logs `speed/...` and `memory/...`.
+
+    Args:
+        every_n_steps: Optimiser steps between points (>= 1).
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.flops_per_token: float | None = None
+        """FLOPs of training per position; None for a model without a formula."""
+        self.peaks: dict[Format, Peak] = {}
+        """Peak of a device in each format that the model computes in."""
+        self._peak = 0.0
+        self._phases = PhaseClock(HostClock())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what the speed is compared with, and start the clock."""
+        device = trainer.strategy.root_device
+        if isinstance(pl_module, StageModule):
+            config, depths = pl_module.backbone_config, getattr(pl_module, "mtp_depths", 0)
+            length: int = trainer.datamodule.sequence_length  # type: ignore[attr-defined]
+            self.flops_per_token = training_flops_per_token(config, length, depths)
+            network = pl_module.built_network
+            shares = format_shares(network, config.num_experts_per_tok, config.n_routed_experts, depths)
+            self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
+            self._peak = combine(shares, self.peaks)
+        self._phases = PhaseClock(CudaClock() if device.type == "cuda" else HostClock())
+        self._phases.enter(BETWEEN)
+
+    def on_fetch_start(self, trainer: Trainer) -> None:
+        """Begin to wait for data."""
+        self._phases.enter(DATA_WAIT)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Begin the forward pass."""
+        self._phases.enter(FORWARD)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begin the backward pass."""
+        self._phases.enter(BACKWARD)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin clipping and the optimiser's step (nothing, in all but the last micro-batch of a step)."""
+        self._phases.enter(OPTIMIZER)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """End the optimiser's step."""
+        self._phases.enter(OTHER)
+
+    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """End the step; log if it is due."""
+        self._phases.enter(BETWEEN)
+        if is_due(self.every_n_steps, trainer):
+            metrics = self._measure(trainer, module)
+            getattr(module, "metrics", {}).update(metrics)  # for the console
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training stops for a validation."""
+        self._phases.enter("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The other callbacks' turn: above all samples are written."""
+        self._phases.enter("sampling")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
+        """Training stops for a checkpoint."""
+        self._phases.enter("checkpoint")
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return lines (name, text) for the table at the start."""
+        lines = [
+            ("peak", f"{kind} {number(peak.flops)}FLOP/s a device ({peak.source})") for kind, peak in self.peaks.items()
+        ]
+        if self.flops_per_token is not None:
+            lines.append(("work", f"{number(self.flops_per_token)}FLOP a token, forward and backward pass"))
+        return lines
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Return the metrics of the steps since the last call; all ranks call this."""
+        times, seconds = self._phases.read()
+        if not times[FORWARD]:
+            return {}
+        steps = times[FORWARD] / trainer.accumulate_grad_batches
+        own = {phase: seconds.get(phase, 0.0) / steps for phase in (*STEP, *PAUSES)} | memory(trainer)
+        ranks = [dict(zip(own, values, strict=True)) for values in gather([*own.values()], trainer)]
+        mean = {phase: sum(rank[phase] for rank in ranks) / len(ranks) for phase in (*STEP, *PAUSES)}
+        metrics = {f"speed/seconds/{phase}": value for phase, value in mean.items()}
+        metrics["speed/data_wait_share"] = max(rank[DATA_WAIT] / sum(rank[phase] for phase in STEP) for rank in ranks)
+        metrics["speed/pause_share"] = sum(mean[phase] for phase in PAUSES) / sum(mean.values())
+        if self.flops_per_token is not None:
+            data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
+            flops = self.flops_per_token * (data.tokens_at(step) - data.tokens_at(step - 1))
+            metrics["speed/mfu"] = flops / (sum(mean[phase] for phase in STEP) * trainer.world_size * self._peak)
+        return metrics | {name: max(rank[name] for rank in ranks) for name in memory(trainer)}
+
+
+def memory(trainer: Trainer) -> dict[str, float]:
+    """Return what this process holds of the host's memory and has held at most of the GPU's, in GiB."""
+    found = {"memory/host_gib": resident_bytes() / GIB}
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        found["memory/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        found["memory/gpu_peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+    return found
+
+
+def resident_bytes() -> int:
+    """Return the host memory of this process in bytes: what it holds (Linux), or the most it has held (macOS)."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,96 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.errors import UserError
+from app.inspection import saved
+from tests.app.inspection.helpers import packed
+
+
+def content() -> dict[str, Any]:
+    micro_batches = [dict(vars(batch)) for batch in packed()]
+    return {
+        "step": 7,
+        "rank": 1,
+        "reason": "loss 9.1 is 12 sigma above the mean",
+        "loss": 9.125,
+        "gradient_norm": float("inf"),
+        "micro_batches": micro_batches,
+    }
+
+
+def test_what_was_saved_is_read(tmp_path: Path):
+    file = tmp_path / "batch.pt"
+    torch.save(content(), file)
+    found = saved.load(file)
+    assert (found.step, found.rank, found.loss, found.gradient_norm) == (7, 1, 9.125, float("inf"))
+    assert found.reason == "loss 9.1 is 12 sigma above the mean"
+    for read, given in zip(found.micro_batches, packed(), strict=True):
+        assert all(torch.equal(vars(read)[name], tensor) for name, tensor in vars(given).items())
+
+
+def change(**fields: object) -> Callable[[], Any]:
+    return lambda: content() | fields
+
+
+def change_batch(**fields: object) -> Callable[[], Any]:
+    return lambda: content() | {"micro_batches": [vars(packed()[0]) | fields, vars(packed()[1])]}
+
+
+def without(name: str) -> Callable[[], Any]:
+    return lambda: {key: value for key, value in content().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (without("step"), "it has no 'step'"),
+        (without("micro_batches"), "it has no 'micro_batches'"),
+        (change(micro_batches=[{}]), "it has no 'tokens'"),
+        (change(micro_batches=[]), "different sizes, or there is none"),
+        (change(micro_batches=7), "not iterable"),
+        (change(step="x"), "invalid literal"),
+        (change_batch(tokens=torch.zeros(1, 6)), "tokens holds no integers"),
+        (change_batch(labels=None), "labels holds no integers"),
+        (change_batch(labels=torch.zeros(1, 5, dtype=torch.int64)), "not [rows, positions] alike"),
+        (change_batch(counts=torch.zeros(1, 1, dtype=torch.int64)), "counts is no list"),
+        (change_batch(counts=torch.zeros(3, dtype=torch.int64)), "different sizes"),
+        (lambda: [1, 2], "list indices"),
+    ],
+)
+def test_something_else_costs_one_line(make: Callable[[], Any], reason: str, tmp_path: Path):
+    file = tmp_path / "batch.pt"
+    torch.save(make(), file)
+    with pytest.raises(UserError) as error:
+        saved.load(file)
+    assert str(error.value).startswith(f"--batch: {file} is no batch that the spike guard saved, or is damaged (")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 400, -1])
+def test_a_damaged_file_costs_one_line(keep: int, tmp_path: Path):
+    file = tmp_path / "batch.pt"
+    torch.save(content(), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="or is damaged") as error:
+        saved.load(file)
+    assert "\n" not in str(error.value)
+
+
+class Bomb:
+    """Calls something when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def test_nothing_in_the_file_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "batch.pt"
+    torch.save(content() | {"reason": Bomb()}, file)
+    with pytest.raises(UserError, match="or is damaged"):
+        saved.load(file)
+    assert "executed" not in capsys.readouterr().out

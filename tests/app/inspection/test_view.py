@@ -1,0 +1,61 @@
+from app.inspection.view import caption, heading, share, summary
+from tests.app.inspection.helpers import EOS, NONE, PAD, batch, ids, packed, view_of
+
+
+def test_rows_documents_and_padding():
+    view = view_of(*packed())
+    first, second = view.rows
+    assert [(row.number, row.micro_batch, row.place, row.origin) for row in view.rows] == [
+        (0, 0, 0, "corpus row 0"),
+        (1, 1, 0, "corpus row 1"),
+    ]
+    spans = [(d.id, d.start, d.end, d.padding, d.with_loss, d.complete) for d in first.documents]
+    assert spans == [(0, 0, 3, False, 2, True), (1, 3, 5, False, 1, True), (2, 5, 6, True, 0, False)]
+    (whole,) = second.documents
+    assert (whole.length, whole.padding, whole.with_loss, whole.complete) == (6, False, 5, False)
+    assert [token.text for token in first.shown(view.vocabulary)] == ["a", "b", "</s>", "c", "</s>", "<unk>"]
+
+
+def test_targets_of_the_next_token_and_of_mtp():
+    b, c, d, e, f = ids("bcdef")
+    first, second = view_of(*packed()).rows
+    assert first.targets(1) == [[b, EOS, NONE, EOS, NONE, NONE], [EOS, NONE, NONE, NONE, NONE, NONE]]
+    assert second.targets(2) == [[b, c, d, e, f, NONE], [c, d, e, f, NONE, NONE], [d, e, f, NONE, NONE, NONE]]
+
+
+def test_the_summary_by_hand():
+    assert summary(view_of(*packed())) == [
+        ("rows", "2 of 6 positions, in 2 micro-batches"),
+        ("positions", "12"),
+        ("with loss", "8 (66.7%)"),
+        ("padding", "1 (8.3%)"),
+        ("documents", "3 (1.5 a row)"),
+        ("lengths", "2 to 6 tokens, median 3"),
+        ("cut", "1 (33.3%) do not end with the end token: they go on in another row"),
+        ("targets", "next token 8, MTP depth 1 5 (as the loader counted)"),
+    ]
+
+
+def test_lines_above_rows_and_documents():
+    first, second = view_of(*packed()).rows
+    assert (
+        heading(first) == "corpus row 0; micro-batch 0, row 0 in it; 2 documents; 3 of 6 positions with loss; 1 padding"
+    )
+    assert caption(first.documents[1], 1) == "document 1: positions 3-4, 2 tokens, 1 with loss"
+    assert caption(first.documents[2], 2) == "padding: positions 5-5, 1 token"
+    assert caption(second.documents[0], 0) == "document 0: positions 0-5, 6 tokens, 5 with loss, cut at its end"
+
+
+def test_only_the_end_of_a_row_without_labels_is_padding():
+    middle = view_of(batch([[PAD, PAD, *ids("a")]], [[NONE] * 3], [[0, 0, 1]], [0]))
+    assert [document.padding for document in middle.rows[0].documents] == [False, False]
+    labelled = view_of(batch([[*ids("a"), PAD, PAD]], [[NONE, PAD, NONE]], [[0, 1, 1]], [1]))
+    assert [document.padding for document in labelled.rows[0].documents] == [False, False]
+    empty = view_of(batch([[PAD, PAD]], [[NONE, NONE]], [[0, 0]], [0]))
+    assert empty.rows[0].documents[0].padding
+    assert ("documents", "0 (0.0 a row)") in summary(empty)
+
+
+def test_shares_are_whole_only_where_they_are():
+    assert [share(0, 9), share(9, 9), share(1, 9)] == ["0.0%", "100.0%", "11.1%"]
+    assert [share(1, 10**6), share(10**6 - 1, 10**6)] == ["under 0.1%", "over 99.9%"]

@@ -1,0 +1,162 @@
+"""Memory counted on the meta device against what torch's MemTracker counts over real steps on the CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from app.planning.memory import StepMemory, measure_step
+from app.strategies import ShardedStrategy
+from modules.backbone.initialization import initialize
+from modules.optim.clipping import clip_gradients
+from modules.pretraining import Pretraining
+from tests.modules.helpers import BF16, FP32, document_ids, make_module, packed_batch, tiny_config
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "hybrid_override_pattern": "ME*-",
+    "mamba_head_dim": 16,
+    "ssm_state_size": 32,
+    "chunk_size": 32,
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "moe_latent_size": 32,
+}
+CASES = {
+    "fp32": ({}, FP32, False, [[256]]),
+    "bf16": ({}, BF16, False, [[256]]),
+    "rows_checkpointed": ({}, BF16, True, [[96]] * 2),
+    "documents": ({}, BF16, False, [[60, 28], [1, 60, 27], [88]]),
+    "documents_checkpointed": ({}, FP32, True, [[100, 28], [1, 60, 67]]),
+    "odd_length": ({}, FP32, False, [[131]]),
+    "no_mtp": ({"hybrid_override_pattern": "*M", "num_nextn_predict_layers": 0}, FP32, False, [[200]]),
+    "no_latent": ({"moe_latent_size": None, "moe_shared_expert_intermediate_size": 0}, FP32, False, [[64]]),
+    "unaligned_experts": ({"moe_latent_size": 30, "moe_intermediate_size": 41}, BF16, False, [[64]]),
+    "tied": ({"tie_word_embeddings": True}, FP32, False, [[64]]),
+    "large_vocabulary": ({"vocab_size": 30_000}, FP32, True, [[200]]),
+    "short": ({}, FP32, False, [[8]]),
+}
+TOLERANCE = 0.005
+
+
+class Tracker(MemTracker):
+    """MemTracker without the peaks of single modules, which take nearly all of its time."""
+
+    def _update_peak_stats(self, peak_state) -> None:
+        for device, snapshot in self._curr_mem_snap.items():
+            self._peak_mem[device] = max(self._peak_mem.get(device, 0), snapshot["Total"])
+
+    @property
+    def peak(self) -> int:
+        return self._peak_mem[torch.device("cpu")]
+
+
+def stage(case: str) -> tuple[Pretraining, list[list[int]]]:
+    changes, recipe, checkpointed, documents = CASES[case]
+    config = tiny_config(**SIZES | changes)
+    depths = 2 * config.num_nextn_predict_layers
+    options = {"precision": list(recipe), "activation_checkpointing": checkpointed, "mtp_depths": depths}
+    return make_module(config, **options), documents
+
+
+def peaks(module: Pretraining, documents: list[list[int]], accumulates: bool = False, mesh=None, tracker=Tracker):
+    """Peaks in bytes over the first real step, and over the first two."""
+    network = module.build_network().train()
+    if mesh is not None:
+        ShardedStrategy.shard(SimpleNamespace(device_mesh=mesh), network)
+    network.to_empty(device="cpu")
+    network.tie_weights()
+    initialize(network, 0)
+    module.network = network
+    module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)
+    module.all_reduce = lambda tensor: tensor
+    optimizer = module.configure_optimizers()
+    batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size, module.mtp_depths)
+    counted, found = tracker(), []
+    counted.track_external(network, *vars(batch).values())
+    with counted:
+        for _ in range(2):
+            for micro_batch in range(1 + accumulates):
+                loss = module.micro_batch_loss(batch).loss
+                if micro_batch == 0:
+                    optimizer.zero_grad()  # after the forward pass, as Lightning does
+                loss.backward()
+                del loss
+                counted.reset_mod_stats()
+            clip_gradients(network.parameters(), 1.0)
+            optimizer.step()
+            found.append(counted._peak_mem[torch.device("cpu")])
+    return found
+
+
+def assert_same_peaks(planned: StepMemory, counted: list[int]) -> None:
+    assert planned.first_peak == pytest.approx(counted[0], rel=TOLERANCE)
+    assert planned.peak == pytest.approx(counted[1], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_holds_what_mem_tracker_counts(case: str) -> None:
+    module, documents = stage(case)
+    assert_same_peaks(measure_step(module, documents), peaks(module, documents))
+
+
+@pytest.mark.parametrize("case", ["bf16", "documents_checkpointed"])
+def test_accumulation_keeps_the_gradients(case: str) -> None:
+    module, documents = stage(case)
+    assert_same_peaks(measure_step(module, documents, accumulates=True), peaks(module, documents, accumulates=True))
+
+
+def test_the_quick_tracker_counts_as_mem_tracker_does() -> None:
+    module, documents = stage("no_mtp")
+    assert peaks(module, documents) == peaks(module, documents, tracker=MemTracker)
+
+
+@pytest.fixture(params=[1, 4])
+def mesh(request):
+    """A mesh of devices that exist only in name; what a rank holds is real."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("data_parallel",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", ["bf16", "documents_checkpointed", "tied", "large_vocabulary", "short"])
+def test_a_rank_of_fsdp2_holds_what_mem_tracker_counts(case: str, mesh) -> None:
+    module, documents = stage(case)
+    planned = measure_step(module, documents, devices=mesh.size())
+    assert_same_peaks(planned, peaks(module, documents, mesh={"data_parallel": mesh}))
+
+
+def test_parts_by_hand() -> None:
+    module, documents = stage("short")
+    network = module.build_network()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    measured = measure_step(module, documents)
+    assert measured.weights == 4 * parameters + sum(4 * buffer.numel() for buffer in network.buffers())
+    assert measured.gradients == 4 * parameters
+    assert measured.optimizer == 8 * parameters + 4 * len([*network.parameters()]), "two moments and a step count"
+    assert measured.batch == 8 * (8 + 4 + 8) + 8 * 3
+    shared = measure_step(module, documents, devices=4)
+    assert shared.weights - (measured.weights - 4 * parameters) == pytest.approx(parameters, rel=0.01)
+    assert shared.gathered_peak > 0 == measured.gathered_peak
+
+
+def test_measuring_leaves_the_module_as_it_was() -> None:
+    module, documents = stage("short")
+    before = dict(vars(module))
+    measure_step(module, documents)
+    assert dict(vars(module)) == {**before, "precision_table": module.precision_table}
+
+
+def test_less_is_kept_with_checkpointing() -> None:
+    kept = {}
+    for checkpointed in (False, True):
+        module, _ = stage("bf16")
+        module.activation_checkpointing = checkpointed
+        kept[checkpointed] = [measure_step(module, [[length]]).kept for length in (64, 128)]
+    assert kept[True][1] < 0.5 * kept[False][1]
+    assert kept[False][1] > 1.5 * kept[False][0]

@@ -1,0 +1,155 @@
+"""Seconds by part and MFU, of a run whose parts take known times."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import callbacks.speed
+from callbacks.peak import Peak
+from callbacks.speed import PAUSES, STEP, Speed, gather, resident_bytes
+from callbacks.step import StepCallback
+from modules.backbone.flops import training_flops_per_token
+from modules.pretraining import Pretraining
+from tests.callbacks.helpers import run
+from tests.modules.helpers import ListData, make_module, row_batches, tiny_config
+
+PEAK = 3e9
+
+
+class Clock:
+    """Moves only where somebody says that something takes time."""
+
+    time = 0.0
+
+    def now(self) -> float:
+        return Clock.time
+
+    def is_past(self, moment: float) -> bool:
+        return True
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+def spend(seconds: float) -> None:
+    Clock.time += seconds
+
+
+class Rows(torch.utils.data.Dataset):
+    """Takes 1 second for each micro-batch."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        spend(1)
+        return self.batches[index]
+
+
+class SlowData(ListData):
+    sequence_length = 16
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Rows(self.batches), batch_size=None)
+
+
+class SlowModule(Pretraining):
+    """Takes 2 seconds for each forward pass, 4 for each backward pass, 8 for a step, 16 for writing metrics."""
+
+    def micro_batch_loss(self, batch):
+        spend(2)
+        return super().micro_batch_loss(batch)
+
+    def backward(self, loss, *args, **kwargs) -> None:
+        spend(4)
+        super().backward(loss, *args, **kwargs)
+
+    def configure_gradient_clipping(self, *args, **kwargs) -> None:
+        spend(8)
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def write_metrics(self, metrics) -> None:
+        spend(16)
+        super().write_metrics(metrics)
+
+    def validation_step(self, batch, batch_idx) -> None:
+        spend(100)
+        super().validation_step(batch, batch_idx)
+
+
+class Between(StepCallback):
+    """Takes 1000 seconds between two steps, validates after the second one, and takes 200 for samples then."""
+
+    def on_step_end(self, trainer, module) -> None:
+        spend(1000)
+        if trainer.global_step == 2 and trainer.enable_validation:
+            trainer.fit_loop.epoch_loop.validate()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        spend(200)
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """Returns what trains two micro-batches a step and returns the values of each step."""
+    monkeypatch.setattr(callbacks.speed, "HostClock", Clock)
+    monkeypatch.setattr(callbacks.speed, "find_peak", lambda device, number_format: Peak(PEAK, "test"))
+
+    def run_with(interval: int, **changes) -> dict[int, dict[str, float]]:
+        data = SlowData(row_batches(8), window=2, **changes)
+        return run(make_module(cls=SlowModule), data, Speed(interval), Between())
+
+    return run_with
+
+
+def test_the_parts_of_a_step_are_told_apart(train):
+    logged = train(2)
+    for step in (2, 4):
+        seconds = {part: logged[step][f"speed/seconds/{part}"] for part in (*STEP, *PAUSES)}
+        assert seconds == {
+            "data_wait": 2,
+            "forward": 4,
+            "backward": 8,
+            "optimizer": 8,
+            "other": 16,
+            "validation": 0,
+            "sampling": 0,
+            "checkpoint": 0,
+        }
+        assert logged[step]["speed/data_wait_share"] == pytest.approx(2 / 38)
+
+
+def test_mfu_is_the_work_of_a_step_over_what_the_peak_allows(train):
+    work = training_flops_per_token(tiny_config(), 16, 2) * 2 * 16
+    logged = train(2)
+    for step in (2, 4):
+        assert logged[step]["speed/mfu"] == pytest.approx(work / 38 / PEAK)
+
+
+def test_nothing_is_logged_between_the_intervals(train):
+    logged = train(2)
+    assert not any(name.startswith(("speed/", "memory/")) for step in (1, 3) for name in logged[step])
+
+
+def test_pauses_are_not_part_of_a_step(train):
+    logged = train(1, validation=row_batches(1))
+    assert [values["speed/pause_share"] for step, values in logged.items()] == pytest.approx([0, 0, 316 / 354, 0])
+    third = logged[3]
+    assert third["speed/seconds/validation"] == 116, "with the writing of its metrics"
+    assert third["speed/seconds/sampling"] == 200
+    assert third["speed/mfu"] == pytest.approx(logged[4]["speed/mfu"])
+
+
+def test_host_memory_grows_with_what_is_held():
+    before = resident_bytes()
+    held = torch.ones(50 << 18)  # 50 MiB
+    assert 40 << 20 < resident_bytes() - before < 80 << 20
+    del held
+
+
+def test_one_process_gathers_its_own_numbers():
+    assert gather([1.0, 2.0], SimpleNamespace(world_size=1)) == [[1.0, 2.0]]
