@@ -30,7 +30,7 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
-from modules.batch import PackedBatch, count_targets, document_boundaries, next_token_labels
+from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, parameter_groups
 from modules.optim.clipping import clip_gradients
@@ -98,10 +98,7 @@ def batch(config: BackboneConfig, depths: int, seed: int) -> PackedBatch:
     tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=generator)
     ids = (torch.rand(ROWS, LENGTH, generator=generator) < 1 / 64).cumsum(1).int()
     labels = next_token_labels(tokens, ids)
-    counts = count_targets(labels, ids, depths)
-    return PackedBatch(
-        tokens=tokens, labels=labels, document_ids=ids, counts=counts, boundaries=document_boundaries(ids)
-    )
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
 
 
 def measure(model: str, number_format: str, kinds: str, rounds: int, threads: int, cache: str) -> Result:

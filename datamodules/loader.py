@@ -71,7 +71,6 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
     flat[np.cumsum(pieces) - 1] = IGNORED_LABEL  # the last token of a piece has no target
     for row, start in enumerate(used):
         labels[row, start:] = IGNORED_LABEL
-    boundaries = np.cumsum([0, *pieces[pieces > 0], *[length] * missing], dtype=np.int32)
     pieces[padding_places] = 0  # padding is a document without targets
     targets = [np.maximum(pieces - 1 - depth, 0).sum() for depth in range(depths + 1)]
     return PackedBatch(
@@ -79,7 +78,6 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
         counts=torch.tensor(targets),
-        boundaries=torch.from_numpy(boundaries),
     )
 
 

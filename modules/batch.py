@@ -5,10 +5,9 @@ Shapes: B rows, T positions in a row, M MTP depths, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -32,9 +31,9 @@ class PackedBatch:
     counts: Tensor
     """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
     rank's whole accumulation window (in validation: over this batch)."""
-    boundaries: Tensor | None = None
-    """int32 [n + 1], see `document_boundaries`. The loader works them out on the host; None: the network does, which on
-    CUDA waits for the device once a micro-batch."""
+    boundaries: ClassVar[Tensor | None] = None
+    """int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T. No part of the
+    data: a strategy adds it on the way to a GPU, which would have to be asked; None elsewhere."""
 
     @property
     def text_positions(self) -> Tensor:
@@ -43,28 +42,7 @@ class PackedBatch:
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
-        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in tensors.items()})
-
-
-def document_boundaries(document_ids: Tensor) -> Tensor:
-    """Return where the documents of packed rows begin and end.
-
-    Args:
-        document_ids: int32 [B, T].
-
-    Returns:
-        int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T.
-    """
-    starts = document_starts(document_ids)
-    return F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts)).int()
-
-
-def document_starts(document_ids: Tensor) -> Tensor:
-    """Return bool [B x T], whether a document starts at the position, of int32 [B, T] ids."""
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return starts.flatten()
+        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
 
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:

@@ -8,9 +8,30 @@ import functools
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modules.batch import document_boundaries, document_starts
+from modules.batch import PackedBatch
+
+
+def document_boundaries(ids: Tensor) -> Tensor:
+    """Return int32 [n + 1], see `PackedBatch`, of int32 [B, T] ids; on CUDA this waits for the device."""
+    starts = _starts(ids)
+    return F.pad(starts.nonzero().flatten(), (0, 1), value=len(starts)).int()
+
+
+def bring_boundaries(batch: PackedBatch, moved: PackedBatch) -> PackedBatch:
+    """Give a batch that was moved to a GPU its boundaries, worked out from the batch on the host."""
+    if moved.document_ids.device.type != "cpu":
+        known = document_boundaries(batch.document_ids)
+        vars(moved)["boundaries"] = known.to(moved.document_ids.device, non_blocking=True)
+    return moved
+
+
+def _starts(ids: Tensor) -> Tensor:
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return starts.flatten()
 
 
 class DocumentLayout:
@@ -36,7 +57,7 @@ class DocumentLayout:
     @functools.cached_property
     def starts(self) -> Tensor:
         """Bool [B x T]: whether a document starts at the position."""
-        return document_starts(self.ids)
+        return _starts(self.ids)
 
     @functools.cached_property
     def boundaries(self) -> Tensor:

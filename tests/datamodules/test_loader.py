@@ -8,7 +8,7 @@ import torch
 from datamodules.corpus import Corpus, RowReader
 from datamodules.loader import Placement, TrainingLoader, ValidationLoader, Windows, build_batch
 from datamodules.mixture import Mixture, Stage
-from modules.batch import IGNORED_LABEL, PackedBatch, document_boundaries
+from modules.batch import IGNORED_LABEL, PackedBatch
 
 STEPS = 12
 
@@ -59,8 +59,6 @@ def test_a_batch_has_the_labels_documents_and_counts_of_its_rows(reader: RowRead
                 counts[depth] += max(0, size - 1 - depth)
     assert batch.counts.tolist() == counts
     assert batch.text_positions.item() == sum(used)
-    assert batch.boundaries.dtype == torch.int32
-    assert batch.boundaries.tolist() == document_boundaries(batch.document_ids).tolist()
     assert (batch.labels[-2:] == IGNORED_LABEL).all()
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
 from modules.backbone.model import Network
-from modules.batch import PackedBatch, count_targets, document_boundaries, next_token_labels
+from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from modules.precision.recipe import PrecisionRule, apply
@@ -129,8 +129,7 @@ def packed_batch(ids: Tensor, vocab_size: int, depths: int, seed: int = 0, maske
     labels = next_token_labels(tokens, ids)
     if masked:
         labels = torch.where(torch.rand(ids.shape, generator=generator) < masked, -100, labels)
-    counts, boundaries = count_targets(labels, ids, depths), document_boundaries(ids)
-    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=counts, boundaries=boundaries)
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
 
 
 _ROW_DOCUMENTS = [[16], [1, 15], [1] * 16, [4, 4, 8], [2, 2, 2, 10], [9, 7], [15, 1], [3, 13]]

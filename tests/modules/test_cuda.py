@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from modules.batch import PackedBatch
+from modules.ops.documents import bring_boundaries
 from tests.modules.helpers import (
     BF16,
     FP32,
@@ -34,6 +35,9 @@ class CudaStrategy(SingleDeviceStrategy):
 
     def shard(self, network: nn.Module) -> None:
         pass
+
+    def batch_to_device(self, batch: PackedBatch, device=None, dataloader_idx: int = 0) -> PackedBatch:
+        return bring_boundaries(batch, super().batch_to_device(batch, device, dataloader_idx))
 
 
 class NoWaiting(Callback):

@@ -5,7 +5,6 @@ a CPU is enough. What needs a value to go on raises: in the forward and backward
 Lightning's loop. `test_cuda.py` asks CUDA itself.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,6 +21,7 @@ from modules.backbone import mlp
 from modules.backbone.model import Network
 from modules.batch import PackedBatch
 from modules.ops import kernels
+from modules.ops.documents import document_boundaries
 from modules.precision.recipe import apply
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
@@ -44,6 +44,9 @@ class FakeStrategy(LocalStrategy):
 
     def model_to_device(self) -> None:
         pass
+
+    def batch_to_device(self, batch: PackedBatch, **_) -> PackedBatch:
+        return batch
 
     def teardown(self) -> None:
         pass
@@ -83,18 +86,20 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(kernels, "_load", lambda module, attribute: (STAND_INS[attribute], "active"))
 
 
-def fake(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
-    tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
-    return PackedBatch(**{name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
+def fake(batch: PackedBatch, boundaries: Tensor | None, mode: FakeTensorMode) -> PackedBatch:
+    """The batch without values, as it comes from the host."""
+    without = PackedBatch(**{name: mode.from_tensor(tensor) for name, tensor in vars(batch).items()})
+    if boundaries is not None:
+        vars(without)["boundaries"] = mode.from_tensor(boundaries)
+    return without
 
 
 def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretraining:
     """Train two steps of two micro-batches on tensors without values; no step is one that is logged."""
     data = FakeData([packed_batch(document_ids([5, 27], [32]), 64, 2, seed=seed) for seed in range(4)], window=2)
-    if not known_boundaries:
-        data.batches = [dataclasses.replace(batch, boundaries=None) for batch in data.batches]
+    known = [document_boundaries(batch.document_ids) if known_boundaries else None for batch in data.batches]
     with FakeTensorMode() as mode:
-        data.batches = [fake(batch, mode) for batch in data.batches]
+        data.batches = [fake(batch, boundaries, mode) for batch, boundaries in zip(data.batches, known, strict=True)]
         module = make_module(precision=list(recipe), **module_changes)
         module.network = Network(module.backbone_config)
         apply(recipe, module.network)
@@ -126,7 +131,7 @@ def test_a_step_needs_no_value(recipe, changes: dict, fake_cuda) -> None:
 
 
 def test_without_boundaries_the_attention_kernel_waits_for_them(fake_cuda) -> None:
-    """Guards the test above: what the loader works out beforehand is what nobody waits for."""
+    """Guards the test above: what comes with the batch is what nobody waits for."""
     with pytest.raises(NEEDS_A_VALUE, match="nonzero"):
         train(known_boundaries=False)
 
