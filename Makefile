@@ -8,6 +8,7 @@ CONFIG ?= configs/pretrain.yaml
 ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/peers
 
 .PHONY: help fit test lint format tensorboard
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ help:  ## show this list
 fit: $(READY)  ## train: CONFIG=FILE (the tiny model unless given), ARGS='--key=value ...'
 	@$(BIN)/python -m app fit --config $(CONFIG) $(ARGS)
 
-test: $(READY)  ## run the tests: ARGS='tests/modules -k name'
+test: $(READY) $(PEERS)/.ready  ## run the tests: ARGS='tests/modules -k name'
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)  ## check style, formatting and types
@@ -42,4 +43,14 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# What only tests compare with (Triton alone is 1 GB) lies in a folder that only they look into: transformers, and a
+# user's run, stay as they are without it. Where torch has brought its own Triton, that one is used.
+$(PEERS)/.ready: requirements-peers.lock | $(READY)
+	@echo 'setting up $(PEERS) (half a minute, once)' >&2
+	@rm -rf $(PEERS)
+	@has=$$($(BIN)/python -c 'import triton; print("triton")' 2>/dev/null); grep -v "^$${has:-#}" requirements-peers.lock | \
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	--no-build-isolation --target $(PEERS) --requirement /dev/stdin
 	@touch $@

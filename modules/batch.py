@@ -5,7 +5,7 @@ Shapes: B rows, T positions in a row, M MTP depths, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class PackedBatch:
     counts: Tensor
     """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
     rank's whole accumulation window (in validation: over this batch)."""
+    boundaries: ClassVar[Tensor | None] = None
+    """int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T. No part of the
+    data: a strategy adds it on the way to a GPU, which would have to be asked; None elsewhere."""
 
     @property
     def text_positions(self) -> Tensor:

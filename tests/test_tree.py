@@ -69,8 +69,8 @@ def test_an_undocumented_field_is_found():
     assert undocumented_fields(ast.parse(source)) == ["A.y"]
 
 
-def locked() -> dict[str, Version]:
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+def locked(file: str = "requirements.lock") -> dict[str, Version]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     return {canonicalize_name(name): Version(version) for name, version in pins.items()}
 
@@ -86,6 +86,12 @@ def test_the_lock_fits_the_bounds():
 
 def test_the_lock_leaves_torch_and_torchvision_alone():
     assert not set(locked()) & (TORCH_AND_ITS_OWN | {"torchvision"})
+
+
+def test_peers_are_in_no_other_place():
+    """They lie in a folder of their own: a second version of anything else there would be used in its place."""
+    peers = set(locked("requirements-peers.lock"))
+    assert not peers & (set(locked()) | TORCH_AND_ITS_OWN)
 
 
 def test_the_lock_holds_the_safe_lightning():

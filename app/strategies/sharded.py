@@ -32,6 +32,8 @@ from torch.optim import Optimizer
 from app.strategies import folder
 from app.strategies.reader import SafeReader
 from modules.backbone.model import ShardingUnit
+from modules.batch import PackedBatch
+from modules.ops.documents import bring_boundaries
 
 ABOUT = "about"
 """Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
@@ -107,6 +109,13 @@ class ShardedStrategy(ModelParallelStrategy):
         super().teardown()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+        """Move a batch; where its documents begin is worked out before, so that no layer asks a GPU for it."""
+        moved = super().batch_to_device(batch, device, dataloader_idx)
+        return bring_boundaries(batch, moved) if isinstance(batch, PackedBatch) else moved
 
     # -- layout -------------------------------------------------------------------------------------------------------
 

@@ -83,13 +83,20 @@ class Network(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None, mtp_depths: int = 0) -> Output:
+    def forward(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        mtp_depths: int = 0,
+        boundaries: Tensor | None = None,
+    ) -> Output:
         """Run the network.
 
         Args:
             tokens: int64 [B, T].
             document_ids: int32 [B, T], see `PackedBatch`; None: each row is one document.
             mtp_depths: number M of MTP depths to compute.
+            boundaries: int32 [n + 1], see `PackedBatch`; None: worked out from `document_ids`.
 
         Returns:
             `Output`; the head is applied by the loss or by `logits`.
@@ -97,7 +104,7 @@ class Network(nn.Module):
         Raises:
             ValueError: if MTP depths are asked of a network without an MTP block.
         """
-        documents = None if document_ids is None else DocumentLayout(document_ids)
+        documents = None if document_ids is None else DocumentLayout(document_ids, boundaries)
         x = self.backbone.embeddings(tokens)
         routings: list[Routing] = []
         for layer in self.backbone.layers:

@@ -41,7 +41,7 @@ def next_token_loss(
     Returns:
         `NextTokenLoss`; the losses of all micro-batches and ranks add up to the step's loss.
     """
-    output = network(batch.tokens, batch.document_ids, mtp_depths)
+    output = network(batch.tokens, batch.document_ids, mtp_depths, batch.boundaries)
     hidden = torch.cat([output.hidden, *output.mtp_hidden]).flatten(0, 1)
     labels = torch.cat([shifted_labels(batch.labels, batch.document_ids, depth) for depth in range(mtp_depths + 1)])
     scales = torch.full((mtp_depths + 1,), mtp_loss_factor / max(mtp_depths, 1), device=hidden.device)

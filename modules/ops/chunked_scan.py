@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from modules.ops.kernels import uncompiled
+
 _STRETCH = 4096
 """Positions, over all rows, that are computed at once."""
 
 
+@uncompiled  # torch.compile fails on its written-out backward pass
 def chunked_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, ids: Tensor | None, chunk_size: int
 ) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from modules.ops.documents import DocumentLayout
+from modules.ops.kernels import uncompiled
 
 
 def causal_convolution(
@@ -35,6 +36,11 @@ def causal_convolution(
         return _shifted_convolution(x, weight, bias, documents)
     if documents is None:
         documents = DocumentLayout.of_rows(*x.shape[:2], x.device)
+    return _spaced_convolution(x, weight, bias, documents)
+
+
+@uncompiled  # a graph would hold for one number of documents only
+def _spaced_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:
     return _SpacedConvolution.apply(x, weight, bias, documents)
 
 

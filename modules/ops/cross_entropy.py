@@ -79,7 +79,7 @@ class _LinearCrossEntropy(Function):
             if grad_weight is not None:
                 assert scaled_hidden is not None
                 if gradient.dtype == torch.float32:
-                    grad_weight.addmm_(gradient.T, scaled_hidden[part])
+                    torch.addmm(grad_weight, gradient.T, scaled_hidden[part], out=grad_weight)
                 else:
                     grad_weight += gradient.T @ scaled_hidden[part]
         nats = torch.where(kept, nats, 0.0)

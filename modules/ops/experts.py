@@ -1,6 +1,6 @@
 """Matrix product of rows sorted by expert with each expert's own weight.
 
-On CUDA `F.grouped_mm`, which wants row strides that are multiples of 16 bytes (other widths take a loop). On a CPU a
+On CUDA `F.grouped_mm`, which wants row strides that are multiples of 16 bytes (other widths are padded). On a CPU a
 loop over the experts too (as `F.grouped_mm` does there), with the rows of an expert rounded up to a multiple of
 `_ROWS` in bf16: oneDNN compiles a kernel for each new shape, and no two steps send an expert the same number of rows
 (3.6 times the time of the products, and half a gigabyte of kernels). What the rounding takes in of the next expert's
@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
+from modules.ops.kernels import uncompiled
+
 _ALIGNMENT_BYTES = 16
 _ROWS = 16
 
 
+@uncompiled  # torch.compile cannot trace `F.grouped_mm` in fp32
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply rows of `x` by the weight of the expert they belong to.
 
@@ -34,12 +37,18 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     if not x.is_cuda:
         return _LoopedLinear.apply(x, weight, offsets)
-    if len(x) and all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:]):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    parts = [F.linear(x[start:end], w) for start, end, w in zip(starts, ends, weight.unbind(), strict=True)]
-    return torch.cat(parts)
+    return _grouped_mm(x, weight, offsets) if len(x) else F.linear(x, weight[0])
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply by `F.grouped_mm`, with zeros up to the widths that it takes."""
+    multiple = _ALIGNMENT_BYTES // x.element_size()
+    out_features, in_features = weight.shape[1:]
+    more_out, more_in = -out_features % multiple, -in_features % multiple
+    if more_out or more_in:
+        x, weight = F.pad(x, (0, more_in)), F.pad(weight, (0, more_in, 0, more_out))
+    out = F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+    return out[:, :out_features] if more_out else out
 
 
 class _LoopedLinear(Function):

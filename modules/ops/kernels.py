@@ -1,15 +1,24 @@
 """Which fast kernels this process can use. Detected at run time, never imported at module load.
 
-Every operation in `ops` has a portable PyTorch version; a fast kernel only replaces it on CUDA tensors, when its
-package imports. `kernel_table` says what is active and why not, so that nobody trains on a slow path unknowingly.
+Every operation in `ops` has a portable PyTorch version; a fast kernel only replaces it on CUDA tensors of 16 bits, when
+its package imports. `kernel_table` says what is active and why not, so that nobody trains on a slow path unknowingly.
 """
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Keep torch.compile out of a function: its graphs end before a call and go on after it."""
+    return cast(_Function, torch.compiler.disable(function))
 
 
 @functools.cache
@@ -18,19 +27,31 @@ def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
     if not torch.cuda.is_available():
         return None, "no CUDA device"
     try:
-        return getattr(importlib.import_module(module), attribute), "active"
+        return uncompiled(getattr(importlib.import_module(module), attribute)), "active"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-def ssd_kernel() -> Callable[..., Any] | None:
-    """Return mamba-ssm's Triton `mamba_chunk_scan_combined`, or None where it cannot run."""
-    return _load("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")[0]
+def ssd_kernel(x: Tensor) -> Callable[..., Any] | None:
+    """Return mamba-ssm's Triton `mamba_chunk_scan_combined`, or None where it cannot run on `x`."""
+    return _load("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")[0] if _fits(x) else None
 
 
-def varlen_attention_kernel() -> Callable[..., Any] | None:
-    """Return torch's `varlen_attn`, or None where it cannot run."""
-    return _load("torch.nn.attention.varlen", "varlen_attn")[0]
+def varlen_attention_kernel(query: Tensor) -> Callable[..., Any] | None:
+    """Return torch's `varlen_attn`, or None where it cannot run on `query` [..., P]."""
+    fits = _fits(query) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256  # what flash attention takes
+    return _load("torch.nn.attention.varlen", "varlen_attn")[0] if fits else None
+
+
+@functools.cache
+def takes_argument(kernel: Callable[..., Any], name: str) -> bool:
+    """Return whether a kernel has an argument that only newer versions of its package know."""
+    return name in inspect.signature(kernel).parameters
+
+
+def _fits(x: Tensor) -> bool:
+    """Not fp32: attention kernels refuse it, and the products inside Triton's scan would be TF32."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def kernel_table() -> list[tuple[str, str, str]]:

@@ -7,7 +7,6 @@ Portable: the chunked form (`chunked_scan.py`). Fast: mamba-ssm's Triton kernel 
 Shapes: B rows, T positions, H heads, P head dim, G groups, N state.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,8 +42,8 @@ def ssd(
     Returns:
         y [B, T, H, P] in the dtype of `x`.
     """
-    kernel = ssd_kernel()
-    if kernel is not None and x.is_cuda and x.dtype != torch.float32:  # its fp32 products would be TF32
+    kernel = ssd_kernel(x)
+    if kernel is not None:
         ids = None if documents is None else documents.ids
         return kernel(x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, dt_softplus=True, seq_idx=ids)
     dt = F.softplus(dt.float() + dt_bias)

@@ -209,6 +209,7 @@ def make_trainer(window: int = 1, **changes) -> lightning.Trainer:
     """A silent trainer on `LocalStrategy`."""
     settings = {
         "strategy": LocalStrategy(),
+        "accelerator": "cpu",
         "max_epochs": 1,
         "accumulate_grad_batches": window,
         "logger": False,

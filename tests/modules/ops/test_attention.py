@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.ops.attention import attention
+from modules.ops.attention import _attend, attention
 from modules.ops.documents import DocumentLayout
 from tests.modules.helpers import assert_close, document_ids
 
@@ -49,6 +49,12 @@ def test_equals_masked_softmax(query_heads: int, key_heads: int, rows: tuple[lis
     )
     for gradient, expected_gradient in pairs:
         assert_close(gradient, expected_gradient, 1e-4, "gradient")
+
+
+def test_the_mask_form_equals_masked_softmax() -> None:
+    """The form of fp32 on CUDA."""
+    ids, inputs = document_ids([1, 5, 7], [12, 1]), make_inputs(4, 2)
+    assert_close(_attend(*inputs, DocumentLayout(ids).mask), dense(*inputs, ids), 1e-5)
 
 
 def test_no_layout_means_one_document_a_row() -> None:

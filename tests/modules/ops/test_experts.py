@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.ops.experts import grouped_linear
+from modules.ops.experts import _grouped_mm, grouped_linear
 from tests.modules.helpers import assert_close
 
 ROWS = {
@@ -31,12 +31,13 @@ def make_inputs(rows: list[int], inside: int, outside: int, dtype: torch.dtype =
     return x, weight, torch.tensor(rows).cumsum(0).int()
 
 
+@pytest.mark.parametrize("multiply", [grouped_linear, _grouped_mm], ids=["as on a CPU", "as on CUDA"])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize(("inside", "outside"), [(8, 16), (16, 4), (7, 8), (8, 7), (3, 5), (1, 1)])
-def test_equals_a_loop(inside: int, outside: int, rows: list[int]) -> None:
+def test_equals_a_loop(inside: int, outside: int, rows: list[int], multiply) -> None:
     x, weight, offsets = make_inputs(rows, inside, outside)
     probe = torch.randn(sum(rows), outside, generator=torch.Generator().manual_seed(1))
-    actual, expected = grouped_linear(x, weight, offsets), loop(x, weight, rows)
+    actual, expected = multiply(x, weight, offsets), loop(x, weight, rows)
     assert_close(actual, expected, 1e-5)
     ours = torch.autograd.grad((actual * probe).sum(), (x, weight))
     theirs = torch.autograd.grad((expected * probe).sum(), (x, weight))

@@ -1,12 +1,20 @@
-"""Fast kernels: what is detected, and that on CUDA every operation equals the portable one on the CPU."""
+"""Fast kernels: what is detected, how they are called, and that on CUDA every operation equals the portable one.
 
+How mamba-ssm's scan is called is tested with the kernel itself, see `test_interpreted_ssd.py`.
+"""
+
+import functools
 import importlib
+import inspect
+import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from modules.ops import attention as attention_module
 from modules.ops import kernels
 from modules.ops.attention import attention
 from modules.ops.convolution import causal_convolution
@@ -87,6 +95,15 @@ def test_cuda_equals_the_portable_version(operation: Callable, dtype: torch.dtyp
         assert_close(actual, expected, TOLERANCE[dtype])
 
 
+class CudaLike:
+    """What detection asks of a tensor."""
+
+    is_cuda = True
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, *shape: int) -> None:
+        self.dtype, self.shape = dtype, shape or (2, 8, 4, 64)
+
+
 @pytest.fixture
 def fresh_detection():
     kernels._load.cache_clear()
@@ -96,8 +113,8 @@ def fresh_detection():
 
 def test_without_cuda_nothing_is_active_and_the_table_says_why(fresh_detection, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.ssd_kernel() is None
-    assert kernels.varlen_attention_kernel() is None
+    assert kernels.ssd_kernel(CudaLike()) is None
+    assert kernels.varlen_attention_kernel(CudaLike()) is None
     assert {reason for *_, reason in kernels.kernel_table()} == {"no CUDA device"}
 
 
@@ -107,6 +124,79 @@ def test_a_kernel_that_does_not_import_is_a_reason_and_no_error(fresh_detection,
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib, "import_module", broken)
-    assert kernels.ssd_kernel() is None
+    assert kernels.ssd_kernel(CudaLike()) is None
     reasons = [reason for *_, reason in kernels.kernel_table()]
     assert all(reason.startswith("OSError: ") and reason.endswith("undefined symbol") for reason in reasons)
+
+
+def test_kernels_run_on_16_bits_on_cuda_only(fresh_detection, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = SimpleNamespace(mamba_chunk_scan_combined=lambda: "scan", varlen_attn=lambda: "attention")
+    monkeypatch.setattr(importlib, "import_module", lambda name: found)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert kernels.ssd_kernel(CudaLike(dtype))() == "scan"
+        assert kernels.varlen_attention_kernel(CudaLike(dtype))() == "attention"
+    for unfit in (CudaLike(torch.float32), torch.zeros(2, 8, 4, 64, dtype=torch.bfloat16)):
+        assert kernels.ssd_kernel(unfit) is kernels.varlen_attention_kernel(unfit) is None
+    for head_dim in (5, 12, 264):
+        assert kernels.varlen_attention_kernel(CudaLike(torch.bfloat16, 2, 8, 4, head_dim)) is None
+
+
+def old_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size) -> Tensor:
+    """torch 2.11's `varlen_attn` as it is documented: [N, heads, P] each, equally many heads."""
+    assert query.shape == key.shape == value.shape
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k >= cu_seq_q.diff().max()
+    assert window_size == (-1, 0), "causal"
+    parts = itertools.pairwise(cu_seq_q.tolist())
+    return torch.cat([masked_softmax(*(tensor[start:end] for tensor in (query, key, value))) for start, end in parts])
+
+
+def new_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False) -> Tensor:
+    """torch 2.13's: key heads may be fewer, if told so."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    return old_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
+def masked_softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = torch.einsum("qhp,khp->hqk", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+    return torch.einsum("hqk,khp->qhp", scores.softmax(-1), value)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2), (4, 1, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("kernel", [old_varlen, new_varlen])
+def test_attention_calls_the_kernel_as_it_is_documented(kernel, heads, monkeypatch) -> None:
+    layout = DocumentLayout(IDS)
+    inputs = [normal(2, 128, count, 8).requires_grad_() for count in heads]
+    probe = normal(2, 128, heads[0], 8)
+    expected = attention(*inputs, layout)
+    monkeypatch.setattr(attention_module, "varlen_attention_kernel", lambda query: kernel)
+    actual = attention(*inputs, layout)
+    assert_close(actual, expected, 1e-5)
+    pairs = (torch.autograd.grad((out * probe).sum(), inputs) for out in (actual, expected))
+    for gradient, expected_gradient in zip(*pairs, strict=True):
+        assert_close(gradient, expected_gradient, 1e-4)
+
+
+def test_attention_calls_the_installed_kernel_with_arguments_that_it_has(monkeypatch) -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    calls = []
+
+    @functools.wraps(varlen_attn)
+    def recorder(*args, **kwargs) -> Tensor:
+        calls.append(inspect.signature(varlen_attn).bind(*args, **kwargs).arguments)
+        return args[0]
+
+    monkeypatch.setattr(attention_module, "varlen_attention_kernel", lambda query: recorder)
+    attention(*(normal(2, 128, count, 8) for count in (4, 2, 2)), DocumentLayout(IDS))
+    (call,) = calls
+    assert kernels.takes_argument(torch.compiler.disable(varlen_attn), "window_size"), "seen through the wrapper"
+    assert call["max_q"] == call["max_k"] == 128
+    assert call["cu_seq_q"].tolist() == [0, 5, 75, 128, 256]
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        assert call["enable_gqa"] is True
+        assert call["key"].shape == (256, 2, 8), "nothing is repeated"
