@@ -1,22 +1,34 @@
 """One training step of ours against transformers' `NemotronHForCausalLM`: the same weights, rows and precision.
 
-    python -m benchmarks.training_step [--length 512] [--rows 4] [--rounds 9] [--threads 1 2] [--formats fp32 bf16]
+    python -m benchmarks.training_step [--rows 4] [--length 512] [--formats fp32 bf16] [--threads 1 2] [--rounds 7]
 
-A step is forward, loss, backward, clipping and fused AdamW, with fp32 master weights on both sides; "bf16" is our bf16
+A step is forward, loss, backward, clipping and fused AdamW, with fp32 master weights on both sides: "bf16" is our bf16
 recipe against transformers under autocast, and against transformers with weights and optimiser in bf16 (which trains
-worse and saves the casts). Steps alternate, so that a busy machine slows all alike; the ratio is the median of the
-ratios of neighbouring steps. Then: the step's matrix products over what large products reach on this machine, the
-operations that cost most, and the peak memory of each side, measured in processes of their own.
+worse and saves the casts). Ours takes packed rows, as in training; theirs knows none. Each side lives in a process of
+its own and takes steps in turn, so that a busy machine slows all alike; a ratio is the median of the ratios of
+neighbouring steps. `fit` keeps freed memory (`app.__main__.settle_process`), which a user of transformers does not by
+default: one more row shows transformers with the same setting.
+Beside it: the step's matrix products over what large products reach here, the most expensive operations, peak memory.
 """
 
+import argparse
 import dataclasses
+import multiprocessing
+import os
+import resource
+import statistics
+import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
+from app.__main__ import settle_process
 from modules.backbone.config import BackboneConfig
+from modules.backbone.flops import training_flops_per_token
 from modules.backbone.initialization import initialize
 from modules.backbone.model import Network
 from modules.batch import PackedBatch, count_targets, next_token_labels
@@ -44,9 +56,12 @@ CONFIG = BackboneConfig(
     moe_shared_expert_intermediate_size=384,
     routed_scaling_factor=2.5,
 )
-"""A hybrid of 14 million parameters with the proportions of the published family."""
+"""A hybrid of 14 million parameters; Mamba-2 heads, state and heads a group are those of Nemotron 3 Nano."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
-OURS, AUTOCAST, PURE = "ours", "transformers", "transformers, bf16 weights"
+OURS, THEIRS, SETTLED, PURE = "ours", "transformers", "transformers, memory kept", "transformers, bf16 weights"
+SIDES = [OURS, THEIRS, SETTLED, PURE]
+PEAK_SIZE = 2048
+"""Rows and columns of the product that measures the machine's peak."""
 Step = Callable[[], Tensor]
 
 
@@ -119,3 +134,153 @@ def their_step(precision: str, tokens: Tensor, pure: bool = False) -> Step:
         return loss.detach()
 
     return step
+
+
+def build_step(side: str, precision: str, tokens: Tensor) -> Step:
+    """Return the step of a side."""
+    return our_step(precision, tokens) if side == OURS else their_step(precision, tokens, pure=side == PURE)
+
+
+def serve(connection: Connection, side: str, precision: str, rows: int, length: int, threads: int) -> None:
+    """Take steps on request: the main function of a side's process."""
+    if side in (OURS, SETTLED):
+        settle_process()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tokens = torch.randint(CONFIG.vocab_size, (rows, length))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = build_step(side, precision, tokens)
+    losses = [float(step()) for _ in range(2)]
+    connection.send(losses)
+    while (request := connection.recv()) is not None:
+        if request == "step":
+            connection.send(timed(step))
+        elif request == "memory":
+            connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+        elif request == "peak":
+            connection.send(matmul_peak(precision))
+        else:
+            connection.send(expensive_operations(step))
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Return the CPU and wall seconds that a call takes."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    function()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def matmul_peak(precision: str) -> tuple[float, float]:
+    """Return FLOP per CPU second and per wall second of a large matrix product, best of five."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(dtype) for _ in range(2))
+    times = [timed(lambda: a @ b) for _ in range(5)]
+    cpu, wall = (2 * PEAK_SIZE**3 / min(column) for column in zip(*times, strict=True))
+    return cpu, wall
+
+
+def expensive_operations(step: Step, count: int = 10) -> list[tuple[str, float]]:
+    """Return (name, share of a step's time) of the operations that cost most."""
+    with profile(activities=[ProfilerActivity.CPU]) as measured:
+        step()
+    events = measured.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = sorted(((event.key, event.self_cpu_time_total / total) for event in events), key=lambda row: -row[1])
+    return rows[:count]
+
+
+class Side:
+    """A side's process.
+
+    Args:
+        name: one of the names above.
+        arguments: what `serve` takes behind it.
+    """
+
+    def __init__(self, name: str, *arguments: Any) -> None:  # noqa: ANN401
+        context = multiprocessing.get_context("spawn")
+        self.name, self.times = name, []
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, name, *arguments), daemon=True)
+        self._process.start()
+        self.losses: list[float] = self._connection.recv()
+
+    def ask(self, request: str) -> Any:  # noqa: ANN401
+        """Return the process's answer."""
+        try:
+            self._connection.send(request)
+            return self._connection.recv()
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            raise SystemExit(f"the process of {self.name} was killed (out of memory? take fewer --sides)") from None
+
+    def step(self) -> None:
+        """Take a step and keep its (CPU, wall) seconds."""
+        self.times.append(self.ask("step"))
+
+    def median(self, column: int) -> float:
+        """Return the median of the CPU (0) or wall (1) seconds."""
+        return statistics.median(times[column] for times in self.times)
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.send(None)
+        self._process.join()
+
+
+def compare(names: list[str], precision: str, rows: int, length: int, threads: int, rounds: int) -> None:
+    """Print the table of one precision and number of threads."""
+    names = [name for name in names if precision == "bf16" or name != PURE]
+    sides = [Side(name, precision, rows, length, threads) for name in names]
+    for _ in range(rounds):
+        for side in sides:
+            side.step()
+    ours = sides[0]
+    print(f"\n{precision}, {rows} x {length} tokens, {threads} thread(s), median of {rounds} rounds")
+    print(f"{'':<28}{'CPU s':>8}{'wall s':>8}{'CPU ratio':>11}{'wall ratio':>12}{'peak GiB':>10}  first losses")
+    for side in sides:
+        ratios = [statistics.median(t[c] / o[c] for t, o in zip(side.times, ours.times, strict=True)) for c in range(2)]
+        losses = ", ".join(f"{loss:.4f}" for loss in side.losses)
+        print(
+            f"{side.name:<28}{side.median(0):8.3f}{side.median(1):8.3f}{ratios[0]:10.2f}x{ratios[1]:11.2f}x"
+            f"{side.ask('memory'):10.2f}  {losses}",
+            flush=True,
+        )
+    flops = training_flops_per_token(CONFIG, length, 0) * rows * length
+    peaks = ours.ask("peak")
+    shares = [flops / ours.median(column) / peaks[column] for column in range(2)]
+    print(
+        f"matrix products of a step of ours: {flops / 1e9:.1f} GFLOP, {shares[0]:.0%} of the peak by CPU time, "
+        f"{shares[1]:.0%} by wall time (peak: {peaks[1] / 1e9:.0f} GFLOP/s)"
+    )
+    print("most expensive: " + ", ".join(f"{name} {share:.1%}" for name, share in ours.ask("operations")))
+    for side in sides:
+        side.close()
+
+
+def main() -> None:
+    """Parse the command line and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step (default: 4)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side (default: 7)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours is always there (default: all)")
+    parser.add_argument("--formats", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides
+    size = sum(parameter.numel() for parameter in our_network("fp32").parameters())
+    print(f"{size / 1e6:.1f}M parameters, torch {torch.__version__}, {os.cpu_count()} cores")
+    for threads in options.threads:
+        for precision in options.formats:
+            compare(
+                list(dict.fromkeys([OURS, *options.sides])),
+                precision,
+                options.rows,
+                options.length,
+                threads,
+                options.rounds,
+            )
+
+
+if __name__ == "__main__":
+    main()
