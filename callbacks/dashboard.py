@@ -31,6 +31,8 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "Held-out bits per byte": ["validation/bits_per_byte"],
         "Loss of each MTP depth": ["training/mtp_loss_.*"],
         "Learning rate": ["training/learning_rate"],
+        "Steps skipped, by reason (healthy: 0)": ["training/skipped_(not_finite|loss_spikes|gradient_spikes)", ZERO],
+        "Loss and gradient norm, sigmas above their window": ["training/(loss|gradient)_sigmas", ZERO],
     },
     "Is it fast?": {
         "Tokens per second": ["training/tokens_per_second", ZERO],
