@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.console import number
 from callbacks.peak import Peak, combine, find_peak, format_shares
 from callbacks.phases import CudaClock, HostClock, PhaseClock
 from callbacks.step import StepCallback, gather, is_due
@@ -106,10 +105,11 @@ class Speed(StepCallback):
     def describe(self) -> list[tuple[str, str]]:
         """Return lines (name, text) for the table at the start."""
         lines = [
-            ("peak", f"{kind} {number(peak.flops)}FLOP/s a device ({peak.source})") for kind, peak in self.peaks.items()
+            ("peak", f"{kind} {peak.flops / 1e12:.3g} TFLOP/s a device ({peak.source})")
+            for kind, peak in self.peaks.items()
         ]
         if self.flops_per_token is not None:
-            lines.append(("work", f"{number(self.flops_per_token)}FLOP a token, forward and backward pass"))
+            lines.append(("work", f"{self.flops_per_token / 1e9:.3g} GFLOP a token, forward and backward pass"))
         return lines
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
