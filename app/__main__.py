@@ -64,8 +64,10 @@ def settle_process() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, 2**31 - 1)
+        for most in (2**31 - 1, 32 * 2**20):  # older C libraries refuse more than 32 MiB
+            if mallopt(M_MMAP_THRESHOLD, most):
+                mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+                break
 
 
 def dispatch(args: list[str]) -> int:

@@ -148,6 +148,8 @@ def serve(connection: Connection, side: str, precision: str, rows: int, length: 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tokens = torch.randint(CONFIG.vocab_size, (rows, length))
+    if side != OURS:
+        import transformers  # noqa: F401 (its import is no part of a step's memory)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = build_step(side, precision, tokens)
     losses = [float(step()) for _ in range(2)]

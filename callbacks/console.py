@@ -16,7 +16,7 @@ class Console(StepCallback):
     """Prints progress and logs `training/tokens_per_second`.
 
     Args:
-        every_n_steps: Optimiser steps between lines (>= 1).
+        every_n_steps: Optimiser steps between lines, and between points of the curves of speed, memory and data (>= 1).
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:

@@ -86,7 +86,7 @@ class Observation:
         self._squares[index] += torch.linalg.vector_norm(x, dtype=torch.float32).square()
         self._values[index] += x.numel()
         if routing is not None:
-            largest = math.log(routing.probabilities.shape[-1])
+            largest = math.log(routing.probabilities.shape[-1]) or 1.0  # one expert: no choice, entropy 0
             self._entropies[index] += torch.special.entr(routing.probabilities).sum() / largest
             self._tokens[index] += routing.probabilities[..., 0].numel()
 

@@ -77,7 +77,7 @@ def mock_batch(rows: int, length: int, vocab_size: int, depths: int, device: tor
     tokens, labels = torch.randint(vocab_size, (2, rows, length), generator=generator)
     ids = torch.zeros(rows, length, dtype=torch.int32)
     batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
-    return PackedBatch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+    return batch.map(lambda tensor: tensor.to(device))
 
 
 def mock_step(trainer: Trainer, module: StageModule, batch: PackedBatch) -> None:

@@ -56,7 +56,7 @@ def find_peak(device: torch.device, number_format: Format) -> Peak:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
         for beginning, figures in DATA_SHEETS:
-            if re.match(rf"{beginning}\b", name) and number_format in figures:
+            if re.match(rf"{beginning}\b", name) and number_format in figures and "MIG" not in name:
                 return Peak(figures[number_format] * 1e12, f"data sheet of {beginning}")
     size = SIZES["cpu" if device.type == "cpu" else "cuda"]
     return Peak(measure_peak(device, number_format, size), f"measured with matrices of {size} x {size}")

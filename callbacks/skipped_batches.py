@@ -99,7 +99,7 @@ class SkippedBatches(Callback):
             "loss": loss,
             "gradient_norm": norm,
             "micro_batches": [
-                {name: tensor.cpu().clone() for name, tensor in vars(batch).items()} for batch in step.micro_batches
+                {name: tensor.cpu().clone() for name, tensor in batch.tensors().items()} for batch in step.micro_batches
             ],
         }
         folder.mkdir(parents=True, exist_ok=True)

@@ -115,11 +115,11 @@ class Speed(StepCallback):
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Return the metrics of the steps since the last call; all ranks call this."""
         times, seconds = self._phases.read()
-        if not times[FORWARD]:
-            return {}
         steps = times[FORWARD] / trainer.accumulate_grad_batches
-        own = {phase: seconds.get(phase, 0.0) / steps for phase in (*STEP, *PAUSES)} | memory(trainer)
+        own = {phase: seconds.get(phase, 0.0) / max(steps, 1) for phase in (*STEP, *PAUSES)} | memory(trainer)
         ranks = [dict(zip(own, values, strict=True)) for values in gather([*own.values()], trainer)]
+        if not all(sum(rank[phase] for phase in STEP) for rank in ranks):  # no step of a GPU is known to be done yet
+            return {}
         mean = {phase: sum(rank[phase] for rank in ranks) / len(ranks) for phase in (*STEP, *PAUSES)}
         metrics = {f"speed/seconds/{phase}": value for phase, value in mean.items()}
         metrics["speed/data_wait_share"] = max(rank[DATA_WAIT] / sum(rank[phase] for phase in STEP) for rank in ranks)

@@ -4,8 +4,9 @@ Datamodules import only this file of `modules/`, so that data code can be read, 
 Shapes: B rows, T positions in a row, M MTP depths, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ class PackedBatch:
     counts: Tensor
     """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
     rank's whole accumulation window (in validation: over this batch)."""
-    boundaries: ClassVar[Tensor | None] = None
-    """int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T. No part of the
-    data: a strategy adds it on the way to a GPU, which would have to be asked; None elsewhere."""
+    boundaries: Tensor | None = None
+    """int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T. Follows from
+    `document_ids`: a strategy adds it on the way to a GPU, which would have to be asked; None elsewhere."""
 
     @property
     def text_positions(self) -> Tensor:
@@ -42,7 +43,15 @@ class PackedBatch:
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
-        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+        return self.map(Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the data by name: all but `boundaries`, which follow from them."""
+        return {name: tensor for name, tensor in vars(self).items() if name != "boundaries"}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """Return a batch with `function` of each tensor."""
+        return PackedBatch(**{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _measure(
         optimizer.found_inf = torch.zeros((), device="meta")
         weights = live.add([*stored.parameters(), *stored.buffers()])
         batch = _batch(execution, documents, getattr(module, "mtp_depths", 0))
-        held = weights + (batch_bytes := live.add(vars(batch).values()))
+        held = weights + (batch_bytes := live.add(batch.tensors().values()))
         if accumulates:
             held += live.add(_make_gradients(stored))
         trial.network = computing

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Experts = Callable[[Tensor, Tensor], Tensor]
 """Maps rows [R, L] sorted by expert and end rows int32 [E] to rows [R, L]."""
@@ -44,7 +45,7 @@ class LocalDispatcher:
         back[order] = torch.arange(len(order), device=order.device)
         # Not bincount: on CUDA it asks the host for its size.
         counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-        rows = compute(_Spread.apply(x, order, back), counts.cumsum(0).int())
+        rows = compute(_Spread.apply(x, order, back, experts.shape[1]), counts.cumsum(0).int())
         return _Combine.apply(rows, weights, back.view_as(experts))
 
 
@@ -56,18 +57,19 @@ class _Spread(Function):
     """Rows [R, L] in the order of their experts, `x[order // K]`, from tokens [N, L]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top_k: int) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(back)
-        ctx.top_k = len(order) // max(len(x), 1)
-        return x.index_select(0, order // ctx.top_k)
+        ctx.shape = len(x), top_k, x.shape[1]
+        return x.index_select(0, order // top_k)
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
-        return grad.index_select(0, back).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+        return grad.index_select(0, back).view(ctx.shape).sum(1), None, None, None
 
 
 class _Combine(Function):
@@ -86,6 +88,7 @@ class _Combine(Function):
         return out.to(rows.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -59,6 +60,7 @@ class _GatedNorm(Function):
         return gated.mul_(scale).flatten(-2).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from modules.ops.kernels import uncompiled
 
@@ -44,6 +45,8 @@ def chunked_scan(
     Returns:
         y [B, T, H, P] in the dtype of `x`.
     """
+    if not torch.is_grad_enabled():  # a Function is told that gradients are needed even then, and keeps for them
+        x, dt, A, B, C, D = (tensor.detach() for tensor in (x, dt, A, B, C, D))
     return _ChunkedScan.apply(x, dt, A, B, C, D, ids, min(chunk_size, x.shape[1]))
 
 
@@ -113,6 +116,7 @@ class _ChunkedScan(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
@@ -174,7 +178,7 @@ class _ChunkedScan(Function):
             gradients.x[:, part] = _join_heads(grad_x)[:, :length]
             gradients.dt[:, part] = _join_heads(grad_dt.unsqueeze(-1))[:, :length, :, 0]
             gradients.A.add_((grad_steps * inputs.dt).sum((2, 3, 4)).T.flatten())
-            gradients.D.add_((out * inputs.x).sum(-1, dtype=torch.float32).sum((2, 3, 4)).T.flatten())
+            gradients.D.add_((out.float() * inputs.x).sum(-1).sum((2, 3, 4)).T.flatten())
             gradients.B[:, part] = _join_groups(grad_B, shape)[:, :length]
             gradients.C[:, part] = _join_groups(grad_C, shape)[:, :length]
         return *gradients, None, None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from modules.ops.documents import DocumentLayout
 from modules.ops.kernels import uncompiled
@@ -32,31 +33,66 @@ def causal_convolution(
     Returns:
         [B, T, C] in the dtype of `x`.
     """
-    if x.is_cuda:
-        return _shifted_convolution(x, weight, bias, documents)
-    if documents is None:
-        documents = DocumentLayout.of_rows(*x.shape[:2], x.device)
-    return _spaced_convolution(x, weight, bias, documents)
+    convolution = shifted_convolution if x.is_cuda else spaced_convolution
+    return convolution(x, weight, bias, documents)
+
+
+def shifted_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout | None) -> Tensor:
+    """Compute `causal_convolution` without asking for the number of documents."""
+    return _ShiftedConvolution.apply(x, weight, bias, None if documents is None else documents.ids)
 
 
 @uncompiled  # a graph would hold for one number of documents only
-def _spaced_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:
+def spaced_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout | None) -> Tensor:
+    """Compute `causal_convolution` over spaced documents."""
+    if documents is None:
+        documents = DocumentLayout.of_rows(x.shape[0], x.shape[1], x.device)
     return _SpacedConvolution.apply(x, weight, bias, documents)
 
 
-def _shifted_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout | None) -> Tensor:
-    taps, dtype = weight.shape[1], x.dtype
-    x = x.float()
+class _ShiftedConvolution(Function):
+    """The convolution as a sum of shifted products, masked at the borders; keeps its input and computes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(x, weight, bias, ids)
+        return F.silu(_sum_of_taps(x.float(), weight, bias, ids), inplace=True).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, bias, ids = ctx.saved_tensors
+        dtype, taps = x.dtype, weight.shape[1]
+        x = x.float()
+        grad = torch.ops.aten.silu_backward(grad.float(), _sum_of_taps(x, weight, bias, ids))
+        grad_x, grad_taps = grad * weight[:, -1], [(grad * x).sum((0, 1))]
+        for shift in range(1, taps):
+            grad_taps.append((grad * _shifted(x, ids, shift)).sum((0, 1)))
+            grad_x.addcmul_(_shifted(grad, ids, -shift), weight[:, taps - 1 - shift])
+        grad_bias = grad.sum((0, 1)) if bias is not None else None
+        return grad_x.to(dtype), torch.stack(grad_taps[::-1], 1), grad_bias, None
+
+
+def _sum_of_taps(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
+    """Return the convolution of fp32 [B, T, C] before SiLU."""
     out = x * weight[:, -1]
-    for shift in range(1, min(taps, x.shape[1])):
-        term = x[:, :-shift] * weight[:, taps - 1 - shift]
-        if documents is not None:
-            same = documents.ids[:, shift:] == documents.ids[:, :-shift]
-            term = torch.where(same.unsqueeze(-1), term, 0)
-        out = out + F.pad(term, (0, 0, shift, 0))
-    if bias is not None:
-        out = out + bias
-    return F.silu(out).to(dtype)
+    for shift in range(1, weight.shape[1]):
+        out.addcmul_(_shifted(x, ids, shift), weight[:, -1 - shift])
+    return out if bias is None else out.add_(bias)
+
+
+def _shifted(x: Tensor, ids: Tensor | None, shift: int) -> Tensor:
+    """Return x[t - shift] at position t, 0 where that is in no or another document; x is [B, T, C]."""
+    length = max(x.shape[1] - abs(shift), 0)
+    early, late = slice(0, length), slice(x.shape[1] - length, None)
+    source, target = (early, late) if shift > 0 else (late, early)
+    out = torch.zeros_like(x)
+    part = x[:, source]
+    out[:, target] = part if ids is None else torch.where((ids[:, early] == ids[:, late]).unsqueeze(-1), part, 0)
+    return out
 
 
 class _SpacedConvolution(Function):
@@ -70,6 +106,7 @@ class _SpacedConvolution(Function):
         return F.silu(_convolve(spaced, weight, bias, documents), inplace=True).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad: Tensor,

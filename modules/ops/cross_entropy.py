@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from modules.batch import IGNORED_LABEL
 
@@ -56,7 +57,7 @@ class _LinearCrossEntropy(Function):
         nats = torch.empty_like(scales)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        chunk = min(len(labels), max(1, _CHUNK_LOGITS[hidden.device.type] // weight.shape[0]))
+        chunk = max(1, min(len(labels), _CHUNK_LOGITS[hidden.device.type] // weight.shape[0]))
         # Buffers are reused: a fresh allocation of this size costs more in page faults than the arithmetic in it.
         logits_buffer = hidden.new_empty(chunk, weight.shape[0])
         probability_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
@@ -89,6 +90,7 @@ class _LinearCrossEntropy(Function):
         return (nats * scales).sum(), nats
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
         grad_loss: Tensor,

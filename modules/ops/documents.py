@@ -4,6 +4,7 @@ Each operation reads the form it needs, and none is made before it is read. Only
 `boundaries` where they are not given.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -25,7 +26,7 @@ def bring_boundaries(batch: PackedBatch, moved: PackedBatch) -> PackedBatch:
     """Give a batch that was moved to a GPU its boundaries, worked out from the batch on the host."""
     if moved.document_ids.device.type != "cpu":
         known = document_boundaries(batch.document_ids)
-        vars(moved)["boundaries"] = known.to(moved.document_ids.device, non_blocking=True)
+        moved = dataclasses.replace(moved, boundaries=known.to(moved.document_ids.device, non_blocking=True))
     return moved
 
 

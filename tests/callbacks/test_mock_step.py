@@ -108,8 +108,8 @@ def test_the_batch_is_the_largest_there_can_be() -> None:
     assert (batch.labels >= 0).all()
     assert batch.tokens.max() < 64
     assert batch.counts.tolist() == [48, 45, 42]
-    dtypes = [tensor.dtype for tensor in vars(batch).values()]
-    assert dtypes == [tensor.dtype for tensor in vars(row_batches(1)[0]).values()]
+    dtypes = [tensor.dtype for tensor in batch.tensors().values()]
+    assert dtypes == [tensor.dtype for tensor in row_batches(1)[0].tensors().values()]
     again = mock_batch(3, 16, 64, 2, torch.device("cpu"))
     assert torch.equal(batch.tokens, again.tokens)
 

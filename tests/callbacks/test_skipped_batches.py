@@ -50,7 +50,7 @@ def test_the_window_of_a_skipped_step_is_written_whole(tmp_path, capsys, interva
     assert len(saved["micro_batches"]) == 2
     for micro_batch, batch in zip(saved["micro_batches"], data.batches[2:4], strict=True):
         assert list(micro_batch) == ["tokens", "labels", "document_ids", "counts"]
-        for name, tensor in vars(batch).items():
+        for name, tensor in batch.tensors().items():
             assert torch.equal(micro_batch[name], tensor)
             assert micro_batch[name].dtype == tensor.dtype
     output = capsys.readouterr().out

@@ -88,7 +88,7 @@ def fake_cuda(monkeypatch):
 
 def fake(batch: PackedBatch, boundaries: Tensor | None, mode: FakeTensorMode) -> PackedBatch:
     """The batch without values, as it comes from the host."""
-    without = PackedBatch(**{name: mode.from_tensor(tensor) for name, tensor in vars(batch).items()})
+    without = batch.map(mode.from_tensor)
     if boundaries is not None:
         vars(without)["boundaries"] = mode.from_tensor(boundaries)
     return without

@@ -190,7 +190,7 @@ def test_a_later_file_changes_a_key(run_file: Path, tmp_path: Path, capsys: pyte
 
 def save(batches: list[PackedBatch], file: Path, **fields: Any) -> None:
     content = {"step": 4, "rank": 0, "reason": "loss 9.5", "loss": 9.5, "gradient_norm": 3.0}
-    torch.save(content | {"micro_batches": [dict(vars(batch)) for batch in batches]} | fields, file)
+    torch.save(content | {"micro_batches": [batch.tensors() for batch in batches]} | fields, file)
 
 
 def test_a_saved_batch_of_one_of_two_ranks(

@@ -11,7 +11,7 @@ from tests.app.inspection.helpers import packed
 
 
 def content() -> dict[str, Any]:
-    micro_batches = [dict(vars(batch)) for batch in packed()]
+    micro_batches = [batch.tensors() for batch in packed()]
     return {
         "step": 7,
         "rank": 1,
@@ -29,7 +29,8 @@ def test_what_was_saved_is_read(tmp_path: Path):
     assert (found.step, found.rank, found.loss, found.gradient_norm) == (7, 1, 9.125, float("inf"))
     assert found.reason == "loss 9.1 is 12 sigma above the mean"
     for read, given in zip(found.micro_batches, packed(), strict=True):
-        assert all(torch.equal(vars(read)[name], tensor) for name, tensor in vars(given).items())
+        assert read.tensors().keys() == given.tensors().keys()
+        assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in given.tensors().items())
 
 
 def change(**fields: object) -> Callable[[], Any]:
@@ -37,7 +38,7 @@ def change(**fields: object) -> Callable[[], Any]:
 
 
 def change_batch(**fields: object) -> Callable[[], Any]:
-    return lambda: content() | {"micro_batches": [vars(packed()[0]) | fields, vars(packed()[1])]}
+    return lambda: content() | {"micro_batches": [packed()[0].tensors() | fields, packed()[1].tensors()]}
 
 
 def without(name: str) -> Callable[[], Any]:

@@ -78,7 +78,7 @@ def peaks(module: Pretraining, documents: list[list[int]], accumulates: bool = F
     optimizer = module.configure_optimizers()
     batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size, module.mtp_depths)
     counted, found = tracker(), []
-    counted.track_external(network, *vars(batch).values())
+    counted.track_external(network, *batch.tensors().values())
     with counted:
         for _ in range(2):
             for micro_batch in range(1 + accumulates):

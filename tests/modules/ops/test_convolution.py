@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.ops.convolution import causal_convolution
+from modules.ops.convolution import shifted_convolution, spaced_convolution
 from modules.ops.documents import DocumentLayout
 from tests.modules.helpers import assert_close, document_ids, spans
 
+BOTH = pytest.mark.parametrize("convolution", [spaced_convolution, shifted_convolution])
 ROWS = {
     "one document": ([17], [17]),
     "short documents": ([1, 2, 3, 4, 7], [1] * 17),
@@ -34,13 +35,14 @@ def per_document(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) ->
     return out
 
 
+@BOTH
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize(("taps", "bias"), [(1, True), (2, True), (3, False), (4, True), (4, False), (20, True)])
-def test_equals_conv1d_on_each_document(taps: int, bias: bool, rows: tuple[list[int], list[int]]) -> None:
+def test_equals_conv1d_on_each_document(taps: int, bias: bool, rows: tuple[list[int], list[int]], convolution) -> None:
     ids, inputs = document_ids(*rows), make_inputs(taps, bias)
     probe = torch.randn(2, 17, 6, generator=torch.Generator().manual_seed(9))
     leaves = [tensor for tensor in inputs if tensor is not None]
-    actual = causal_convolution(*inputs, DocumentLayout(ids))
+    actual = convolution(*inputs, DocumentLayout(ids))
     expected = per_document(*inputs, ids)
     assert_close(actual, expected, 1e-5)
     pairs = zip(
@@ -52,14 +54,16 @@ def test_equals_conv1d_on_each_document(taps: int, bias: bool, rows: tuple[list[
         assert_close(gradient, expected_gradient, 1e-5, "gradient")
 
 
-def test_no_layout_means_one_document_a_row() -> None:
+@BOTH
+def test_no_layout_means_one_document_a_row(convolution) -> None:
     inputs = make_inputs(4, True)
-    assert_close(causal_convolution(*inputs), per_document(*inputs, document_ids([17], [17])), 1e-5)
+    assert_close(convolution(*inputs, None), per_document(*inputs, document_ids([17], [17])), 1e-5)
 
 
-def test_bf16_result_is_bf16_and_near() -> None:
+@BOTH
+def test_bf16_result_is_bf16_and_near(convolution) -> None:
     x, weight, bias = make_inputs(4, True)
     ids = document_ids([5, 12], [17])
-    out = causal_convolution(x.bfloat16(), weight, bias, DocumentLayout(ids))
+    out = convolution(x.bfloat16(), weight, bias, DocumentLayout(ids))
     assert out.dtype == torch.bfloat16
     assert_close(out, per_document(x.bfloat16().float(), weight, bias, ids), 2e-2)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from modules.batch import PackedBatch
 from modules.ops.documents import DocumentLayout, bring_boundaries
 from tests.modules.helpers import document_ids, packed_batch, spans
 
@@ -39,7 +38,7 @@ def test_ids_may_jump_and_repeat_between_rows() -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_batch_on_its_way_to_a_device_gets_its_boundaries(device: str) -> None:
     batch = packed_batch(document_ids([5, 11], [16]), 64, 2)
-    on_device = PackedBatch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+    on_device = batch.map(lambda tensor: tensor.to(device))
     moved = bring_boundaries(batch, on_device)
     assert batch.boundaries is None
     if device == "cpu":
