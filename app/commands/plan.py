@@ -56,9 +56,7 @@ def plan(
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
         "Precision": precision_lines(module.precision_table),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
-        "Memory of a device": memory_lines(
-            module, rows, length, accumulation, count, "cuda" if kind == "gpu" else kind
-        ),
+        "Memory of a device": memory_lines(module, rows, length, accumulation, count, kind),
         "Run": length_of_run,
         "Time": _time_lines(run, module, data, count, tokens_per_second, mfu, peak_tflops),
     }

@@ -93,11 +93,6 @@ def decode_flops(config: BackboneConfig, context: int) -> dict[str, int]:
     return decoded
 
 
-def decode_flops_per_token(config: BackboneConfig, context: int) -> float:
-    """Return the sum of `decode_flops`."""
-    return float(sum(decode_flops(config, context).values()))
-
-
 def _mixer(config: BackboneConfig, letter: str, length: int) -> dict[str, FlopCount]:
     """Return the parts of one layer over a row."""
     D, heads = config.hidden_size, config.num_attention_heads
