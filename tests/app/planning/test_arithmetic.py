@@ -20,7 +20,7 @@ def test_every_part_has_a_format() -> None:
     formats = part_formats(tiny_config(), table_of(("*", "bf16")))
     parts = matmul_flops(tiny_config(), 8, 1)
     assert {part: formats[part] for part in parts} == {
-        part: "fp32" if part.endswith(("router", "combine")) else "bf16" for part in parts
+        part: "fp32" if part.endswith("router") else "bf16" for part in parts
     }
 
 
