@@ -4,7 +4,6 @@ The file is parsed by fit's own parser, the network is built on the meta device 
 the 120B model takes seconds on a laptop and a plan can never describe another model than the one `fit` would train.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def plan(
         config: Run files, for example configs/pretrain/super.yaml; of a key in several of them the last one counts.
         devices: Devices in all; those of the run file (trainer.devices x num_nodes, auto counts as 1) unless given.
         accelerator: Kind of device, cpu or gpu; that of the run file (auto: what this machine has) unless given.
-        tokens_per_second: Speed of one device for the expected time; the speed that the run has logged unless given.
+        tokens_per_second: Speed of one device for the expected time; what the run has logged unless given.
         mfu: Share of the peak that the matrix products of training reach, 0 to 1; with --peak_tflops, for the time.
         peak_tflops: Peak of one device in 10^12 FLOP/s, with --mfu.
 
@@ -45,7 +44,7 @@ def plan(
     module, data = run.instantiate("model"), run.instantiate("data")
     if not isinstance(module, StageModule):
         raise ValueError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
-    count = devices or _devices(run.config.trainer)
+    count, assumed = (devices, []) if devices is not None else _devices(run.config.trainer)
     rows, length = data.micro_batch_size, data.sequence_length
     accumulation = _accumulation(data.global_batch_size, rows, count)
     network, depths = module.build_network(), getattr(module, "mtp_depths", 0)
@@ -56,9 +55,7 @@ def plan(
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
         "Precision": precision_lines(module.precision_table),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
-        "Memory of a device": memory_lines(
-            module, rows, length, accumulation, count, "cuda" if kind == "gpu" else kind
-        ),
+        "Memory of a device": assumed + memory_lines(module, rows, length, accumulation, count, kind),
         "Run": length_of_run,
         "Time": _time_lines(run, module, data, count, tokens_per_second, mfu, peak_tflops),
     }
@@ -80,12 +77,15 @@ def _check_options(
         raise ValueError("--tokens_per_second: the speed follows from --mfu and --peak_tflops already; leave one out")
 
 
-def _devices(trainer: Any) -> int:  # noqa: ANN401
-    """Return the devices in all that a run file asks for."""
-    given = trainer.devices
-    if isinstance(given, list):
-        return len(given) * trainer.num_nodes
-    return (int(given) if str(given).isdecimal() else 1) * trainer.num_nodes
+def _devices(trainer: Any) -> tuple[int, list[str]]:  # noqa: ANN401
+    """Return the devices in all that a run file asks for, and a line where they are assumed."""
+    from app.planning.speed import device_count
+
+    count, machines = device_count(trainer), trainer.num_nodes
+    if count is not None:
+        return count * machines, []
+    where = "" if machines == 1 else f" in each of {machines} machines"
+    return machines, [f"1 device assumed{where} (trainer.devices: {trainer.devices}); give --devices for others"]
 
 
 def _accelerator(given: Any) -> str:  # noqa: ANN401
@@ -114,7 +114,8 @@ def _time_lines(
     mfu: float | None,
     peak_tflops: float | None,
 ) -> list[str]:
-    from app.planning.schedule import measured_speed, time_lines
+    from app.planning.schedule import time_lines
+    from app.planning.speed import MeasuredSpeed, measured_speed
     from app.planning.text import with_prefix
     from modules.backbone.flops import training_flops_per_token
 
@@ -125,10 +126,14 @@ def _time_lines(
         return time_lines(tokens, flops, speed, devices, f"{mfu:.3g} of {peak_tflops:g} TFLOP/s, stated")
     if tokens_per_second is not None:
         return time_lines(tokens, flops, tokens_per_second * devices, devices, "stated")
-    folder: Path = run.run_folder.path
-    if (speed := measured_speed(folder)) is not None:
-        return time_lines(tokens, flops, speed, devices, f"measured in {folder}")
+    measured = measured_speed(run.run_folder, run.config_text())
+    if isinstance(measured, MeasuredSpeed):
+        source = f"measured on {measured.devices:,} device{'s' * (measured.devices > 1)} in {run.run_folder.path}"
+        if measured.devices != devices:
+            source += ", taken times devices"
+        speed = measured.tokens_per_second / measured.devices * devices
+        return time_lines(tokens, flops, speed, devices, source)
     return [
-        f"{with_prefix(tokens * flops, 'FLOP')} in all; no speed is known: {folder} has not been trained",
+        f"{with_prefix(tokens * flops, 'FLOP')} in all; no speed is known: {measured}",
         "give --tokens_per_second (of one device), or --mfu and --peak_tflops",
     ]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from app.planning.text import align, prefix, with_prefix
 from modules.backbone.config import BackboneConfig
-from modules.backbone.flops import MTP, FlopCount, decode_flops, matmul_flops
+from modules.backbone.flops import MTP, FlopCount, decode_flops, matmul_flops, recomputed_flops
 from modules.precision.formats import COMPUTE_DTYPE
 
 _MODULES = {
@@ -68,8 +68,7 @@ def flop_lines(
         + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
     ]
     if checkpointing:
-        outside = ("head", MTP + "head", MTP + "eh_proj")
-        again = sum(count.forward for part, count in counts.items() if part not in outside) / sequence_length
+        again = recomputed_flops(config, sequence_length, mtp_depths) / sequence_length
         lines.append(f"recomputed by activation checkpointing, not counted above: {with_prefix(again, 'FLOP')}")
     return [
         *lines,

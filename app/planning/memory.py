@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from app.planning.live import LiveBytes
-from app.planning.meta import MetaExecution, UnknownValueError
+from app.planning.meta import MetaExecution
 from app.planning.sharding import Sharding, replace_by_shards
 from modules.backbone.model import Network
 from modules.base import StageModule
@@ -91,22 +91,8 @@ def measure_step(
     Returns:
         What the first of the devices holds.
     """
-    try:
-        return _measure(module, documents, accumulates, devices, kind, even_choices=False)
-    except UnknownValueError:  # experts of odd widths are split on the host
-        return _measure(module, documents, accumulates, devices, kind, even_choices=True)
-
-
-def _measure(
-    module: StageModule,
-    documents: list[list[int]],
-    accumulates: bool,
-    devices: int | None,
-    kind: str,
-    even_choices: bool,
-) -> StepMemory:
     live = LiveBytes()
-    execution = MetaExecution(live.observe, even_choices)
+    execution = MetaExecution(live.observe)
     computing = stored = module.build_network().train()
     sharding = None
     if devices is not None:

@@ -22,6 +22,7 @@ _ROWS = {
 
 _MUCH_PADDING = 0.05
 _DEVICES = {"cuda": ("GPU", "GPUs"), "cpu": ("CPU process", "CPU processes")}
+"""Kind -> a device, several devices."""
 
 
 def memory_lines(
@@ -48,9 +49,7 @@ def memory_lines(
     }
     if devices == 1:
         columns["without FSDP2"] = measure_step(module, documents, accumulation > 1, None, kind)
-    device = (
-        {"cuda": "GPU", "cpu": "CPU process"}[kind] if devices == 1 else {"cuda": "GPUs", "cpu": "CPU processes"}[kind]
-    )
+    device = _DEVICES[kind][devices > 1]
     return [
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {accumulation:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",

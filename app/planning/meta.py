@@ -32,15 +32,14 @@ class MetaExecution(TorchDispatchMode):
 
     Args:
         observe: called with every tensor an operation returns, after the operation.
-        even_choices: whether `topk` has values, each index as often as any other (experts under even load).
     """
 
     _results: ClassVar[dict[tuple, list[tuple]]] = {}
     """What operations returned, shared by all runs."""
 
-    def __init__(self, observe: Callable[[Tensor], None], even_choices: bool = False) -> None:
+    def __init__(self, observe: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._observe, self._even_choices = observe, even_choices
+        self._observe = observe
         self._values: dict[int, Tensor] = {}
 
     def make_known(self, values: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class MetaExecution(TorchDispatchMode):
         if made is not None:
             outs = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in made]
             return outs[0] if len(outs) == 1 else tuple(outs)
-        out = _grouped_product(*args) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        out = func(*args, **kwargs)
         tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple | list) else []
         if all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
             self._compute_values(func, args, kwargs, tensors)
@@ -114,10 +113,6 @@ class MetaExecution(TorchDispatchMode):
 
     def _compute_values(self, func: Any, args: tuple, kwargs: dict[str, Any], outs: list[Tensor]) -> None:  # noqa: ANN401
         """Compute what an operation on known integers returns; forget what an unknown one overwrites."""
-        if self._even_choices and func is aten.topk.default:
-            indices = outs[1]
-            self._remember(indices, torch.arange(indices.numel()).remainder(args[0].shape[-1]).view(indices.shape))
-            return
         if not outs or any(out.is_floating_point() for out in outs):
             return
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
@@ -177,13 +172,6 @@ def _fused_attention(
 def _reads_on_host(func: Any, kwargs: dict[str, Any]) -> bool:  # noqa: ANN401
     device = kwargs.get("device")
     return func is aten._to_copy.default and device is not None and device.type == "cpu"
-
-
-def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor, *_: Any) -> Tensor:  # noqa: ANN401
-    """The result of `torch._grouped_mm`, whose meta kernel knows no format but bf16."""
-    if a.ndim == b.ndim == 2:  # gradient of the weights
-        return a.new_empty(len(offsets), len(a), b.shape[1])
-    return a.new_empty(len(a), b.shape[-1])
 
 
 def _shapes_of(values: Any) -> Any:  # noqa: ANN401

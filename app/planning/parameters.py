@@ -51,8 +51,7 @@ def count_parts(network: Network) -> dict[str, Count]:
         network: on any device, meta included.
 
     Returns:
-        A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding, and
-        is active in both.
+        A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding.
     """
     config = network.config
     counts: dict[str, Count] = {}
@@ -62,8 +61,6 @@ def count_parts(network: Network) -> dict[str, Count]:
         counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
     for name, buffer in network.named_buffers():
         counts[_part(name, config)] += Count(biases=buffer.numel())
-    if config.tie_word_embeddings:
-        counts["head"] = Count(active=network.lm_head.weight.numel())
     return {part: counts[part] for part in PARTS if part in counts}
 
 
@@ -114,10 +111,14 @@ def parameter_lines(network: Network, mtp_depths: int) -> list[str]:
     else:
         lines.append(f"  without MTP        {backbone.total}")
     share = backbone.active / (backbone.parameters or 1)
+    if network.config.tie_word_embeddings:
+        without = f"{backbone.active:,}: it is the head too"
+    else:
+        without = f"{backbone.active - counts['embedding'].active:,}"
     return [
         *lines,
         f"  active per token   {backbone.active:,} ({share:.1%}), MTP left out",
-        f"  the same without the input embedding   {backbone.active - counts['embedding'].active:,}",
+        f"  the same without the input embedding   {without}",
     ]
 
 

@@ -1,14 +1,11 @@
 """Tokens, steps, learning rate and time of a run."""
 
-from pathlib import Path
-
 from app.planning.text import align, duration, with_prefix
 from modules.base import StageModule
 from modules.batch import TrainingData
 from modules.optim.schedule import ScheduleConfig
 
 _WIDTH, _HEIGHT = 64, 8
-SPEED = "training/tokens_per_second"
 
 
 def run_lines(module: StageModule, data: TrainingData) -> list[str]:
@@ -83,17 +80,3 @@ def time_lines(tokens: int, flops_per_token: float, speed: float, devices: int, 
 def _hours(seconds: float) -> str:
     hours = seconds / 3600
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
-
-
-def measured_speed(folder: Path) -> float | None:
-    """Return the median of a run's logged tokens per second (all its devices); None if it has logged none."""
-    if not any(folder.glob("events.out.tfevents.*")):
-        return None
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    if SPEED not in events.Tags()["scalars"]:
-        return None
-    speeds = sorted(event.value for event in events.Scalars(SPEED))
-    return speeds[len(speeds) // 2]

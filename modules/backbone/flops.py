@@ -93,9 +93,29 @@ def decode_flops(config: BackboneConfig, context: int) -> dict[str, int]:
     return decoded
 
 
-def decode_flops_per_token(config: BackboneConfig, context: int) -> float:
-    """Return the sum of `decode_flops`."""
-    return float(sum(decode_flops(config, context).values()))
+def recomputed_flops(config: BackboneConfig, sequence_length: int, mtp_depths: int) -> int:
+    """Count what activation checkpointing runs again for one row, beside `matmul_flops`; arguments as there.
+
+    Recomputation stops at the last tensor that the backward pass needs (early stop of the non-reentrant
+    `torch.utils.checkpoint`): a last projection needs its input, so its own product does not run again.
+    """
+    letters = config.hybrid_override_pattern + mtp_depths * config.mtp_hybrid_override_pattern
+    return sum(
+        sum(count.forward for count in _mixer(config, letter, sequence_length).values())
+        - _product(sequence_length, _last_inputs(config, letter), config.hidden_size).forward
+        for letter in letters
+    )
+
+
+def _last_inputs(config: BackboneConfig, letter: str) -> int:
+    """Return the in-features of the projection that ends a layer; 0 where the combination of experts ends it."""
+    if letter == "M":
+        return config.mamba_inner_size
+    if letter == "*":
+        return config.num_attention_heads * config.head_dim
+    if letter == "-":
+        return config.intermediate_size
+    return config.moe_shared_expert_intermediate_size or config.moe_latent_size or 0
 
 
 def _mixer(config: BackboneConfig, letter: str, length: int) -> dict[str, FlopCount]:

@@ -9,6 +9,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from app.__main__ import main
+from app.cli import parse_run
+from app.strategies import folder
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PRETRAIN = ROOT / "configs" / "pretrain"
@@ -27,7 +29,7 @@ def test_the_plan_of_super(capsys: pytest.CaptureFixture[str]):
     assert re.search(r"warm-up +200,000,000,000 +7,947 ", printed)
     assert re.search(r"decay +5,000,000,000,000 +198,682 +0\.00045 to 4\.5e-06", printed)
     assert re.search(r"MoE routed experts +bf16 +29\.0665 +32\.9% +9\.6888 +37\.7%", printed)
-    assert re.search(r"all +88\.2538 +25\.7045", printed)
+    assert re.search(r"all +88\.2482 +25\.7027", printed)
     assert "8 GPUs, micro-batches of 1 x 8,192 positions, 384 in a step; activation checkpointing on" in printed
     assert re.search(r"weights, fp32 +57\.5\d\d +57\.5\d\d\n", printed), "an eighth of 460.5 GiB"
     assert "0.00045 |***" in printed
@@ -83,13 +85,70 @@ def test_time_from_a_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFix
     assert re.search(r"at .* tokens/s, 100 GFLOP/s per device \(0.5 of 0.2 TFLOP/s, stated\)", printed)
 
 
-def test_time_from_what_the_run_has_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with SummaryWriter(str(tmp_path / "pretrain")) as writer:
+def trained_run(tmp_path: Path, **changes: Any) -> str:
+    """A run file, and what training it left behind: the configuration and a speed of 2,000 tokens/s."""
+    file = small_run(tmp_path, **changes)
+    run = parse_run(["--config", file])
+    run.run_folder.save_config(run.config_text())
+    with SummaryWriter(str(run.run_folder.path)) as writer:
         for step, speed in enumerate([100.0, 2000.0, 2000.0, 2000.0, 9000.0]):
             writer.add_scalar("training/tokens_per_second", speed, step)
-    printed = planned(capsys, "--config", small_run(tmp_path))
+    return file
+
+
+def checkpointed_on(tmp_path: Path, step: int, devices: int) -> None:
+    target = tmp_path / "pretrain" / "checkpoints" / f"step={step:08}"
+    folder.begin(target)
+    folder.publish(target, {"step": step, "devices": devices})
+
+
+def test_time_from_what_the_run_has_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    printed = planned(capsys, "--config", trained_run(tmp_path, devices=1))
     assert "8 minutes 20 seconds, validation" in printed
-    assert f"(measured in {tmp_path / 'pretrain'})" in printed
+    assert f"(measured on 1 device in {tmp_path / 'pretrain'})" in printed
+
+
+def test_a_measured_speed_is_that_of_the_devices_it_was_measured_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = trained_run(tmp_path, devices="auto")
+    assert "does not say on how many devices its speed was measured" in planned(capsys, "--config", file)
+    checkpointed_on(tmp_path, 10, 1)
+    checkpointed_on(tmp_path, 20, 4)
+    printed = planned(capsys, "--config", file, "--devices", "2")
+    assert "at 1,000 tokens/s" in printed
+    assert f"(measured on 4 devices in {tmp_path / 'pretrain'}, taken times devices)" in printed
+    assert "16 minutes 40 seconds, validation" in printed
+    (tmp_path / "pretrain" / "checkpoints" / "step=00000020" / "checkpoint.json").unlink()
+    assert "at 4,000 tokens/s" in planned(capsys, "--config", file, "--devices", "2"), "a damaged one is passed over"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "key"),
+    [
+        ("data", {"sequence_length": 128}, "data.init_args.sequence_length"),
+        ("model", {"precision": [{"pattern": "*", "format": "bf16"}]}, "model.init_args.precision"),
+        ("backbone", {"hidden_size": 64}, "model.init_args.backbone"),
+        ("model", {"mtp_depths": 1}, "model.init_args.mtp_depths"),
+    ],
+)
+def test_the_speed_of_other_work_is_not_used(
+    part: str, change: dict[str, Any], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = Path(trained_run(tmp_path, devices=1))
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    arguments = tree["data" if part == "data" else "model"]["init_args"]
+    (arguments["backbone"] if part == "backbone" else arguments).update(change)
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    printed = planned(capsys, "--config", str(file))
+    assert f"no speed is known: that of {tmp_path / 'pretrain'} was measured with another {key}\n" in printed
+
+
+@pytest.mark.parametrize("given", ["auto", -1, "-1"])
+def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = small_run(tmp_path, devices=given, num_nodes=2, accelerator="gpu")
+    printed = planned(capsys, "--config", file)
+    assert f"1 device assumed in each of 2 machines (trainer.devices: {given}); give --devices" in printed
+    assert "\n2 GPUs, micro-batches" in printed
+    assert "assumed" not in planned(capsys, "--config", file, "--devices", "1")
 
 
 @pytest.mark.parametrize(

@@ -39,15 +39,6 @@ def test_values_are_forgotten_when_something_unknown_overwrites_them() -> None:
             bool(torch.empty((), device="meta"))
 
 
-def test_even_choices() -> None:
-    execution = MetaExecution(ignore, even_choices=True)
-    with execution.running():
-        chosen = torch.empty(2, 6, 4, device="meta").topk(2, dim=-1).indices
-        counts = torch.zeros(4, dtype=torch.int64, device="meta")
-        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        assert counts.tolist() == [6] * 4
-
-
 def products(x: Tensor, weight: Tensor) -> list[Tensor]:
     """Operations of every kind: views, in place, new storage, several results."""
     y = F.linear(x, weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from app.planning.parameters import Count, count_parts, precision_lines
+from app.planning.parameters import Count, count_parts, parameter_lines, precision_lines
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.precision.recipe import PrecisionRule, apply
@@ -100,10 +100,22 @@ def test_parts_of_a_tiny_network_by_hand():
     assert counts["MoE router"].biases == counts["MTP"].biases == 4
 
 
-def test_a_shared_embedding_counts_once_and_works_twice():
-    counts = count_parts(build(**TINY | {"tie_word_embeddings": True, "num_nextn_predict_layers": 0}))
-    assert (counts["embedding"].parameters, counts["head"].parameters) == (80, 0)
-    assert (counts["embedding"].active, counts["head"].active) == (80, 80)
+def test_a_matrix_that_embedding_and_head_share_counts_once():
+    plain = TINY | {"num_nextn_predict_layers": 0}
+    tied, apart = (build(**plain | {"tie_word_embeddings": shared}) for shared in (True, False))
+    count, separate = total(count_parts(tied)), total(count_parts(apart))
+    assert count_parts(tied)["embedding"] == Count(parameters=80, active=80)
+    assert count.parameters == sum(parameter.numel() for parameter in tied.parameters()) == separate.parameters - 80
+    assert count.active == separate.active - 80
+    used, without = (line.split("  ")[-1].strip() for line in parameter_lines(tied, 0)[-2:])
+    assert used == f"{count.active:,} ({count.active / count.parameters:.1%}), MTP left out"
+    assert without == f"{count.active:,}: it is the head too"
+    assert parameter_lines(apart, 0)[-1].endswith(f" {separate.active - 80:,}")
+
+
+def test_no_more_is_active_than_there_is():
+    dense = {"hybrid_override_pattern": "M*-", "num_nextn_predict_layers": 0, "tie_word_embeddings": True}
+    assert "(100.0%)" in parameter_lines(build(**TINY | dense), 0)[-2]
 
 
 def test_every_parameter_is_counted():

@@ -1,8 +1,6 @@
 """The learning rate as a picture of text, and the length of a run in time."""
 
-from pathlib import Path
-
-from app.planning.schedule import measured_speed, plot, time_lines
+from app.planning.schedule import plot, time_lines
 from modules.optim.schedule import ScheduleConfig
 
 
@@ -39,8 +37,3 @@ def test_time() -> None:
     assert "968,812 device hours" in lines[0]
     assert lines[1] == "at 14,680,064 tokens/s, 632.6 TFLOP/s per device (stated)"
     assert lines[2] == "2.206 YFLOP in all"
-
-
-def test_a_folder_without_a_speed(tmp_path: Path) -> None:
-    assert measured_speed(tmp_path / "nowhere") is None
-    assert measured_speed(tmp_path) is None

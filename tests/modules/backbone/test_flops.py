@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modules.backbone.config import BackboneConfig
-from modules.backbone.flops import decode_flops, decode_flops_per_token, matmul_flops, training_flops_per_token
+from modules.backbone.flops import decode_flops, matmul_flops, recomputed_flops, training_flops_per_token
 from modules.objectives.next_token import next_token_loss
 from modules.ops.flops import count_flops
 from tests.modules.helpers import BF16, FP32, document_ids, make_network, packed_batch, tiny_config
@@ -80,8 +80,10 @@ def random_case(seed: int) -> tuple[dict, int, int, int]:
 CASES |= {f"random_{seed}": random_case(seed) for seed in range(20)}
 
 
-def training_pass(config: BackboneConfig, length: int, rows: int, depths: int, recipe=FP32):
+def training_pass(config: BackboneConfig, length: int, rows: int, depths: int, recipe=FP32, checkpointed: bool = False):
     network = make_network(config, recipe).train()
+    if checkpointed:
+        network.checkpoint_activations()
     batch = packed_batch(document_ids(*[[length]] * rows), config.vocab_size, depths)
 
     def run() -> None:
@@ -98,6 +100,20 @@ def test_a_training_pass_runs_the_counted_products(case: str) -> None:
     counted = count_flops(training_pass(config, length, rows, depths))
     assert sum(count.total for count in matmul_flops(config, length, depths).values()) * rows == counted
     assert training_flops_per_token(config, length, depths) == pytest.approx(counted / (rows * length), rel=1e-12)
+
+
+RECOMPUTED = ["all", "mamba", "attention", "mlp", "mixture", "no_latent", "no_shared_expert", "long_mtp_block"]
+CASES["experts_alone"] = ({"moe_latent_size": None, "moe_shared_expert_intermediate_size": 0}, 16, 1, 1)
+RECOMPUTED += ["experts_alone", "one_position", *(f"random_{seed}" for seed in range(6))]
+
+
+@pytest.mark.parametrize("recipe", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", RECOMPUTED)
+def test_checkpointing_runs_the_counted_products_again(case: str, recipe) -> None:
+    changes, length, rows, depths = CASES[case]
+    config = tiny_config(**changes)
+    on, off = (count_flops(training_pass(config, length, rows, depths, recipe, again)) for again in (True, False))
+    assert recomputed_flops(config, length, depths) * rows == on - off
 
 
 def test_the_format_does_not_change_the_count() -> None:
@@ -170,4 +186,3 @@ def test_decoding_runs_the_products_of_one_position(case: str) -> None:
     decoded = decode_flops(config, length)
     assert decoded["Mamba-2 scan"] == config.hybrid_override_pattern.count("M") * recurrent_step(config)
     assert sum(decoded.values()) - decoded["Mamba-2 scan"] == (counted - scan) / length
-    assert decode_flops_per_token(config, length) == sum(decoded.values())
