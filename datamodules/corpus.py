@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from datamodules.mixture import LANES
 from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
-from datamodules.remote import s3_endpoint, shorten
+from datamodules.remote import explain, public, s3_endpoint
 from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class RowReader:
                 words = self._map(chunk)
             return read_row(words, row - int(self._ends[chunk] - self.chunk_rows[chunk]), self._sequence_length)
         except (OSError, RuntimeError, CorruptRowError) as error:
-            file = os.path.join(self.folder, self._files[chunk][0])
+            file = os.path.join(public(self.folder), self._files[chunk][0])
             raise ValueError(
                 f"{file}: row {row} cannot be read ({str(error).splitlines()[0]}); the chunk is corrupt: delete the "
                 "corpus and prepare it again"
@@ -239,7 +239,7 @@ def _download(url: str, file: Path, required: bool = True) -> None:
             os.replace(fresh, file)
         except Exception as error:  # each store has its own
             if required:
-                raise ValueError(f"{url} cannot be read ({type(error).__name__}: {shorten(error)})") from error
+                raise ValueError(f"{public(url)} cannot be read ({explain(url, error)})") from error
 
 
 @functools.cache
