@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from datamodules.mixture import LANES
 from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
-from datamodules.remote import s3_endpoint, shorten
+from datamodules.remote import explain, public, s3_endpoint
 from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _OPEN_CHUNKS = 2 * LANES
+_MOST_DOWNLOADS = 8
 
 
 class RowReader:
@@ -81,7 +82,7 @@ class RowReader:
                 words = self._map(chunk)
             return read_row(words, row - int(self._ends[chunk] - self.chunk_rows[chunk]), self._sequence_length)
         except (OSError, RuntimeError, CorruptRowError) as error:
-            file = os.path.join(self.folder, self._files[chunk][0])
+            file = os.path.join(public(self.folder), self._files[chunk][0])
             raise ValueError(
                 f"{file}: row {row} cannot be read ({str(error).splitlines()[0]}); the chunk is corrupt: delete the "
                 "corpus and prepare it again"
@@ -90,19 +91,29 @@ class RowReader:
     def _map(self, chunk: int) -> np.ndarray:
         """Map a chunk into memory, the longest open one making room, and return its int32 words."""
         name, size = self._files[chunk]
-        if self._cache is None:
-            file = Path(self.folder) / name
-        else:
-            file = self._cache / name
-            _download_once(f"{self.folder}/{name}", file)
-        # torch keeps no file open, as mmap and numpy.memmap do: 128 for each source would be too many
-        words = torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32).numpy()
+        words = _map_file(Path(self.folder) / name, size) if self._cache is None else self._map_cached(name, size)
         self._open[chunk] = words
         if len(self._open) > _OPEN_CHUNKS:
             old, _ = self._open.popitem(last=False)
             if self._cache is not None:
                 (self._cache / self._files[old][0]).unlink(missing_ok=True)
         return words
+
+    def _map_cached(self, name: str, size: int) -> np.ndarray:
+        """Map a remote chunk, downloaded again where another process made room between its download and its mapping.
+
+        A mapped file outlives its name, so each process removes the chunks it is done with and asks no other.
+        """
+        assert self._cache is not None
+        file = self._cache / name
+        for _ in range(_MOST_DOWNLOADS):
+            _download_once(f"{self.folder}/{name}", file)
+            try:
+                return _map_file(file, size)
+            except RuntimeError as error:  # all that torch raises
+                if "No such file" not in str(error):
+                    raise
+        raise ValueError(f"{file} is removed from the cache as soon as it is there")
 
 
 class Corpus:
@@ -161,6 +172,12 @@ class Corpus:
         if not index.is_file():
             raise ValueError(f"{index} does not exist; prepare the corpus again")
         return index
+
+
+def _map_file(file: Path, size: int) -> np.ndarray:
+    """Map a file of `size` bytes into memory and return its int32 words."""
+    # torch keeps no file open, as mmap and numpy.memmap do: 128 for each source would be too many
+    return torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32).numpy()
 
 
 def is_remote(path: str) -> bool:
@@ -222,7 +239,7 @@ def _download(url: str, file: Path, required: bool = True) -> None:
             os.replace(fresh, file)
         except Exception as error:  # each store has its own
             if required:
-                raise ValueError(f"{url} cannot be read ({type(error).__name__}: {shorten(error)})") from error
+                raise ValueError(f"{public(url)} cannot be read ({explain(url, error)})") from error
 
 
 @functools.cache

@@ -12,11 +12,15 @@ would replace the botocore that boto3 needs.
 import functools
 import hashlib
 import re
+import socket
+import ssl
+import textwrap
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -31,6 +35,9 @@ WEB_SCHEMES = ("http", "https")
 STORE_SCHEMES = ("s3", "gs", "azure")
 AGAIN = "run the same command again, what is there so far is kept"
 
+_STORE_NAMES = {"s3": "S3", "gs": "Google Cloud Storage", "azure": "Azure"}
+_MISSING = "it does not exist"
+_DENIED = (401, 403)
 _BLOCK = 8 << 20
 _CONNECTIONS = 8
 _WEB_SECONDS = 60.0
@@ -188,16 +195,17 @@ def upload_folder(folder: Path, url: str, last: str) -> int:
         prefix = f"{key.rstrip('/')}/".lstrip("/")
         there = _get(store, prefix + last)
         if there is None:
-            with Progress(f"uploading to {url}", sum((folder / name).stat().st_size for name in names)) as progress:
+            size = sum((folder / name).stat().st_size for name in names)
+            with Progress(f"uploading to {public(url)}", size) as progress:
                 with ThreadPoolExecutor(_CONNECTIONS) as pool:
-                    for size in pool.map(lambda name: _put(store, prefix + name, folder / name), names):
-                        progress.advance(size)
+                    for done in pool.map(lambda name: _put(store, prefix + name, folder / name), names):
+                        progress.advance(done)
             _put(store, prefix + last, folder / last)
             return len(names) + 1
     except Exception as error:  # each store has its own
         raise _failed("upload", url, error) from error
     if there != (folder / last).read_bytes():
-        raise ValueError(f"upload: another corpus is at {url}; choose another URL, or delete it there first")
+        raise ValueError(f"upload: another corpus is at {public(url)}; choose another URL, or delete it there first")
     return 0
 
 
@@ -259,16 +267,57 @@ def _s3_options() -> dict[str, Any]:
     return options
 
 
-def shorten(error: Exception) -> str:
-    """Return the essence of what a server answered, out of what its library makes of it."""
-    text = " ".join(str(error).split())
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    return code[1] if code else text[:200]
+def explain(url: str, error: Exception) -> str:
+    """Return what went wrong between us and the store or server of a URL, in a few words of ours.
+
+    obstore has no fields for it: its text has the status, and the store's own word for it, among much else.
+    """
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    text = str(error)
+    asked = re.search(r"Error performing \w+ (\S+)", text)
+    store = _STORE_NAMES.get(urlsplit(url).scheme, "the server")
+    if asked:
+        store += f" at {urlsplit(public(asked[1])).netloc}"
+    status = error.code if isinstance(error, urllib.error.HTTPError) else _find(r"status code: (\d{3})", text)
+    if isinstance(error, FileNotFoundError) or str(status) == "404":
+        return _MISSING
+    if status:
+        answer, word = f"{store} answers {status} {_phrase(int(status))}".rstrip(), _find(r"<Code>(\w+)</Code>", text)
+        answer += f" ({word})" if word else ""
+        return f"{answer}: mend the credentials or the permissions" if int(status) in _DENIED else answer
+    kind = _find(r"HttpError \{\s*kind: (\w+)", text)
+    if kind == "Timeout":
+        return f"{store} does not answer in time"
+    if kind == "Connect":
+        cause = _find(r'(?:message|error): "([^"]+)"', text)
+        return f"{store} cannot be reached" + (f" ({cause})" if cause else "")
+    if kind:
+        return f"the connection to {store} broke off"
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
+        return f"{store} cannot be reached ({error.strerror or text or type(error).__name__})"
+    if isinstance(error, OSError):  # of this machine: a full disk, for example
+        return text
+    return f"{store}: {_summary(text) or type(error).__name__}"
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+
+
+def _find(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    return found[1] if found else None
+
+
+def _summary(text: str) -> str:
+    """Return the sentence of an error of obstore, without what leads to it and the dump of its fields."""
+    sentence = " ".join(text.partition("Debug source:")[0].split()).rpartition(" - ")[2]
+    return textwrap.shorten(re.sub(r"^Generic \w+ error: ", "", sentence), 200, placeholder=" ...")
 
 
 def _failed(key: str, url: str, error: Exception) -> ValueError:
-    if isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404):
+    reason = explain(url, error)
+    if reason == _MISSING:
         return ValueError(f"{key}: {public(url)} does not exist")
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    return ValueError(f"{key}: {public(url)}: {type(error).__name__}: {shorten(error)}; {AGAIN}")
+    return ValueError(f"{key}: {public(url)}: {reason}; {AGAIN}")

@@ -112,8 +112,9 @@ def _check_column(schema: "pa.Schema", name: str, column: str) -> None:
         problem = f"has a column '{column}' of {found[0].type}, not of text" if len(found) == 1 else (
             f"has {len(found)} columns '{column}'"
         )  # fmt: skip
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise ValueError(f"text_key: {name} {problem}; give one of its columns: {columns or 'there are none'}")
+    others = ", ".join(field.name for field in schema if field.name != column and holds_text(field.type))
+    mend = f"give one that holds text: {others}" if others else "none of its columns holds text"
+    raise ValueError(f"text_key: {name} {problem}; {mend}")
 
 
 def _parquet_arrays(unit: Unit, column: str, batch_rows: int) -> Iterator["pa.Array"]:

@@ -36,14 +36,14 @@ def inspect(
 
     It is the whole batch of a step as `fit` would train on it on one device: the same rows in the same order. Rows,
     documents and positions are numbered from 0, as in the tensors; steps and epochs from 1. Warnings name what is wrong
-    with labels, borders, ids or counts.
+    with labels, borders, ids or counts. Like all options, --full takes a value: --full true.
 
     Args:
         config: Run files, for example configs/pretrain.yaml; of a key in several of them the last one counts.
         step: Optimiser step, from 1; null is 1.
         rows: Rows to show, for example 0,3-5, or all; null shows the first 4 in the terminal, the first 16 on a page.
             The summary and the warnings are always about all rows.
-        full: Whether to show every document and token in the terminal; else their beginnings and ends.
+        full: --full true shows every document and token in the terminal; else their beginnings and ends are shown.
         output: HTML file to write, a page that needs no network; null shows the rows in the terminal.
         batch: File that the spike guard saved (runs/NAME/spikes/) to show instead of a step.
 

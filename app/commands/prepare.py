@@ -5,7 +5,7 @@ from typing import Literal
 
 from datamodules.policies import Policies
 from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
-from datamodules.remote import STORE_SCHEMES, check_scheme, upload_folder
+from datamodules.remote import STORE_SCHEMES, check_scheme, public, upload_folder
 
 
 def prepare(
@@ -92,4 +92,4 @@ def prepare(
     print(describe(corpus))
     if upload is not None:
         copied = upload_folder(output, upload, last=CORPUS_FILE)
-        print(f"{upload} has it: {copied} files copied" if copied else f"{upload} has it already")
+        print(f"{public(upload)} has it" + (f": {copied} files copied" if copied else " already"))

@@ -43,7 +43,7 @@ def load(file: Path) -> SavedBatch:
     except OSError:
         raise
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise _refusal(file, f"{type(error).__name__}: {shorten(str(error))[:120]}") from error
+        raise _refusal(file, "it is no complete file of torch.save with tensors and plain values only") from error
     try:
         micro_batches = [_micro_batch(entry) for entry in content["micro_batches"]]
         saved = SavedBatch(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datamodules import corpus
 from datamodules.corpus import Corpus
 
 
@@ -68,6 +69,33 @@ def test_few_chunks_are_open_at_a_time_and_those_of_a_url_leave_the_disk(corpus_
         assert np.array_equal(tokens, kept[row])
         assert len(list((tmp_path / "cache").rglob("chunk-*.bin"))) <= 3
     assert len(far._open) == len(near._open) == 3
+
+
+@pytest.mark.parametrize("evictions", [1, 3])
+def test_a_chunk_that_another_process_removes_before_it_is_mapped_is_downloaded_again(
+    evictions: int, corpus_folder: Path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
+    far, near = Corpus(f"local:{corpus_folder}").rows("train"), Corpus(str(corpus_folder)).rows("train")
+    download, downloads = corpus._download_once, []
+
+    def download_and_lose(url: str, file: Path, required: bool = True) -> None:
+        download(url, file, required)
+        downloads.append(url)
+        if len(downloads) <= evictions:  # the other process is at its eviction here
+            file.unlink()
+
+    monkeypatch.setattr(corpus, "_download_once", download_and_lose)
+    assert np.array_equal(far.read(0)[0], near.read(0)[0])
+    assert len(downloads) == evictions + 1
+
+
+def test_a_chunk_that_never_stays_is_an_error_in_the_end(corpus_folder: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
+    far = Corpus(f"local:{corpus_folder}").rows("train")
+    monkeypatch.setattr(corpus, "_download_once", lambda *_: None)
+    with pytest.raises(ValueError, match=r"is removed from the cache as soon as it is there"):
+        far.read(0)
 
 
 def damage(file: Path, at: int, data: bytes) -> None:

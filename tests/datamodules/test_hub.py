@@ -55,7 +55,7 @@ def test_a_saved_dataset_is_read_shard_by_shard(dataset, tmp_path):
     assert texts == ["beside it", *TEXTS]
     assert counts(tally.skipped) == {"not part of the dataset": 1}
     assert read([tmp_path / "saved"])[0] == TEXTS
-    with pytest.raises(ValueError, match=r"^text_key: .*has no column 'body'; .*: id \(int64\), text \(string\)$"):
+    with pytest.raises(ValueError, match=r"^text_key: .*has no column 'body'; .* holds text: text$"):
         read([tmp_path], text_key="body")
 
 

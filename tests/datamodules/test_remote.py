@@ -1,6 +1,8 @@
 """Sources behind URLs and corpora in object stores, against a server on 127.0.0.1."""
 
+import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,16 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from app.commands.prepare import prepare
 from datamodules import corpus, files, remote
 from datamodules.corpus import Corpus
 from datamodules.policies import Policies, Tally
 from datamodules.preparation import CORPUS_FILE, prepare_corpus
-from datamodules.remote import upload_folder
+from datamodules.remote import AGAIN, upload_folder
 from datamodules.sources import list_units
 from tests.datamodules.conftest import small
 from tests.datamodules.servers import Store, serve
 from tests.datamodules.test_preparation import interrupt_after, tree
 from tests.datamodules.test_sources import counts
+
+MEND = f"mend the credentials or the permissions; {AGAIN}$"
 
 
 @pytest.fixture
@@ -122,9 +127,12 @@ def test_a_transfer_that_breaks_off_is_never_a_shorter_document(store: Store, tm
         ("s3://bucket/nothing/", r"^paths: there is nothing at s3://bucket/nothing/$"),
         ("s3://bucket/no.txt", r"^paths: s3://bucket/no\.txt does not exist$"),
         ("HTTP/bucket/no.txt", r"^paths: http://.*/bucket/no\.txt does not exist$"),
-        ("HTTP/bucket/secret.txt", r"^paths: .*secret\.txt: HTTPError: HTTP Error 403"),
-        ("s3://bucket/secret.txt", r"^paths: s3://bucket/secret\.txt: \w+: .{1,250}; run the same command again"),
-        ("http://127.0.0.1:9/a.txt", r"^paths: .*ConnectionRefusedError: .*; run the same command again"),
+        ("HTTP/bucket/secret.txt", r"^paths: .*secret\.txt: the server answers 403 Forbidden: mend "),
+        (
+            "s3://bucket/secret.txt",
+            rf"^paths: s3://bucket/secret\.txt: S3 at 127\.0\.0\.1:\d+ answers 403 Forbidden: {MEND}",
+        ),
+        ("http://127.0.0.1:9/a.txt", rf"^paths: .*: the server cannot be reached \(Connection refused\); {AGAIN}$"),
         ("HTTP/bucket/page", r"^paths: .*/page has the suffix '', which is neither text nor JSONL nor Parquet"),
         ("ftp://host/a.txt", r"^paths: ftp://host/a\.txt is not a URL that can be used here; .* s3://, "),
     ],
@@ -145,6 +153,54 @@ def test_secrets_in_urls_are_not_written_down(store: Store, tmp_path):
     assert "secret" not in str(error.value)
     prepare_url(f"{store.url}/bucket/a.jsonl?token=secret", tmp_path / "out")
     assert "secret" not in (tmp_path / "out" / CORPUS_FILE).read_text()
+
+
+def test_secrets_in_the_url_of_an_upload_are_not_shown(store: Store, sources: Path, tmp_path, capsys, monkeypatch):
+    labels: list[str] = []
+    make = remote.Progress
+    monkeypatch.setattr(remote, "Progress", lambda label, total: labels.append(label) or make(label, total))
+    for shown in (r"has it: \d+ files copied$", "has it already$"):
+        prepare([str(sources)], output=tmp_path / "out", upload="s3://bucket/mine?token=hush", workers=1)
+        printed = capsys.readouterr()
+        assert re.search(f"(?m)^s3://bucket/mine {shown}", printed.out)
+        assert "hush" not in printed.out + printed.err
+    assert labels == ["uploading to s3://bucket/mine"]
+    store.files[f"bucket/mine/{CORPUS_FILE}"] = b"{}"
+    with pytest.raises(ValueError, match=r"another corpus is at s3://bucket/mine; ") as error:
+        upload_folder(tmp_path / "out", "s3://bucket/mine?token=hush", CORPUS_FILE)
+    assert "hush" not in str(error.value)
+
+
+def test_a_corpus_that_cannot_be_read_is_one_short_sentence(store: Store):
+    store.files[f"bucket/mine/{CORPUS_FILE}"] = b"{}"
+    store.broken.add(f"bucket/mine/{CORPUS_FILE}")
+    reason = r"S3 at 127\.0\.0\.1:\d+ answers 403 Forbidden \(AccessDenied\): mend the credentials or the permissions"
+    with pytest.raises(ValueError, match=rf"^s3://bucket/mine/corpus\.json cannot be read \({reason}\)$"):
+        Corpus("s3://bucket/mine")
+    with pytest.raises(ValueError, match=r"^s3://bucket/none/corpus\.json cannot be read \(it does not exist\)$"):
+        Corpus("s3://bucket/none")
+
+
+def test_a_store_that_is_not_there_is_one_short_sentence(store: Store, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    message = r"^paths: s3://bucket/a\.txt: S3 at 127\.0\.0\.1:9 cannot be reached \(Connection refused\); "
+    with pytest.raises(ValueError, match=message + f"{AGAIN}$"):
+        remote.list_files("s3://bucket/a.txt", single=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("HttpError {\n    kind: Timeout,", "S3 does not answer in time"),
+        ("HttpError {\n    kind: Decode,", "the connection to S3 broke off"),
+        ("Generic S3 error: Error performing GET http://h:1/b?x=1 in 2ms - Wrong region\n\nDebug source:\nBare",
+         "S3 at h:1: Wrong region"),
+        ("status code: 599 : <Error><Code>Odd</Code>", "S3 answers 599 (Odd)"),
+        ("word " * 100, "S3: " + "word " * 39 + "..."),
+    ],
+)  # fmt: skip
+def test_other_failures_of_a_store_in_a_few_words(text: str, reason: str):
+    assert remote.explain("s3://bucket/a", RuntimeError(text)) == reason
 
 
 def test_a_corpus_is_uploaded_with_its_description_last_and_read_there(store: Store, corpus_folder: Path):
@@ -174,7 +230,8 @@ def test_an_upload_over_another_corpus_is_refused(store: Store, corpus_folder: P
 
 def test_an_upload_that_fails_leaves_no_description(store: Store, corpus_folder: Path):
     store.broken.add("bucket/mine/openings.json")
-    with pytest.raises(ValueError, match=r"^upload: s3://bucket/mine: .*run the same command again"):
+    reason = rf"S3 at 127\.0\.0\.1:\d+ answers 403 Forbidden \(AccessDenied\): {MEND}"
+    with pytest.raises(ValueError, match=f"^upload: s3://bucket/mine: {reason}"):
         upload_folder(corpus_folder, "s3://bucket/mine", CORPUS_FILE)
     assert f"bucket/mine/{CORPUS_FILE}" not in store.files
     store.broken.clear()
@@ -189,3 +246,8 @@ def test_another_corpus_at_the_same_url_is_not_mixed_with_the_cached_one(store: 
         put_folder(store, tmp_path / "out", "bucket/mine")
         far, near = Corpus("s3://bucket/mine").rows("train"), Corpus(str(tmp_path / "out")).rows("train")
         assert all(np.array_equal(far.read(row)[0], near.read(row)[0]) for row in range(len(near)))
+
+
+def test_a_full_disk_is_not_taken_for_a_store_that_is_away():
+    error = OSError(errno.ENOSPC, "No space left on device", "cache/chunk")
+    assert remote.explain("s3://bucket/a", error) == "[Errno 28] No space left on device: 'cache/chunk'"

@@ -89,14 +89,21 @@ def test_groups_are_joined_and_cut_by_size(monkeypatch):
     assert list(cut_rows([])) == []
 
 
-def test_a_column_that_is_missing_or_no_text_is_one_line_with_the_columns_there(tmp_path):
+def test_a_column_that_is_missing_or_no_text_is_one_line_with_the_text_columns_there(tmp_path):
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    columns = r"give one of its columns: id \(int64\), body \(string\)$"
+    columns = "give one that holds text: body$"
     with pytest.raises(ValueError, match=rf"^text_key: .*a\.parquet has no column 'text'; {columns}"):
         read([tmp_path])
     with pytest.raises(ValueError, match=rf"^text_key: .*has a column 'id' of int64, not of text; {columns}"):
         read([tmp_path], text_key="id")
     assert read([tmp_path], text_key="body")[0] == ["x"]
+
+
+def test_a_table_without_text_is_told_so_and_no_column_is_advised(tmp_path):
+    pq.write_table(pa.table({"text": [1], "size": [2.0]}), tmp_path / "a.parquet")
+    message = r"^text_key: .*a\.parquet has a column 'text' of int64, not of text; none of its columns holds text$"
+    with pytest.raises(ValueError, match=message):
+        read([tmp_path])
 
 
 def test_bad_encodings_empty_and_oversized_texts_follow_the_policies(tmp_path):
