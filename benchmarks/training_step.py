@@ -103,7 +103,8 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
     model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**fields))
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
-            layer.mixer.time_step_limit = (0.0, float("inf"))
+            mixer: Any = layer.mixer
+            mixer.time_step_limit = (0.0, float("inf"))
     state = {
         name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()
     }

@@ -124,10 +124,9 @@ class _ChunkedScan(Function):
         x, dt, A, B, C, D, _, *kept = ctx.saved_tensors
         groups, dtype = B.shape[2], x.dtype
         gradients = _Gradients(
-            *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, dt)),
-            torch.zeros_like(A),
-            *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (B, C)),
-            torch.zeros_like(D),
+            *[torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, dt, B, C)],
+            A=torch.zeros_like(A),
+            D=torch.zeros_like(D),
         )
         grad_state: Tensor | None = None
         for part in reversed(_stretches(x, ctx.chunk_size)):
@@ -181,15 +180,16 @@ class _ChunkedScan(Function):
             gradients.D.add_((out.float() * inputs.x).sum(-1).sum((2, 3, 4)).T.flatten())
             gradients.B[:, part] = _join_groups(grad_B, shape)[:, :length]
             gradients.C[:, part] = _join_groups(grad_C, shape)[:, :length]
-        return *gradients, None, None
+        x, dt, B, C, A, D = gradients
+        return x, dt, A, B, C, D, None, None
 
 
 class _Gradients(NamedTuple):
     x: Tensor
     dt: Tensor
-    A: Tensor
     B: Tensor
     C: Tensor
+    A: Tensor
     D: Tensor
 
 
