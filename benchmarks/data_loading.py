@@ -98,10 +98,11 @@ def collate(rows: list[dict[str, Tensor]], depths: int) -> Micro:
     document_ids = torch.empty_like(tokens, dtype=torch.int32)
     for number, row in enumerate(rows):
         lengths = torch.cat([row["lengths"], row["tokens"].new_tensor([tokens.shape[1] - row["lengths"].sum()])])
-        document_ids[number] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        numbers = torch.arange(len(lengths))
+        numbers[-1] = tokens.shape[1]  # padding
+        document_ids[number] = torch.repeat_interleave(numbers, lengths)
     labels = torch.full_like(tokens, IGNORED_LABEL)
-    padding = torch.stack([document_ids[number] == len(row["lengths"]) for number, row in enumerate(rows)])
-    inside = (document_ids[:, 1:] == document_ids[:, :-1]) & ~padding[:, 1:]
+    inside = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] < tokens.shape[1])
     labels[:, :-1][inside] = tokens[:, 1:][inside]
     counts = []
     for shift in range(depths + 1):

@@ -1,5 +1,6 @@
 """Curves in the run folder: optimiser steps on the x axis, no overlap after a resume."""
 
+import time
 from types import SimpleNamespace
 
 from app.logger import RunLogger
@@ -22,12 +23,14 @@ def test_steps_are_the_trainers(tmp_path):
 
 def test_what_came_after_the_checkpoint_is_forgotten(tmp_path):
     write(tmp_path, 0, range(8))
+    time.sleep(1)  # TensorBoard reads files in the order of their names, which begin with the second
     write(tmp_path, 5, range(6, 10))
     assert scalars(tmp_path) == {"a": list(range(10))}
 
 
 def test_a_run_that_starts_anew_forgets_everything(tmp_path):
     write(tmp_path, 0, range(5))
+    time.sleep(1)  # as above
     write(tmp_path, 0, range(3))
     assert scalars(tmp_path) == {"a": [0, 1, 2]}
 

@@ -41,6 +41,7 @@ model:
       moe_shared_expert_intermediate_size: 32
       num_nextn_predict_layers: 1
     mtp_depths: 2
+    spike_guard: {{sigmas: 6.0}}
     precision: [{{pattern: "*", format: bf16}}]
     optimizer: {{learning_rate: 3.0e-3}}
     schedule: {{warmup_tokens: 512, decay_tokens: 1024}}

@@ -21,7 +21,7 @@ def run_file(tmp_path_factory) -> Path:
     file = make_run_file(tmp_path_factory.mktemp("corpus"), STEPS)
     text = file.read_text(encoding="utf-8")
     text = text.replace("class_path: modules.pretraining.Pretraining", "class_path: tests.app.spiking.BadText")
-    text = text.replace("    mtp_depths: 2\n", "    mtp_depths: 2\n" + GUARD)
+    text = text.replace("    spike_guard: {sigmas: 6.0}\n", GUARD)
     text = re.sub(r"(validation|checkpoint): \{every_n_steps: \d+\}", r"\1: {every_n_steps: 6}", text)
     file.write_text(re.sub(r"samples: .*", "samples: {max_new_tokens: 0}", text), encoding="utf-8")
     return file

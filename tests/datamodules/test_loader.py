@@ -26,7 +26,7 @@ def make_loader(reader: RowReader, ranks: int = 1, rank: int = 0, micro: int = 2
 
 
 def same(a: PackedBatch, b: PackedBatch) -> bool:
-    return all(torch.equal(value, getattr(b, name)) for name, value in vars(a).items())
+    return all(torch.equal(value, getattr(b, name)) for name, value in a.tensors().items())
 
 
 def naive_labels(tokens: list[int], lengths: list[int]) -> list[int]:
