@@ -133,19 +133,19 @@ def generate(
 
 def print_completions(complete: Complete, samples: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
+    from app.terminal import write_text
+
+    def on_text(_: int, text: str) -> None:
+        write_text(text)
+
     streams = sys.stdout.isatty() and samples == 1
     statistics = Statistics()
-    for sample, completion in enumerate(complete(on_text=write_piece if streams else None)):
+    for sample, completion in enumerate(complete(on_text=on_text if streams else None)):
         statistics.add(completion)
         if samples > 1:
             print(f"--- sample {sample} ({completion.finish})")
-        print("" if streams else completion.text, flush=True)
+        write_text("\n" if streams else f"{completion.text}\n")
     print(statistics, file=sys.stderr)
-
-
-def write_piece(_: int, text: str) -> None:
-    """Write a piece of text to the terminal."""
-    print(text, end="", flush=True)
 
 
 def write_completions(complete: Complete, rows: list[dict[str, Any]], samples: int, answers: "Answers") -> None:

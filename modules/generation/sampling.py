@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEW = 256
+_FEW = (256, 2048)
 """Most likely tokens in which the nucleus of top-p is looked for first."""
 
 
@@ -94,7 +94,7 @@ def _least_of_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     They are few as a rule: the most likely ones are sorted first (sorting all costs as much as a small network).
     """
     vocabulary = probabilities.shape[-1]
-    for count in (min(_FEW, vocabulary), vocabulary):
+    for count in (*(few for few in _FEW if few < vocabulary), vocabulary):
         likely = probabilities.topk(count).values
         sums = likely.cumsum(-1, dtype=torch.float64)
         if (sums[..., -1] >= top_p).all():
