@@ -41,9 +41,7 @@ def loop(network, prompt: list[int], count: int, sampling: Sampling, key: tuple[
 
 
 def requests(count: int = 9, prompts=PROMPTS) -> list[Request]:
-    return [
-        Request(tokens=prompt, max_new_tokens=count, key=(number, 0)) for number, prompt in enumerate(prompts)
-    ]
+    return [Request(tokens=prompt, max_new_tokens=count, key=(number, 0)) for number, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
@@ -51,9 +49,7 @@ def requests(count: int = 9, prompts=PROMPTS) -> list[Request]:
 @pytest.mark.parametrize("prefill_tokens", [1, 12, 4096])
 def test_tokens_equal_those_of_a_loop(network, cached, sampling, batch_size: int, prefill_tokens: int) -> None:
     found = list(
-        generate(
-            cached, requests(), sampling, batch_size=batch_size, prefill_tokens=prefill_tokens, logprobs=True
-        )
+        generate(cached, requests(), sampling, batch_size=batch_size, prefill_tokens=prefill_tokens, logprobs=True)
     )
     for number, (prompt, completion) in enumerate(zip(PROMPTS, found, strict=True)):
         tokens, logprobs = loop(network, prompt, 9, sampling, (number, 0))
