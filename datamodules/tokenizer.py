@@ -164,8 +164,8 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of a text that a model goes on with: names of special tokens in it are plain text.
 
-        It begins with BOS where the tokenizer says so (`add_bos_token` in tokenizer_config.json; if that is silent, the
-        post-processor of tokenizer.json), as transformers has it; nothing is put at its end.
+        It begins with BOS where the post-processor of tokenizer.json puts one, as in transformers (which reads
+        `add_bos_token` only for tokenizers without that file); nothing is put at its end.
         """
         return self._prompt_beginning + self.encode(text)
 
@@ -186,10 +186,6 @@ class Tokenizer:
 
     @cached_property
     def _prompt_beginning(self) -> list[int]:
-        config = _read_json(self.folder, "tokenizer_config.json")
-        if "add_bos_token" in config or "add_eos_token" in config:
-            bos = self._inner.token_to_id(special_names(self.folder).get("bos_token", ""))
-            return [bos] if config.get("add_bos_token") and bos is not None else []
         processed = self._inner.encode("a", add_special_tokens=True)
         return processed.ids[: processed.special_tokens_mask.index(0)]
 

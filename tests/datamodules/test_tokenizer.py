@@ -157,5 +157,5 @@ def test_prompts_begin_as_in_transformers(tokenizer: Tokenizer, post_processor: 
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     ids = Tokenizer.load(tmp_path).encode_prompt("def f")
     assert ids == AutoTokenizer.from_pretrained(tmp_path)("def f").input_ids
-    assert (ids[0] == 1) == config.get("add_bos_token", post_processor and not config)
+    assert (ids[0] == 1) == post_processor
     assert Tokenizer.load(tmp_path).encode_prompt("</s>")[-1] != 2
