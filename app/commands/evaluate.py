@@ -1,5 +1,7 @@
 """Benchmarks of lm-evaluation-harness on a MODEL."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +59,8 @@ def evaluate(
     Raises:
         ValueError: a task, file or option is wrong; the message names it and the mend.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's and datasets' bars; read when tqdm is imported
     import random
 
     import numpy as np
