@@ -9,7 +9,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.errors import UserError
-from app.loading import Device, load_network, open_source
 from app.terminal import write_text
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def chat(
     seed: int = 0,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     state_dtype: Literal["fp32", "fp16"] = "fp32",
-    device: Device = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Talk with a model, a line a turn; replies come as they are written.
 
@@ -62,13 +61,14 @@ def chat(
         raise UserError(f"--max_new_tokens: {max_new_tokens} must be at least 1")
     import torch
 
+    from app.models import choose_device, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
+    from modules.checkpoints.load import load_model
     from modules.generation.sampling import Sampling
     from modules.generation.session import Session
 
-    source, tokenizer = open_source(model)
-    if tokenizer is None:
-        raise UserError(f"{model} brings no tokenizer; chat needs one")
+    where, source = choose_device(device), open_source(model)
+    tokenizer = open_tokenizer(source)
     own = source.generation.other
     sampling = Sampling(
         temperature=own.get("temperature", 0.7) if temperature is None else temperature,
@@ -80,7 +80,7 @@ def chat(
     template = ChatTemplate(tokenizer)
     ends = [*source.generation.eos_token_ids, template.turn_end()]
     session = Session(
-        load_network(source, dtype, device),
+        load_model(source.path, dtype, where).network,
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEW = (256, 2048)
+_FEW = 256
 """Most likely tokens in which the nucleus of top-p is looked for first."""
 
 
@@ -94,11 +94,13 @@ def _least_of_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     They are few as a rule: the most likely ones are sorted first (sorting all costs as much as a small network).
     """
     vocabulary = probabilities.shape[-1]
-    for count in (*(few for few in _FEW if few < vocabulary), vocabulary):
+    count = min(_FEW, vocabulary)
+    while True:
         likely = probabilities.topk(count).values
         sums = likely.cumsum(-1, dtype=torch.float64)
-        if (sums[..., -1] >= top_p).all():
+        if count == vocabulary or (sums[..., -1] >= top_p).all():
             break
+        count = min(8 * count, vocabulary)
     kept = (sums - likely < top_p).sum(-1, keepdim=True)
     return likely.gather(-1, kept - 1)
 
