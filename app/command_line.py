@@ -57,7 +57,7 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     """Return the parser of a command's function.
 
     Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
-    list: an option that may be given several times); their documentation becomes the help.
+    list, or None for none: an option that may be given several times); their documentation becomes the help.
     """
     import docstring_parser
 
@@ -68,8 +68,9 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     hints = typing.get_type_hints(function)
     options: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():
-        kind, many = hints[name], typing.get_origin(hints[name]) is list
-        item = typing.get_args(kind)[0] if many else kind
+        kind = hints[name]
+        lists = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is list]
+        many, item = bool(lists), typing.get_args(lists[0])[0] if lists else kind
         required = parameter.default is parameter.empty
         given: dict[str, Any] = {"help": described.get(name), "type": item}
         if parameter.kind is parameter.KEYWORD_ONLY and many:

@@ -8,6 +8,7 @@ command knows its own work again, and a different one does not add to it.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ class Answers:
             self._describe(None)
             output.touch()
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the rows answered so far."""
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows answered so far."""
         with self._output.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            yield from map(json.loads, file)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add answers; they are on the disk when this returns."""

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from app.errors import UserError
 from datamodules.chat_template import ChatTemplate
 from datamodules.progress import Progress
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import Tokenizer, special_names
 from modules.backbone.model import Network
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
@@ -188,3 +188,22 @@ def read_settings(settings: dict[str, Any], seed: int) -> tuple[Sampling, tuple[
         if NEUTRAL.get(key) != value:
             raise UserError(f"tasks: generation_kwargs.{key}: {value!r} is not supported; remove it from the task")
     return sampling, tuple(filter(None, stop)), count
+
+
+def prefix_id(tokenizer: Tokenizer, name: str | None) -> int:
+    """Return the id of the token before a text without context.
+
+    Args:
+        tokenizer: the tokenizer.
+        name: the token's name; None: BOS, or the end-of-text token if there is no BOS.
+
+    Raises:
+        UserError: the name is not that of one token.
+    """
+    chosen = special_names(tokenizer.folder).get("bos_token") if name is None else name
+    if chosen is None:
+        return tokenizer.eos_id
+    ids = tokenizer.encode(chosen, special_tokens=True)
+    if len(ids) != 1:
+        raise UserError(f"prefix_token: {chosen!r} is {len(ids)} tokens; name a single one, like </s>")
+    return ids[0]

@@ -154,6 +154,7 @@ class PlainDecoder:
         """Choose the next token of each row."""
         if self._chosen is not None:
             self._last = self.network(self._chosen[:, None], cache=self.cache).hidden[:, -1]
+        assert self._last is not None, "prompts come first"
         logits = self.network.logits(self._last)
         self._chosen = chosen = self._choose(logits, rows)
         logprobs: list[list[float]] = [[] for _ in rows]
