@@ -151,7 +151,7 @@ class SpeculativeDecoder(PlainDecoder):
         self._hidden = _pick(hidden, counts)
 
     def _draft(self, uniforms: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return k drafts int64 [B, 1] and the distributions [B, 1, N] that they were drawn from, none of greedy ones."""
+        """Return k drafts int64 [B, 1] and the distributions [B, 1, N] they were drawn from, none of greedy ones."""
         network, sampling = self.network, self.decoding.sampling
         drafts: list[Tensor] = []
         proposals: list[Tensor] = []

@@ -19,7 +19,15 @@ from modules.generation.speculative import Verdict, verify_by_rejection
 from tests.modules.helpers import make_network, tiny_config
 
 GREEDY = Sampling()
-PATTERNS = [("ME*-ME", "*E"), ("MM", "ME"), ("*-", "-"), ("M*E", "M"), ("EM", "*"), ("M-*", "*EM-")]
+NETWORKS = [
+    ("ME*-ME", "*E", 4),
+    ("MM", "ME", 10),
+    ("*-", "-", 1),
+    ("M*E", "M", 7),
+    ("EM", "*", 2),
+    ("M-*", "*EM-", 4),
+]
+"""(pattern, MTP pattern, seed): seeds whose MTP block happens to be right rather often."""
 VOCABULARY = 3
 
 
@@ -66,24 +74,25 @@ def kept_drafts(network: Network, prompt: list[int], written: list[int], length:
             inputs = torch.cat([embedded, newest], 1), torch.cat([hidden, state], 1)
             state = network.mtp(*inputs, None)[0][:, -1:]
         wanted = written[seen : seen + length]
-        kept.append(sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafts, wanted))))
+        right = [draft == token for draft, token in zip(drafts, wanted, strict=False)]
+        kept.append(sum(itertools.takewhile(bool, right)))
         seen += kept[-1] + 1
     return kept
 
 
-@pytest.mark.parametrize(("pattern", "mtp"), PATTERNS)
-def test_greedy_equals_plain_greedy_for_every_draft_length(pattern: str, mtp: str) -> None:
-    network, texts = make(pattern, mtp), prompts(4, seed=len(pattern))
+@pytest.mark.parametrize(("pattern", "mtp", "seed"), NETWORKS)
+def test_greedy_equals_plain_greedy_for_every_draft_length(pattern: str, mtp: str, seed: int) -> None:
+    network, texts = make(pattern, mtp, seed=seed), prompts(4, seed=len(pattern))
     expected = [greedy(network, prompt, 12) for prompt in texts]
     for length in range(1, 8):
         found = generate(network, ask(texts, 12), GREEDY, batch_size=3, draft_tokens=length, prefill_tokens=8 * length)
         assert [completion.tokens for completion in found] == expected
 
 
-@pytest.mark.parametrize(("pattern", "mtp"), PATTERNS)
-def test_drafts_are_those_of_an_mtp_block_that_has_seen_the_true_text(pattern: str, mtp: str) -> None:
+@pytest.mark.parametrize(("pattern", "mtp", "seed"), NETWORKS)
+def test_drafts_are_those_of_an_mtp_block_that_has_seen_the_true_text(pattern: str, mtp: str, seed: int) -> None:
     """So the right number of them is kept."""
-    network, texts = make(pattern, mtp), prompts(3, seed=len(pattern))
+    network, texts = make(pattern, mtp, seed=seed), prompts(3, seed=len(pattern))
     for length in (1, 3):
         found = generate(network, ask(texts, 12), GREEDY, batch_size=2, draft_tokens=length, prefill_tokens=16)
         for completion, prompt in zip(found, texts, strict=True):
@@ -96,8 +105,8 @@ def test_drafts_are_those_of_an_mtp_block_that_has_seen_the_true_text(pattern: s
 def test_every_number_of_kept_drafts_occurs() -> None:
     """Otherwise the tests here would say little."""
     kept = Counter()
-    for pattern, mtp in PATTERNS:
-        network, texts = make(pattern, mtp), prompts(4, seed=len(pattern))
+    for pattern, mtp, seed in NETWORKS:
+        network, texts = make(pattern, mtp, seed=seed), prompts(4, seed=len(pattern))
         for completion in generate(network, ask(texts, 12), GREEDY, draft_tokens=3):
             kept.update(completion.accepted)
     assert min(kept[count] for count in range(4)) >= 5, kept
