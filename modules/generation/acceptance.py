@@ -49,7 +49,7 @@ class Acceptance:
     def rates(self) -> list[float]:
         """Share kept at each position 1 to k where all drafts before were kept; nan where that never happened."""
         reached = self._reached()
-        return [now / before if before else math.nan for before, now in zip(reached[:-1], reached[1:], strict=True)]
+        return [now / before if before else math.nan for before, now in pairwise(reached)]
 
     def metrics(self) -> dict[str, float]:
         """Return `acceptance_length` and `draft_acceptance_1` ... (see `rates`), without those that are unknown."""

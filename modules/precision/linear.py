@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.ops import native
 from modules.ops.cross_entropy import linear_cross_entropy
 from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
@@ -104,5 +105,8 @@ class Head(Linear):
         """
         dtype = self.compute_dtype
         if labels is None or token_weights is None:
-            return F.linear(x.to(dtype), self.weight[:vocabulary].to(dtype)).float()
+            few = x.to(dtype)
+            if native.applies(few, self.weight):
+                return native.few_rows_linear(few, self.weight[:vocabulary])
+            return F.linear(few, self.weight[:vocabulary].to(dtype)).float()
         return linear_cross_entropy(x.to(dtype), self.weight.to(dtype), labels, token_weights)
