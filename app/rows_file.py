@@ -128,13 +128,14 @@ class Answers:
 
     def _cut(self) -> None:
         """Count the complete lines and cut off a last one that was not written to its end."""
-        with self._output.open("r+b") as file:
-            complete = 0
+        complete = 0
+        with self._output.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
                     complete += len(line)
                     self.count += 1
-            file.truncate(complete)
+        if complete < self._output.stat().st_size:
+            os.truncate(self._output, complete)
 
     def _describe(self, summary: dict[str, Any] | None) -> None:
         text = json.dumps({"settings": self._settings, "summary": summary}, ensure_ascii=False, indent=2)

@@ -36,7 +36,7 @@ def summarise(rows: Iterable[dict[str, Any]], token_bytes: Sequence[int] | None)
         "rows": count,
         "tokens": tokens,
         "nll": mean,
-        "perplexity": None if mean is None else math.exp(min(mean, 700.0)),
+        "perplexity": None if mean is None else math.exp(mean),
         "bits_per_byte": nll / math.log(2) / size if size else None,
         "kl": math.fsum(divergences) / tokens if divergences and tokens else None,
     }
