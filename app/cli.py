@@ -25,7 +25,7 @@ from app.loop import use_step_loop
 from app.noise import silence
 from app.parser import RunParser
 from app.run_folder import SHOWN, RunFolder, differences
-from app.strategies import ShardedStrategy, folder
+from app.strategies import ShardedStrategy
 from callbacks.checkpoint import Checkpoint
 from callbacks.console import Console, validation_line
 from callbacks.dashboard import Dashboard
@@ -40,6 +40,7 @@ from callbacks.speed import Speed
 from callbacks.startup import Startup
 from callbacks.summary import Summary
 from callbacks.validation import Validation
+from modules.checkpoints import folder
 
 COMMANDS = ("fit", "validate", "test")
 CALLBACKS: dict[str, type[Callback]] = {

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from app.strategies.folder import sync
+from modules.checkpoints.folder import sync
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

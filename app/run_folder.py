@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, whether it is finished, and where the same command goes on.
 
 runs/<name>/config.yaml                      the resolved configuration of the newest start
-runs/<name>/checkpoints/step=00000123/       see app/strategies/folder.py
+runs/<name>/checkpoints/step=00000123/       see modules/checkpoints/folder.py
 runs/<name>/spikes/step=00000123.pt          see callbacks/skipped_batches.py
 runs/<name>/events.out.tfevents.*            TensorBoard
 """
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from app.errors import UserError
-from app.strategies import folder
+from modules.checkpoints import folder
 
 CONFIG = "config.yaml"
 SHOWN = 20

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from app.run_folder import CONFIG, RunFolder, flatten
-from app.strategies import folder
+from modules.checkpoints import folder
 
 SPEED = "training/tokens_per_second"
 _WORK = (

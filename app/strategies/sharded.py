@@ -29,10 +29,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
-from app.strategies import folder
-from app.strategies.reader import SafeReader
 from modules.backbone.model import ShardingUnit
 from modules.batch import PackedBatch
+from modules.checkpoints import folder
+from modules.checkpoints.reader import SafeReader
 from modules.ops.documents import bring_boundaries
 
 ABOUT = "about"

@@ -35,7 +35,7 @@ def initialize(network: Network, seed: int) -> None:
 
 def _fill(parameter: Tensor, name: str, seed: int, config: BackboneConfig) -> None:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    rows = _local_rows(parameter)
+    rows = local_rows(parameter)
     if ".experts." in name:
         for position, expert in enumerate(rows):
             local[position] = _draw(parameter.shape[1:], name, _generator(seed, f"{name}.{expert}"), config)
@@ -43,7 +43,7 @@ def _fill(parameter: Tensor, name: str, seed: int, config: BackboneConfig) -> No
         local.copy_(_draw(parameter.shape, name, _generator(seed, name), config)[rows])
 
 
-def _local_rows(parameter: Tensor) -> list[int]:
+def local_rows(parameter: Tensor) -> list[int]:
     """Return the indices along dimension 0 that this rank holds."""
     rows = torch.arange(parameter.shape[0])
     if isinstance(parameter, DTensor):

@@ -4,7 +4,7 @@ import pytest
 
 from app.errors import UserError
 from app.run_folder import RunFolder, differences, flatten
-from app.strategies import folder
+from modules.checkpoints import folder
 
 
 def test_differences_name_key_old_and_new(tmp_path):

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from app.__main__ import main
 from app.cli import parse_run
-from app.strategies import folder
+from modules.checkpoints import folder
 
 ROOT = Path(__file__).parent.parent.parent.parent
 PRETRAIN = ROOT / "configs" / "pretrain"

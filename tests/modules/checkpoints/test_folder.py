@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.strategies import folder
+from modules.checkpoints import folder
 
 
 def write(target: Path, **files: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from app.strategies.reader import SafeReader
+from modules.checkpoints.reader import SafeReader
 
 
 class Harmful:

@@ -1,0 +1,263 @@
+"""`config.json` of the Nemotron-H family to and from `BackboneConfig`.
+
+Every field of transformers' `NemotronHConfig` is in exactly one of three tables: honoured, fixed (one value is what
+this project computes, any other is refused by name), or ignored (it changes no number). Missing fields take
+transformers' defaults, which are not ours. Both generations are read and written: layer strings
+(`hybrid_override_pattern`) and layer lists (`layers_block_type`, also `layer_types`).
+Source of fields and defaults: transformers 5.23, models/nemotron_h; the older names are those of the open checkpoints.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.backbone.config import BackboneConfig
+from modules.checkpoints.defaults import GenerationDefaults
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "tie_word_embeddings": False,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "rescale_prenorm_residual": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 21504,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "chunk_size": 128,
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": 7688,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+}
+"""Fields that are honoured, with transformers' defaults."""
+
+OLDER_NAMES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "num_local_experts": "n_routed_experts",
+    "attention_head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "norm_eps": "layer_norm_epsilon",
+}
+"""Other names of a field; where a file has two of them, they must agree."""
+
+FIXED: dict[str, tuple[list[Any], str]] = {
+    "use_bias": ([False], "Mamba projections have no bias here"),
+    "mamba_proj_bias": ([False], "Mamba projections have no bias here"),
+    "attention_bias": ([False], "attention projections have no bias here"),
+    "mlp_bias": ([False], "MLP, expert and latent projections have no bias here"),
+    "mlp_hidden_act": (["relu2"], "MLPs and experts compute the squared ReLU here"),
+    "mamba_hidden_act": (["silu", "swish"], "the convolution's activation is SiLU here"),
+    "time_step_limit": ([[0.0, float("inf")], None], "dt is not limited here"),
+    "residual_in_fp32": ([False], "the residual stream has the embedding's dtype here"),
+    "sliding_window": ([None], "attention sees all positions here"),
+    "quantization_config": ([None], "quantised weights cannot be read; take the bf16 model"),
+}
+"""Fields that would change numbers: values that are computed here, and what that is."""
+
+IGNORED = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
+    *("use_cache", "use_mamba_kernels", "num_logits_to_keep", "output_router_logits", "mamba_ssm_cache_dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "expand", "mamba_expand"),
+    *("moe_shared_expert_overlap", "attention_dropout", "hidden_dropout", "rope_theta", "partial_rotary_factor"),
+    *("time_step_rank", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type"),
+    *("output_attentions", "output_hidden_states", "return_dict", "num_hidden_layers", "n_shared_experts"),
+}
+"""Fields that change no number of the network (dropout: at inference; there is none in training here)."""
+
+LAYER_NAMES = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+LETTERS = {name: letter for letter, name in LAYER_NAMES.items()} | {"mamba": "M", "attention": "*"}
+MAIN = ("hybrid_override_pattern", "layers_block_type", "layer_types")
+MTP = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types")
+DEFAULT_LAYERS, DEFAULT_MTP_LAYERS = "ME*-", "*E"
+"""What transformers takes where a file says nothing of layers."""
+
+
+def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
+    """Return the configuration that a `config.json` describes.
+
+    Args:
+        raw: its content.
+        file: where it was read, for messages.
+
+    Raises:
+        ValueError: it is of another family, contradicts itself, or sets a field to something not computed here.
+    """
+    _check_family(raw, file)
+    fields = _rename(raw, file)
+    for key, (allowed, why) in FIXED.items():
+        if key in fields and fields[key] not in allowed:
+            raise ValueError(f"{file}: {key} {fields[key]!r} is not supported: {why} ({allowed[0]!r})")
+    known = {key: fields.get(key, default) for key, default in DEFAULTS.items()}
+    if known["num_key_value_heads"] is None:
+        known["num_key_value_heads"] = known["num_attention_heads"]
+    layers = _layers(raw, MAIN, file) or DEFAULT_LAYERS
+    stated = raw.get("num_hidden_layers")
+    if stated is not None and stated != len(layers):
+        raise ValueError(f"{file}: num_hidden_layers is {stated}, but {len(layers)} layers are listed; correct one")
+    known["hybrid_override_pattern"] = layers
+    known["mtp_hybrid_override_pattern"] = _layers(raw, MTP, file) or DEFAULT_MTP_LAYERS
+    return make_config(known, file)
+
+
+def unknown_keys(raw: dict[str, Any]) -> list[str]:
+    """Return the keys of a `config.json` that no table here knows."""
+    return sorted(raw.keys() - DEFAULTS.keys() - OLDER_NAMES.keys() - FIXED.keys() - IGNORED - {*MAIN, *MTP})
+
+
+def to_hugging_face(
+    config: BackboneConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    generation: GenerationDefaults | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a `config.json` for `config`, readable by old and new transformers and by inference engines.
+
+    Args:
+        config: the network's shape.
+        dtype: dtype of most tensors, for readers that look here and not at the tensors.
+        generation: special tokens; None: those of `kept`, else none.
+        kept: a `config.json` whose other entries (such as max_position_embeddings) are taken over.
+    """
+    written = {key: getattr(config, key) for key in DEFAULTS}
+    main, mtp = config.hybrid_override_pattern, config.mtp_hybrid_override_pattern
+    shared = config.moe_shared_expert_intermediate_size
+    dropped = {"_name_or_path", "auto_map", "transformers_version", *DEFAULTS, *OLDER_NAMES, *FIXED, *MAIN, *MTP}
+    tokens = {}
+    if generation is not None:
+        eos = generation.eos_token_ids
+        tokens = {
+            "bos_token_id": generation.bos_token_id,
+            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
+            "pad_token_id": generation.pad_token_id,
+        }
+    return {
+        **{key: value for key, value in (kept or {}).items() if key not in dropped},
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        **written,
+        **{key: allowed[0] for key, (allowed, _) in FIXED.items() if key not in ("quantization_config",)},
+        "num_hidden_layers": len(main),
+        "hybrid_override_pattern": main,
+        "layers_block_type": [LAYER_NAMES[letter] for letter in main],
+        "mtp_hybrid_override_pattern": mtp,
+        "mtp_layers_block_type": [LAYER_NAMES[letter] for letter in mtp],
+        "n_shared_experts": 1 if shared else 0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **tokens,
+    }
+
+
+def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:
+    """Return a `BackboneConfig` of fields that were read from a file.
+
+    Raises:
+        ValueError: a field is unknown, missing, of the wrong type or out of range; names file and key.
+    """
+    known = {field.name: field for field in dataclasses.fields(BackboneConfig)}
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise ValueError(f"{file}: {unknown[0]} is no field of a backbone; it was written by another version")
+    hints = typing.get_type_hints(BackboneConfig)
+    values = {}
+    for key, value in fields.items():
+        values[key] = _typed(value, hints[key], key, file)
+    missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise ValueError(f"{file}: {missing[0]} is missing")
+    try:
+        return BackboneConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix('model.backbone.')}") from None
+
+
+def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) in kinds:
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    raise ValueError(f"{file}: {key} {value!r} must be {wanted}")
+
+
+def _check_family(raw: dict[str, Any], file: Path) -> None:
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["NemotronHForCausalLM"]
+    if kind != "nemotron_h" or "NemotronHForCausalLM" not in architectures:
+        raise ValueError(
+            f"{file}: model_type {kind!r}, architectures {architectures!r}: only language models of the Nemotron-H "
+            "family ('nemotron_h', NemotronHForCausalLM) can be loaded"
+        )
+
+
+def _rename(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return `raw` under today's names, with time_step_limit as a list of floats."""
+    fields = {key: value for key, value in raw.items() if key not in OLDER_NAMES}
+    for old, new in OLDER_NAMES.items():
+        if old not in raw:
+            continue
+        if new in fields and _plain(fields[new]) != _plain(raw[old]):
+            raise ValueError(f"{file}: {old} {raw[old]!r} contradicts {new} {fields[new]!r}; remove the wrong one")
+        fields[new] = raw[old]
+    if "time_step_limit" in fields:
+        fields["time_step_limit"] = _plain(fields["time_step_limit"])
+    return fields
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return a JSON value with transformers' way of writing infinity undone."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
+
+
+def _layers(raw: dict[str, Any], keys: tuple[str, ...], file: Path) -> str | None:
+    """Return the layer string that the first of `keys` gives; all that are given must agree."""
+    found: dict[str, str] = {}
+    for key in keys:
+        value = raw.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list):
+            unknown = [name for name in value if name not in LETTERS]
+            if unknown:
+                raise ValueError(f"{file}: {key} names a layer {unknown[0]!r}; known are {', '.join(LETTERS)}")
+            value = "".join(LETTERS[name] for name in value)
+        if not isinstance(value, str):
+            raise ValueError(f"{file}: {key} {value!r} must be a layer string or a list of layer names")
+        found[key] = value
+    for key, value in found.items():
+        first = next(iter(found))
+        if value != found[first]:
+            raise ValueError(f"{file}: {key} contradicts {first} ({value} and {found[first]}); remove the wrong one")
+    return next(iter(found.values()), None)

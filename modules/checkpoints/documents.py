@@ -1,0 +1,21 @@
+"""Reading JSON files that other people wrote: one clear line where they are damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: it is not JSON (a Git LFS pointer, a download cut short), or no object; names the file and the mend.
+        OSError: it cannot be opened.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a JSON {type(value).__name__} where an object is needed; copy it again")
+    return value

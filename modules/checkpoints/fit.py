@@ -1,0 +1,123 @@
+"""Checkpoints that `fit` wrote, as a MODEL: fp32 masters in torch's distributed format, read tensor by tensor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from modules.backbone.config import BackboneConfig
+from modules.checkpoints import folder
+from modules.checkpoints.config import make_config
+from modules.checkpoints.defaults import read_defaults
+from modules.checkpoints.names import TensorInfo, public_names, public_shapes
+from modules.checkpoints.reader import SafeReader
+from modules.checkpoints.values import check_finite
+
+RUN_CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+PREFIX = "model.network."
+"""What the strategy's and the LightningModule's names put before the network's."""
+
+
+class FitSource:
+    """A checkpoint folder of `fit` as a `Source`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: it is damaged, or its tensors are not those of its own configuration.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if problem := folder.damage(path):
+            raise ValueError(f"{path} is damaged: {problem}; take another checkpoint of the run, or copy it again")
+        self.path = path
+        run = _read_run(path / RUN_CONFIG)
+        self.config = _backbone(run, path / RUN_CONFIG)
+        self.facts: dict[str, Any] = {"manifest": folder.describe(path), "run": run}
+        self.notes: list[str] = []
+        tokenizer = path / TOKENIZER
+        self.tokenizer_folder = tokenizer if tokenizer.is_dir() else None
+        self.generation = read_defaults(path, {}, self.tokenizer_folder)
+        self._reader = _Reader(path)
+        self._places = public_names(self.config)
+        self.tensors = self._account()
+        self._stacked: tuple[str, Tensor] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """See `Source.read`; the experts of a layer are read together, and the last layer's are kept."""
+        parameter, expert = self._places[name]
+        if expert is None:
+            return self._load(parameter)
+        if self._stacked is None or self._stacked[0] != parameter:
+            self._stacked = None  # two at a time would double the peak
+            self._stacked = parameter, self._load(parameter)
+        return self._stacked[1][expert]
+
+    def _load(self, parameter: str) -> Tensor:
+        entry = self._reader.metadata.state_dict_metadata[PREFIX + parameter]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({PREFIX + parameter: tensor}, storage_reader=self._reader, no_dist=True)
+        check_finite(tensor, parameter, self.path)
+        return tensor
+
+    def _account(self) -> dict[str, TensorInfo]:
+        """Check that the stored tensors are exactly those of the configuration."""
+        stored = {
+            key.removeprefix(PREFIX): TensorInfo(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._reader.metadata.state_dict_metadata.items()
+            if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
+        }
+        tensors = {}
+        for (name, place), shape in zip(self._places.items(), public_shapes(self.config).values(), strict=True):
+            if place.parameter not in stored:
+                raise ValueError(f"{self.path}: tensor {place.parameter} is missing; copy the checkpoint again")
+            info = stored[place.parameter]
+            held = info.shape if place.expert is None else info.shape[1:]
+            if held != shape:
+                raise ValueError(
+                    f"{self.path}: tensor {name} has shape {list(held)}, but {RUN_CONFIG} means {list(shape)}; "
+                    "one of the two is not of this checkpoint"
+                )
+            tensors[name] = TensorInfo(shape, info.dtype)
+        known = {place.parameter for place in self._places.values()} | {"lm_head.weight"}
+        if unknown := sorted(stored.keys() - known):
+            raise ValueError(f"{self.path}: tensor {unknown[0]} is unknown to the network that {RUN_CONFIG} describes")
+        return tensors
+
+
+class _Reader(SafeReader):
+    """Reads the index once for all tensors."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401
+        return self.metadata
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        run = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML ({error}); copy the checkpoint again") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{file} is no configuration of a run; copy the checkpoint again")
+    return run
+
+
+def _backbone(run: dict[str, Any], file: Path) -> BackboneConfig:
+    try:
+        fields = run["model"]["init_args"]["backbone"]
+    except (KeyError, TypeError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: model.init_args.backbone is missing; it is no configuration that fit wrote")
+    return make_config(fields, file)

@@ -1,0 +1,63 @@
+"""The public names of a network's tensors, and where each lives in memory.
+
+Names in memory are those of the open checkpoints already, but for the routed experts: memory holds those of a layer in
+one stacked tensor `[E, out, in]`, the files hold each expert by itself, and a tied head is no tensor of its own. So the
+network itself is the list of names: nothing here has to be kept in step with it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from modules.backbone.config import BackboneConfig
+from modules.backbone.model import Network
+
+STACKED = ".mixer.experts."
+"""What the names of stacked tensors hold; the shared expert is called otherwise."""
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
+MTP = "mtp."
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    """Shape."""
+    dtype: torch.dtype
+    """Dtype it is stored in."""
+
+
+class Place(NamedTuple):
+    """Where a public tensor lives."""
+
+    parameter: str
+    """Name in `Network.state_dict()`."""
+    expert: int | None
+    """Index along dimension 0 of a stacked tensor; None: the tensor is that parameter itself."""
+
+
+def public_names(config: BackboneConfig) -> dict[str, Place]:
+    """Return where each public tensor lives, in the network's order; the experts of one stacked tensor are adjacent."""
+    return {name: place for name, place, _ in _tensors(config)}
+
+
+def public_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each public tensor, in the order of `public_names`."""
+    return {name: shape for name, _, shape in _tensors(config)}
+
+
+def _tensors(config: BackboneConfig) -> list[tuple[str, Place, tuple[int, ...]]]:
+    with torch.device("meta"):
+        state = Network(config).state_dict()
+    found = []
+    for parameter, tensor in state.items():
+        if parameter == HEAD and config.tie_word_embeddings:
+            continue
+        shape = tuple(tensor.shape)
+        if STACKED not in parameter:
+            found.append((parameter, Place(parameter, None), shape))
+            continue
+        before, after = parameter.split(STACKED)
+        for expert in range(shape[0]):
+            found.append((f"{before}{STACKED}{expert}.{after}", Place(parameter, expert), shape[1:]))
+    return found

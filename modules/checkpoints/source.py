@@ -1,0 +1,79 @@
+"""A MODEL: a folder that `fit` wrote or a Hugging Face folder, told apart here and alike from here on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from modules.backbone.config import BackboneConfig
+from modules.checkpoints import folder
+from modules.checkpoints.defaults import GenerationDefaults
+from modules.checkpoints.fit import FitSource
+from modules.checkpoints.huggingface import CONFIG, HuggingFaceSource
+from modules.checkpoints.names import TensorInfo
+
+CHECKPOINTS = "checkpoints"
+INDEX = ".metadata"
+
+
+class Source(Protocol):
+    """A model on the disk."""
+
+    path: Path
+    """Its folder; for a run's folder the checkpoint that was taken from it."""
+    config: BackboneConfig
+    """The network's shape, as the folder says and its tensors confirm."""
+    tokenizer_folder: Path | None
+    """Folder with the tokenizer's files; None: there are none."""
+    generation: GenerationDefaults
+    """Special tokens and settings of generation."""
+    facts: dict[str, Any]
+    """What a model card can say: manifest and resolved configuration of a run, or the raw config.json."""
+    notes: list[str]
+    """What the user should know of how the folder was read, one line each; shown once by `open_model`'s callers."""
+    tensors: Mapping[str, TensorInfo]
+    """By public name, in the order of `public_names(config)`: complete, checked against `config`."""
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU in the dtype it is stored in.
+
+        Raises:
+            ValueError: it cannot be read, or holds values that are not finite; names file, tensor and mend.
+        """
+        ...
+
+
+def open_model(path: Path) -> Source:
+    """Open a MODEL; no tensor is read yet, but all are accounted for.
+
+    Args:
+        path: a checkpoint that `fit` wrote, a run's folder (its newest undamaged checkpoint is taken), or a Hugging
+            Face folder of the Nemotron-H family.
+
+    Raises:
+        ValueError: it is none of them, or damaged; one line that names the file and the mend.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such folder; a MODEL is a folder on this machine")
+    if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
+        return FitSource(path)
+    if (path / CONFIG).exists():
+        return HuggingFaceSource(path)
+    if (path / CHECKPOINTS).is_dir():
+        return FitSource(_newest(path))
+    raise ValueError(
+        f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor {CHECKPOINTS}/ (a "
+        f"run's folder), nor {CONFIG} (a Hugging Face folder)"
+    )
+
+
+def _newest(run: Path) -> Path:
+    """Return the newest undamaged checkpoint of a run."""
+    damaged = []
+    for path in folder.checkpoints(run / CHECKPOINTS):
+        problem = folder.damage(path)
+        if problem is None:
+            return path
+        damaged.append(f"{path.name}: {problem}")
+    raise ValueError(f"{run} has no complete checkpoint" + (f" ({'; '.join(damaged)})" if damaged else " yet"))
