@@ -1,6 +1,7 @@
 """Average models into one: by given weights, or so that the average stands for a decay of the learning rate."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -75,18 +76,17 @@ def _decay_weights(
     known = _steps(sources, models) if steps is None else steps
     if len(known) != len(models):
         raise UserError(f"--steps: {len(known)} given for {len(models)} MODELs; give one for each, in their order")
-    if len(known) < 2 or any(after <= before for before, after in zip(known, known[1:], strict=False)):
-        raise UserError(
-            f"--decay: the MODELs are of steps {', '.join(map(str, known))}; give two or more, each later than the one before"
-        )
+    if len(known) < 2 or any(after <= before for before, after in pairwise(known)):
+        listed = ", ".join(map(str, known))
+        raise UserError(f"--decay: the MODELs are of steps {listed}; give two or more, each later than the one before")
     for source, step in zip(sources, known, strict=True):
         if trouble := _not_constant(source):
             print(f"note: {source.path}, step {step:,}: {trouble}; --decay assumes a constant learning rate")
     length = known[-1] - known[0]
     schedule = ScheduleConfig(decay_tokens=length, minimum_ratio=minimum_ratio)
     method = (
-        f"Weighted so that the average stands for a minus-sqrt decay of the learning rate to {minimum_ratio:g} of its peak "
-        f"over the {length:,} steps from {known[0]:,} to {known[-1]:,} (arXiv 2507.17634)."
+        f"Weighted so that the average stands for a minus-sqrt decay of the learning rate to {minimum_ratio:g} of its "
+        f"peak over the {length:,} steps from {known[0]:,} to {known[-1]:,} (arXiv 2507.17634)."
     )
     return decay_weights(known, schedule.factor), method
 
@@ -108,5 +108,6 @@ def _not_constant(source: "Source") -> str | None:
     if run is None or manifest is None:
         return None
     schedule = ScheduleConfig(**run["model"]["init_args"]["schedule"])
-    factor = schedule.factor(manifest["tokens"], run["data"]["init_args"]["total_tokens"])
+    total_tokens = manifest["tokens"] * manifest["last_step"] // manifest["step"]
+    factor = schedule.factor(manifest["tokens"], total_tokens)
     return None if factor == 1 else f"the learning rate was at {factor:.2g} of its peak"

@@ -17,6 +17,9 @@ METRICS = {
     "validation/loss": "nats per token, next token only, held-out rows",
     "validation/bits_per_byte": "bits per UTF-8 byte of held-out text",
 }
+UNLIMITED = 1e-30
+"""`time_step_min` in config.json of models trained here. It shaped their initial weights only, but transformers (5.23)
+raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
 Rows = list[tuple[str, str]]
 
 
@@ -42,7 +45,9 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> 
     if "run" in source.facts:
         parts += ["## Training", _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
     if metrics := source.facts.get("manifest", {}).get("metrics"):
-        rows = [(f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()]
+        rows = [
+            (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()
+        ]
         parts += ["## Validation", "The newest validation of the run when this checkpoint was saved.", _table(rows)]
     return "\n\n".join([*parts, "## Use", _use(source, name)]) + "\n"
 
@@ -132,9 +137,10 @@ def _architecture(config: BackboneConfig) -> Rows:
         rows.append(("attention", f"{heads}, no positional encoding"))
     if "E" in used:
         width = "the hidden size" if c.moe_latent_size is None else f"latent size {c.moe_latent_size:,}"
+        experts = f"{c.n_routed_experts}, {c.num_experts_per_tok} per token"
         shared = c.moe_shared_expert_intermediate_size
         rows += [
-            ("routed experts", f"{c.n_routed_experts}, {c.num_experts_per_tok} per token, {c.moe_intermediate_size:,} wide, on {width}"),
+            ("routed experts", f"{experts}, {c.moe_intermediate_size:,} wide, on {width}"),
             ("shared expert", f"{shared:,} wide" if shared else "none"),
             ("router", f"sigmoid, factor {c.routed_scaling_factor:g}, {c.topk_group} of {c.n_group} groups"),
         ]
@@ -186,22 +192,36 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs on a merge; `merge` is what `modules.checkpoints.merge` says of it."""
     rows = [(model["label"], f"{model['weight']:.6f}") for model in merge["models"]]
     return [
-        f"{merge['method']} All tensors are averaged in fp32, router biases, `A_log`, `D` and `dt_bias` like the others, "
-        "and rounded once to the dtype they have in the first model.",
+        f"{merge['method']} All tensors are averaged in fp32, router biases, `A_log`, `D` and `dt_bias` like the "
+        "others, and rounded once to the dtype they have in the first model.",
         _table(rows, ("model", "weight")),
     ]
 
 
 def _use(source: Source, name: str) -> str:
-    chat = source.tokenizer_folder is not None and any(
-        (source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json")
-    )
+    load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")'
+    notes = []
+    if source.config.num_nextn_predict_layers:
+        notes.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
+    if (
+        "M" in source.config.hybrid_override_pattern
+        and source.config.time_step_min > UNLIMITED
+        and "run" not in source.facts
+    ):
+        notes.append(
+            f"transformers raises Mamba's time steps to at least `time_step_min` ({source.config.time_step_min:g}), Superbolt "
+            'does not; `layer.mixer.time_step_limit = (0.0, float("inf"))` on its Mamba layers gives equal numbers.'
+        )
+    if source.tokenizer_folder is None:
+        notes.append("The model came without a tokenizer.")
+        return "\n".join(["```python", "from transformers import AutoModelForCausalLM", "", load, "```", *notes])
+    chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
     lines = [
         "With transformers (5.17 or later):",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
+        load,
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         'inputs = tokenizer("import ", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
@@ -212,15 +232,7 @@ def _use(source: Source, name: str) -> str:
         *([f"python -m app chat {name}"] if chat else []),
         "```",
     ]
-    if source.config.num_nextn_predict_layers:
-        lines.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
-    if "M" in source.config.hybrid_override_pattern:
-        lines.append(
-            f"transformers raises Mamba's time steps to at least `time_step_min` ({source.config.time_step_min:g}); the "
-            "model was made without that limit. For equal numbers set "
-            '`layer.mixer.time_step_limit = (0.0, float("inf"))` on its Mamba layers.'
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
@@ -228,4 +240,6 @@ def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
 
 
 def _show(value: Any) -> str:  # noqa: ANN401
-    return ", ".join(map(_show, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return f"({', '.join(map(_show, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)

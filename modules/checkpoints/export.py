@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from modules.checkpoints.card import write_card
+from modules.checkpoints.card import UNLIMITED, write_card
 from modules.checkpoints.config import to_hugging_face
-from modules.checkpoints.names import TensorInfo
+from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo
 from modules.checkpoints.source import Source
-from modules.checkpoints.writer import new_folder, size_of, write_json, write_tensors
+from modules.checkpoints.writer import new_folder, write_json, write_tensors
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 ROUTER_BIAS = ".gate.e_score_correction_bias"
-"""End of the names that stay fp32 in bf16 models: values near 2^6 with differences below 2^-2, which bf16 cannot hold."""
+"""End of the names that stay fp32 in bf16 models: bf16 cannot hold differences below 2^-2 of values near 2^6."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,8 +41,6 @@ TOKENIZER_FILES = (
 """Files and folders that make up a tokenizer, those of older transformers among them."""
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 CODE_FILES = "*.py"
-OURS = ("_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a source's config.json that say how it was written, not what the model is."""
 
 
 class Exported(NamedTuple):
@@ -65,6 +64,8 @@ def export(
 ) -> Exported:
     """Write a model as a Hugging Face folder; one tensor (of a fit checkpoint: one stack of experts) is in memory.
 
+    A tied head is written out: transformers (5.23) ties none of this family and would start a head at random.
+
     Args:
         source: the model.
         output: folder to make; appears when it is complete.
@@ -78,8 +79,15 @@ def export(
         OSError: the disk is full; nothing is left behind.
     """
     tensors = stored_as(source.tensors, dtype)
+    tied = source.config.tie_word_embeddings
+    if tied:
+        tensors[HEAD] = tensors[EMBEDDING]
+
+    def read(name: str) -> Tensor:
+        return source.read(EMBEDDING if tied and name == HEAD else name)
+
     with new_folder(output) as target:
-        write_tensors(target, tensors, source.read, max_shard_bytes, report)
+        write_tensors(target, tensors, read, max_shard_bytes, report)
         code = _copy_files(source, target)
         write_json(target / CONFIG, hugging_face_config(source, tensors, code))
         write_json(target / GENERATION_CONFIG, generation_config(source))
@@ -103,28 +111,20 @@ def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code:
     """Return the content of config.json.
 
     Args:
-        source: the model; the keys of its own config.json survive unless they say how that file was written.
-        tensors: what is written; their dtype is the one transformers' `dtype="auto"` will load.
+        source: the model; keys of its own config.json that change no number of the network survive.
+        tensors: what is written; the dtype of most of it is the one that transformers' `dtype="auto"` loads.
         code: whether the source's own Python files travel along, for transformers without the architecture.
     """
     raw: dict[str, Any] = source.facts.get("config", {})
-    kept = {key: value for key, value in raw.items() if key not in OURS or (key == "auto_map" and code)}
-    generation, eos = source.generation, list(source.generation.eos_token_ids)
-    special = {
-        "bos_token_id": generation.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": generation.pad_token_id,
-    }
-    name = str(main_dtype(tensors)).removeprefix("torch.")
-    return {
-        "architectures": ["NemotronHForCausalLM"],
-        "model_type": "nemotron_h",
-        "dtype": name,
-        "torch_dtype": name,  # for transformers before 4.56
-        **special,
-        **kept,
-        **to_hugging_face(source.config),
-    }
+    config = to_hugging_face(source.config, main_dtype(tensors), source.generation, kept=raw)
+    del config["time_step_limit"]  # [0, inf] is every reader's default, and JSON has no infinity
+    if code:
+        config["auto_map"] = raw["auto_map"]
+    if "run" not in source.facts:
+        return config
+    config["time_step_min"] = UNLIMITED
+    data = source.facts["run"]["data"]["init_args"]
+    return {"max_position_embeddings": data["sequence_length"]} | config if "sequence_length" in data else config
 
 
 def generation_config(source: Source) -> dict[str, Any]:
@@ -144,11 +144,6 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     for info in tensors.values():
         elements[info.dtype] = elements.get(info.dtype, 0) + prod(info.shape)
     return max(elements, key=lambda dtype: elements[dtype])
-
-
-def total_size(tensors: Mapping[str, TensorInfo]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(map(size_of, tensors.values()))
 
 
 def _copy_files(source: Source, target: Path) -> bool:

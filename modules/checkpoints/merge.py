@@ -19,7 +19,14 @@ from modules.checkpoints.card import label
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.source import Source
 
-WITHOUT_NUMBERS = ("chunk_size", "initializer_range", "rescale_prenorm_residual", "time_step_min", "time_step_max", "time_step_floor")
+WITHOUT_NUMBERS = (
+    "chunk_size",
+    "initializer_range",
+    "rescale_prenorm_residual",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+)
 """Fields that change initial weights or speed only."""
 
 
@@ -94,7 +101,7 @@ def decay_weights(steps: Sequence[int], factor: Callable[[int, int], float]) -> 
     learning rate would have met other gradients.
 
     Args:
-        steps: optimiser steps k + 1 >= 2 of the checkpoints, rising; the decay begins at the first and ends at the last.
+        steps: optimiser steps k + 1 >= 2 of the checkpoints, rising; the decay goes from the first to the last.
         factor: `factor(u, n)`: learning rate of update u of n of the decay, as a share of the peak; in [0, 1], falling.
 
     Returns:
@@ -117,8 +124,7 @@ def check_same_network(first: Source, other: Source) -> None:
     differences = [
         f"{field.name} {getattr(first.config, field.name)!r} and {getattr(other.config, field.name)!r}"
         for field in fields(BackboneConfig)
-        if field.name not in WITHOUT_NUMBERS
-        and getattr(first.config, field.name) != getattr(other.config, field.name)
+        if field.name not in WITHOUT_NUMBERS and getattr(first.config, field.name) != getattr(other.config, field.name)
     ]
     if differences:
         raise ValueError(f"{first.path} and {other.path} are of different architectures: {', '.join(differences)}")

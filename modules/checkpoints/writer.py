@@ -103,8 +103,8 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, 
             room = max_bytes
         shards[-1].append(name)
         room -= size
-    if len(shards) <= 1:
-        return {WEIGHTS: names for names in shards}
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
 
 
