@@ -64,7 +64,7 @@ def write_fit_folder(
 def write_hf_folder(
     path: Path, network: Network, dtype: torch.dtype = torch.float32, tokenizer: bool = False, **keys: Any
 ) -> Path:
-    """A folder as transformers writes it: its own config.json (changed by `keys`), all but the router bias in `dtype`."""
+    """A folder as transformers writes it: its own config.json (with `keys`), all but router biases in `dtype`."""
     from transformers import NemotronHConfig
 
     NemotronHConfig(**dataclasses.asdict(network.config), dtype=dtype).save_pretrained(path)
