@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from modules.backbone.cache import AttentionState
 from modules.backbone.config import BackboneConfig
 from modules.ops.attention import attention
 from modules.ops.documents import DocumentLayout
@@ -24,9 +25,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, key_size)
         self.o_proj = Linear(query_size, config.hidden_size)
 
-    def forward(self, x: Tensor, documents: DocumentLayout | None) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; attends only inside documents."""
+    def forward(self, x: Tensor, documents: DocumentLayout | None, state: AttentionState | None = None) -> Tensor:
+        """Map [B, T, D] to [B, T, D]; attends inside documents, or to what `state` remembers too."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(attention(query, key, value, documents).flatten(-2))
+        out = attention(query, key, value, documents) if state is None else state.attend(query, key, value)
+        return self.o_proj(out.flatten(-2))

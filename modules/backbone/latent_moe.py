@@ -49,9 +49,9 @@ class LatentMoE(nn.Module):
         self.fc2_latent_proj = Linear(config.moe_latent_size, hidden) if config.moe_latent_size else None
         self.shared_experts = MLP(hidden, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Map [B, T, D] to ([B, T, D], `Routing`)."""
-        weights, experts, routing = self.gate(x)
+    def forward(self, x: Tensor, routed: bool = True) -> tuple[Tensor, Routing | None]:
+        """Map [B, T, D] to ([B, T, D], `Routing`, or None unless `routed`)."""
+        weights, experts, routing = self.gate(x, routed)
         latent = x if self.fc1_latent_proj is None else self.fc1_latent_proj(x)
         flat_latent, flat_weights, flat_experts = (tensor.flatten(0, 1) for tensor in (latent, weights, experts))
         out = self.dispatcher(flat_latent, flat_weights, flat_experts, self.num_experts, self.experts)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.backbone.attention import Attention
+from modules.backbone.cache import LayerState
 from modules.backbone.config import BackboneConfig
 from modules.backbone.latent_moe import LatentMoE
 from modules.backbone.mamba import Mamba2
@@ -37,25 +39,38 @@ class Layer(nn.Module):
         else:
             self.mixer = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, documents: DocumentLayout | None) -> tuple[Tensor, Routing | None]:
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Dtype of what the mixer hands on to later positions: keys and values, or what it convolves."""
+        if isinstance(self.mixer, Attention):
+            return self.mixer.k_proj.compute_dtype
+        return self.mixer.in_proj.compute_dtype if isinstance(self.mixer, Mamba2) else torch.float32
+
+    def forward(
+        self, x: Tensor, documents: DocumentLayout | None, state: LayerState | None = None, cached: bool = False
+    ) -> tuple[Tensor, Routing | None]:
         """Map [B, T, D] to ([B, T, D], `Routing` of a mixture layer or None).
+
+        With `cached`, attention and Mamba-2 go on from their `state`, and no `Routing` is worked out.
 
         With `checkpointed` set, activations are recomputed in the backward pass. The checkpoint lies inside the layer,
         hence inside FSDP2's hooks, and what the recomputation routes is thrown away: no load is counted twice.
         """
         if self.checkpointed and self.training:
             return checkpoint(self._run, x, documents, use_reentrant=False)
-        return self._run(x, documents)
+        return self._run(x, documents, state, cached)
 
-    def _run(self, x: Tensor, documents: DocumentLayout | None) -> tuple[Tensor, Routing | None]:
+    def _run(
+        self, x: Tensor, documents: DocumentLayout | None, state: LayerState | None = None, cached: bool = False
+    ) -> tuple[Tensor, Routing | None]:
         normed = self.norm(x)
         routing = None
         if isinstance(self.mixer, LatentMoE):
-            out, routing = self.mixer(normed)
+            out, routing = self.mixer(normed, routed=not cached)
         elif isinstance(self.mixer, MLP):
             out = self.mixer(normed)
         else:
-            out = self.mixer(normed, documents)
+            out = self.mixer(normed, documents, state)
         return x + out.to(x.dtype), routing
 
 

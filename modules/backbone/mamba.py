@@ -7,6 +7,7 @@ the gate before the norm; `out_proj`. `A_log`, `D` and `dt_bias` are fp32 always
 import torch
 from torch import Tensor, nn
 
+from modules.backbone.cache import MambaState
 from modules.backbone.config import BackboneConfig
 from modules.backbone.normalization import GatedGroupRMSNorm
 from modules.ops.convolution import causal_convolution
@@ -29,9 +30,12 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x: Tensor, documents: DocumentLayout | None) -> Tensor:
-        """Map [B, T, C] to [B, T, C] in the dtype of `x`, inside documents."""
-        return causal_convolution(x, self.weight.squeeze(1), self.bias, documents)
+    def forward(self, x: Tensor, documents: DocumentLayout | None, state: MambaState | None = None) -> Tensor:
+        """Map [B, T, C] to [B, T, C] in the dtype of `x`, inside documents or going on from `state`."""
+        weight = self.weight.squeeze(1)
+        if state is not None:
+            return state.convolve(x, weight, self.bias)
+        return causal_convolution(x, weight, self.bias, documents)
 
 
 class Mamba2(nn.Module):
@@ -55,21 +59,17 @@ class Mamba2(nn.Module):
         self.norm = GatedGroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size)
 
-    def forward(self, x: Tensor, documents: DocumentLayout | None) -> Tensor:
-        """Map [B, T, D] to [B, T, D]; the state starts anew at each document."""
+    def forward(self, x: Tensor, documents: DocumentLayout | None, state: MambaState | None = None) -> Tensor:
+        """Map [B, T, D] to [B, T, D]; starts anew at each document, or goes on from `state`."""
         gate, mixed, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        mixed = self.conv1d(mixed, documents)
+        mixed = self.conv1d(mixed, documents, state)
         inner, group_states = self.sizes[0], self.groups * self.state_size
         inputs, B, C = mixed.split([inner, group_states, group_states], dim=-1)
-        y = ssd(
-            inputs.unflatten(-1, (-1, self.head_dim)),
-            dt,
-            -torch.exp(self.A_log.float()),
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
-            self.D.float(),
-            self.dt_bias.float(),
-            documents,
-            self.chunk_size,
-        )
+        inputs = inputs.unflatten(-1, (-1, self.head_dim))
+        B, C = (tensor.unflatten(-1, (self.groups, -1)) for tensor in (B, C))
+        A, D, dt_bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
+        if state is None:
+            y = ssd(inputs, dt, A, B, C, D, dt_bias, documents, self.chunk_size)
+        else:
+            y = state.scan(inputs, dt, A, B, C, D, dt_bias, self.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), gate))

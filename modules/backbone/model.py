@@ -5,13 +5,15 @@ Parameter names are those of the open checkpoints (`backbone.layers.{i}.mixer...
 Shapes: B rows, T positions, D hidden, V vocabulary, M MTP depths.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.backbone.cache import Cache
 from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
@@ -89,6 +91,9 @@ class Network(nn.Module):
         document_ids: Tensor | None = None,
         mtp_depths: int = 0,
         boundaries: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: list[int] | None = None,
+        hold: bool = False,
     ) -> Output:
         """Run the network.
 
@@ -97,6 +102,10 @@ class Network(nn.Module):
             document_ids: int32 [B, T], see `PackedBatch`; None: each row is one document.
             mtp_depths: number M of MTP depths to compute.
             boundaries: int32 [n + 1], see `PackedBatch`; None: worked out from `document_ids`.
+            cache: what the rows hold so far, see `new_cache`: the tokens go on from there; no documents, MTP depths,
+                `Routing` or gradients then.
+            counts: [B] tokens of each row that are real (padding is on the right), with a cache; None: all.
+            hold: leave the cache as it is until `Cache.advance` says how many tokens it takes over.
 
         Returns:
             `Output`; the head is applied by the loss or by `logits`.
@@ -104,6 +113,8 @@ class Network(nn.Module):
         Raises:
             ValueError: if MTP depths are asked of a network without an MTP block.
         """
+        if cache is not None:
+            return self._continue(tokens, cache, counts, hold)
         documents = None if document_ids is None else DocumentLayout(document_ids, boundaries)
         x = self.backbone.embeddings(tokens)
         routings: list[Routing] = []
@@ -116,6 +127,49 @@ class Network(nn.Module):
         hidden = self.backbone.norm_f(x)
         mtp_hidden, mtp_routings = self._run_mtp(hidden, tokens, documents, mtp_depths)
         return Output(hidden, mtp_hidden, routings + mtp_routings)
+
+    def draft(
+        self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None, hold: bool = False
+    ) -> Tensor:
+        """Apply the MTP block once, going on from what `cache` holds.
+
+        Args:
+            tokens: int64 [B, T], the token one ahead of each position.
+            hidden: [B, T, D], normalised hidden states of the network, or of this method for the position before.
+            cache: see `new_mtp_cache`.
+            counts: as in `forward`.
+            hold: as in `forward`.
+
+        Returns:
+            [B, T, D], normalised; `logits` of it predict the token two ahead of each position.
+        """
+        assert self.mtp is not None, "the network has an MTP block"
+        cache.begin(tokens.shape[1], counts, hold)
+        drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
+        if not hold:
+            cache.end(tokens.shape[1], counts)
+        return drafted
+
+    def new_cache(
+        self,
+        rows: int,
+        capacity: int,
+        state_dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> Cache:
+        """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`."""
+        return self._cache_of(self.backbone.layers, rows, capacity, state_dtype, generator)
+
+    def new_mtp_cache(
+        self,
+        rows: int,
+        capacity: int,
+        state_dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> Cache:
+        """Return an empty cache of the MTP block; see `Cache`."""
+        assert self.mtp is not None, "the network has an MTP block"
+        return self._cache_of(self.mtp.layers, rows, capacity, state_dtype, generator)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V]."""
@@ -156,6 +210,34 @@ class Network(nn.Module):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.checkpointed = True
+
+    def _continue(self, tokens: Tensor, cache: Cache, counts: list[int] | None, hold: bool) -> Output:
+        cache.begin(tokens.shape[1], counts, hold)
+        x = self.backbone.embeddings(tokens)
+        for layer, state in zip(self.backbone.layers, cache.states, strict=True):
+            x, _ = layer(x, None, state, True)
+        if not hold:
+            cache.end(tokens.shape[1], counts)
+        return Output(self.backbone.norm_f(x), [], [])
+
+    def _cache_of(
+        self,
+        layers: Iterable[nn.Module],
+        rows: int,
+        capacity: int,
+        state_dtype: torch.dtype,
+        generator: torch.Generator | None,
+    ) -> Cache:
+        kinds = [(cast(Layer, layer).letter, cast(Layer, layer).state_dtype) for layer in layers]
+        return Cache(
+            self.config,
+            kinds,
+            rows=rows,
+            capacity=capacity,
+            state_dtype=state_dtype,
+            device=self.backbone.embeddings.weight.device,
+            generator=generator,
+        )
 
     def _run_mtp(
         self, hidden: Tensor, tokens: Tensor, documents: DocumentLayout | None, depths: int

@@ -8,6 +8,7 @@ applied further than it was trained. Embedding and head are the backbone's.
 import torch
 from torch import Tensor, nn
 
+from modules.backbone.cache import Cache
 from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.normalization import RMSNorm
@@ -37,7 +38,7 @@ class MTPBlock(nn.Module):
         self.layers[-1].add_module("final_layernorm", RMSNorm(size, epsilon))
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, documents: DocumentLayout | None
+        self, embedded: Tensor, hidden: Tensor, documents: DocumentLayout | None, cache: Cache | None = None
     ) -> tuple[Tensor, list[Routing]]:
         """Apply the block at one depth.
 
@@ -45,6 +46,7 @@ class MTPBlock(nn.Module):
             embedded: [B, T, D], embedding of the token `depth` positions ahead.
             hidden: [B, T, D], normalised hidden state of the depth before.
             documents: borders of the documents.
+            cache: what the block remembers of the positions before, begun; no `Routing` is then worked out.
 
         Returns:
             (normalised hidden state [B, T, D], `Routing` of each mixture layer).
@@ -52,9 +54,10 @@ class MTPBlock(nn.Module):
         enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
         x = eh_proj(torch.cat([enorm(embedded), hnorm(hidden)], dim=-1)).to(hidden.dtype)
         routings = []
-        for layer in self.layers:
-            x, routing = layer(x, documents)
-            if self.observer is not None:
+        for number, layer in enumerate(self.layers):
+            state = None if cache is None else cache.states[number]
+            x, routing = layer(x, documents, state, cache is not None)
+            if self.observer is not None and cache is None:
                 self.observer(layer, x, routing)
             if routing is not None:
                 routings.append(routing)

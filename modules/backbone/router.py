@@ -46,11 +46,11 @@ class Router(nn.Module):
             torch.empty(config.n_routed_experts, dtype=torch.float32, device=self.weight.device),
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
+    def forward(self, x: Tensor, routed: bool = True) -> tuple[Tensor, Tensor, Routing | None]:
         """Route [B, T, D].
 
         Returns:
-            (weights fp32 [B, T, K], expert ids int64 [B, T, K], `Routing`).
+            (weights fp32 [B, T, K], expert ids int64 [B, T, K], `Routing`, or None unless `routed`).
         """
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         choice = self._limit_groups(scores.detach() + self.e_score_correction_bias)
@@ -58,11 +58,14 @@ class Router(nn.Module):
         weights = scores.gather(-1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.scaling_factor
+        if not routed:
+            return weights, experts, None
         flat = experts.flatten(1)
         counts = torch.zeros(*flat.shape[:1], scores.shape[-1], dtype=torch.int64, device=x.device)
         counts.scatter_add_(1, flat, torch.ones_like(flat))
         routing = Routing(scores / (scores.sum(-1, keepdim=True) + 1e-20), counts)
-        return weights * self.scaling_factor, experts, routing
+        return weights, experts, routing
 
     def _limit_groups(self, choice: Tensor) -> Tensor:
         """Set the scores of all but the best groups to -inf."""

@@ -50,6 +50,64 @@ def chunked_scan(
     return _ChunkedScan.apply(x, dt, A, B, C, D, ids, min(chunk_size, x.shape[1]))
 
 
+def continued_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Run the scan from a state, without gradients.
+
+    Args:
+        x: [B, T, H, P], fp32 or bf16.
+        dt: fp32 [B, T, H], final step sizes; 0 leaves the state as it is.
+        A: fp32 [H], negative.
+        B: [B, T, G, N], dtype of `x`.
+        C: [B, T, G, N], dtype of `x`.
+        D: fp32 [H], skip weight.
+        state: fp32 [B, H, P, N].
+        chunk_size: q.
+
+    Returns:
+        (y [B, T, H, P] in the dtype of `x`, state after the last position, fp32 [B, H, P, N]).
+    """
+    inner = state.unflatten(1, (B.shape[2], -1)).permute(1, 0, 4, 2, 3)
+    y, inner = _run(x, dt, A, B, C, D, None, min(chunk_size, x.shape[1]), inner, None)
+    return y, inner.permute(1, 0, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+def _run(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    ids: Tensor | None,
+    chunk_size: int,
+    state: Tensor | None,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return (y, state after the last position fp32 [G, B, N, R, P]); add what the backward pass needs to `kept`."""
+    groups = B.shape[2]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part in _stretches(x, chunk_size):
+        inputs = _lay_out(x[:, part], dt[:, part], B[:, part], C[:, part], chunk_size)
+        decays = _decay(inputs.dt, A, _chunk_ids(ids, part, chunk_size), x.dtype)
+        shape = inputs.u.shape
+        scores = torch.bmm(inputs.C, inputs.B.transpose(1, 2))
+        mixed = decays.inside * scores.view(groups, *shape[2:5], shape[4])
+        out = torch.bmm(mixed.flatten(0, 3), inputs.u.flatten(0, 3)).view(shape).float()
+        weighted = _weigh(_heads_last(inputs.u), decays.to_end)
+        added = torch.bmm(inputs.B.transpose(1, 2), weighted.flatten(0, 2).flatten(2))
+        before, state = _carry(state, decays.whole, added.view(*shape[1:4], -1, shape[0], shape[5]))
+        across = torch.bmm(inputs.C, before.flatten(0, 2).flatten(2)).view(weighted.shape)
+        out.addcmul_(_heads_first(across), decays.from_start.unsqueeze(-1))
+        out.addcmul_(inputs.x, _per_head(D, groups, 4))
+        y[:, part] = _join_heads(out)[:, : part.stop - part.start]
+        if kept is not None:
+            kept += [*decays, scores, before, across]
+    assert state is not None, "a scan has at least one position"
+    return y, state
+
+
 class _Inputs(NamedTuple):
     """One stretch of the inputs, heads first."""
 
@@ -91,27 +149,9 @@ class _ChunkedScan(Function):
         ids: Tensor | None,
         chunk_size: int,
     ) -> Tensor:
-        groups = B.shape[2]
         ctx.chunk_size = chunk_size
         kept: list[Tensor] = []
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        state: Tensor | None = None
-        for part in _stretches(x, chunk_size):
-            inputs = _lay_out(x[:, part], dt[:, part], B[:, part], C[:, part], chunk_size)
-            decays = _decay(inputs.dt, A, _chunk_ids(ids, part, chunk_size), x.dtype)
-            shape = inputs.u.shape
-            scores = torch.bmm(inputs.C, inputs.B.transpose(1, 2))
-            mixed = decays.inside * scores.view(groups, *shape[2:5], shape[4])
-            out = torch.bmm(mixed.flatten(0, 3), inputs.u.flatten(0, 3)).view(shape).float()
-            weighted = _weigh(_heads_last(inputs.u), decays.to_end)
-            added = torch.bmm(inputs.B.transpose(1, 2), weighted.flatten(0, 2).flatten(2))
-            before, state = _carry(state, decays.whole, added.view(*shape[1:4], -1, shape[0], shape[5]))
-            across = torch.bmm(inputs.C, before.flatten(0, 2).flatten(2)).view(weighted.shape)
-            out.addcmul_(_heads_first(across), decays.from_start.unsqueeze(-1))
-            out.addcmul_(inputs.x, _per_head(D, groups, 4))
-            y[:, part] = _join_heads(out)[:, : part.stop - part.start]
-            if any(ctx.needs_input_grad):
-                kept += [*decays, scores, before, across]
+        y, _ = _run(x, dt, A, B, C, D, ids, chunk_size, None, kept if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(x, dt, A, B, C, D, ids, *kept)
         return y
 
