@@ -136,6 +136,16 @@ def test_models_of_another_architecture_are_refused(tmp_path: Path):
     MergedSource([first, speed], [1, 1], "")
 
 
+def test_fields_that_no_layer_uses_may_differ(tmp_path: Path):
+    """config.json has transformers' defaults for them."""
+    network = make_network(tiny_config(hybrid_override_pattern="ME*", intermediate_size=0))
+    first = open_model(write_fit_folder(tmp_path / "a", network))
+    export(first, tmp_path / "b", max_shard_bytes=10**9, report=lambda line: None)
+    other = open_model(tmp_path / "b")
+    assert other.config.intermediate_size != 0
+    MergedSource([first, other], [1, 1], "")
+
+
 def test_another_tokenizer_is_noted(tmp_path: Path):
     network = make_network(tiny_config(vocab_size=288))
     sources = [open_model(write_fit_folder(tmp_path / name, network, tokenizer=True)) for name in "ab"]
