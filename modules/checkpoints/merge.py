@@ -84,7 +84,7 @@ def decay_weights(steps: Sequence[int], factor: Callable[[int, int], float]) -> 
 
         c_0 = 1 - w_1,   c_j = w_j - w_{j+1},   c_k = w_k
 
-    (WSM, arXiv 2507.17634; Nemotron 3 Super takes minus-sqrt for w, section 2.5 of its report). Between checkpoints that
+    (WSM, arXiv 2507.17634; Nemotron 3 Super takes minus-sqrt for w, section 2.5). Between checkpoints that
     are several updates apart the share cannot change: w_j is then the decay's mean over the updates from checkpoint
     j - 1 to j, which moves as far in all as the decay would. What the average cannot have is that a run with a lower
     learning rate would have met other gradients.

@@ -1,5 +1,6 @@
 """What is exported is what transformers loads, and what comes back to the bit."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,29 @@ def test_transformers_and_import_agree(tmp_path: Path, transformers_module: Any,
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert_close(ours.logits(ours(tokens).hidden), model(tokens, use_cache=False).logits, 1e-4, "logits")
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_what_transformers_saved_comes_out_the_same(tmp_path: Path, transformers_module: Any, changes: dict[str, Any]):
+    """In bf16, with fp32 router biases, but for the MTP block, which transformers drops."""
+    fields = dataclasses.asdict(tiny_config(**{"moe_shared_expert_intermediate_size": 12} | changes))
+    fields["moe_shared_expert_intermediate_size"] = fields["moe_shared_expert_intermediate_size"] or 1
+    torch.manual_seed(0)
+    model = transformers_module.NemotronHForCausalLM(transformers_module.NemotronHConfig(**fields)).bfloat16()
+    for layer in model.model.layers:
+        if layer.block_type == "moe":
+            layer.mixer.gate.e_score_correction_bias = 64 + torch.rand(8)
+    model.save_pretrained(tmp_path / "theirs")
+    written = write(tmp_path / "theirs", tmp_path / "ours")
+    assert_same_tensors(stored_tensors(written), stored_tensors(tmp_path / "theirs"))
+    _, info = transformers_module.AutoModelForCausalLM.from_pretrained(written, output_loading_info=True)
+    assert not any(info.values()), info
+    theirs, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
+    ignored = {"transformers_version", "time_step_limit", "tie_word_embeddings"}
+    ignored |= {"num_nextn_predict_layers", "mtp_layers_block_type"}
+    assert {key: ours.get(key) for key in theirs if key not in ignored} == {
+        key: value for key, value in theirs.items() if key not in ignored
+    }
 
 
 def test_bf16_is_what_the_open_checkpoints_have(tmp_path: Path):
