@@ -93,7 +93,7 @@ IGNORED = {
     *("use_cache", "use_mamba_kernels", "num_logits_to_keep", "output_router_logits", "mamba_ssm_cache_dtype"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "expand", "mamba_expand"),
     *("moe_shared_expert_overlap", "attention_dropout", "hidden_dropout", "rope_theta", "partial_rotary_factor"),
-    *("time_step_rank", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type"),
+    *("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "num_hidden_layers", "n_shared_experts"),
 }
 """Fields that change no number of the network (dropout: at inference; see `notes`)."""

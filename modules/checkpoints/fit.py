@@ -117,7 +117,9 @@ def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML ({error}); copy the checkpoint again") from None
+        raise ValueError(
+            f"{file} is not valid YAML ({' '.join(str(error).split())}); copy the checkpoint again"
+        ) from None
     if not isinstance(run, dict):
         raise ValueError(f"{file} is no configuration of a run; copy the checkpoint again")
     return run

@@ -43,7 +43,10 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
     Raises:
         ValueError: the MODEL cannot be read, or does not fit the run's backbone; names the keys that differ.
     """
-    source = open_model(path)
+    try:
+        source = open_model(path)
+    except ValueError as error:
+        raise ValueError(f"model.init_from: {error}") from None
     check_fits(network.config, source.config, path)
     lines = [str(source.path), *source.notes]
     if source.config.num_nextn_predict_layers and network.mtp is None:
