@@ -43,7 +43,8 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> 
     if "merge" in source.facts:
         parts += ["## Merge", *_merge(source.facts["merge"])]
     if "run" in source.facts:
-        parts += ["## Training", _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
+        title = "## Training of the first model" if "merge" in source.facts else "## Training"
+        parts += [title, _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
     if metrics := source.facts.get("manifest", {}).get("metrics"):
         rows = [
             (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()

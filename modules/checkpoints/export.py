@@ -121,7 +121,8 @@ def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code:
         code: whether the source's own Python files travel along, for transformers without the architecture.
     """
     raw: dict[str, Any] = source.facts.get("config", {})
-    config = to_hugging_face(source.config, main_dtype(tensors), source.generation, kept=raw)
+    generation = None if raw else source.generation  # what generation_config.json says stays there
+    config = to_hugging_face(source.config, main_dtype(tensors), generation, kept=raw)
     if code:
         config["auto_map"] = raw["auto_map"]
     if "run" not in source.facts:
@@ -152,15 +153,14 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
 
 def _copy_files(source: Source, target: Path) -> bool:
     """Copy tokenizer, licence and what else belongs to a model; return whether Python files are among them."""
-    if source.tokenizer_folder is not None:
-        for name in TOKENIZER_FILES:
-            path = source.tokenizer_folder / name
-            if path.is_dir():
-                shutil.copytree(path, target / name)
-            elif path.is_file():
-                shutil.copyfile(path, target / name)
+    for name in TOKENIZER_FILES:
+        path = (source.tokenizer_folder or source.path) / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        elif path.is_file():
+            shutil.copyfile(path, target / name)
     code = list(source.path.glob(CODE_FILES)) if "auto_map" in source.facts.get("config", {}) else []
-    legal = [path for pattern in LEGAL_FILES for path in source.path.glob(pattern)]
+    legal = [path for pattern in LEGAL_FILES for path in source.path.glob(pattern) if path.is_file()]
     for path in [*code, *legal]:
         shutil.copyfile(path, target / path.name)
     return bool(code)

@@ -191,6 +191,7 @@ def test_what_a_source_says_beyond_the_network_travels_along(tmp_path: Path, tra
     assert config["max_position_embeddings"] == 262144
     assert config["some_engine_hint"] == {"a": [1]}
     assert config["auto_map"] == {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}
+    assert config["eos_token_id"] == 2, "its own, beside that of generation_config.json"
     assert config["time_step_min"] == 0.001, "what another's model was made with is not known"
     assert json.loads((written / "generation_config.json").read_text()) == generation
     assert transformers_module.GenerationConfig.from_pretrained(written).top_p == 0.95
