@@ -31,7 +31,7 @@ def test_a_run_is_exported_by_its_newest_checkpoint(run: Path, tmp_path: Path, c
 def test_mistakes_of_export_cost_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "hf"
     assert "holds files already" in refusal(capsys, "export", run, "--output", run)
-    assert "there is no such folder" in refusal(capsys, "export", tmp_path / "none", "--output", output)
+    assert "does not exist" in refusal(capsys, "export", tmp_path / "none", "--output", output)
     assert "is no size" in refusal(capsys, "export", run, "--output", output, "--max_shard_size", "5 elephants")
     assert "--dtype" in refusal(capsys, "export", run, "--output", output, "--dtype", "fp16")
     assert not output.exists()
