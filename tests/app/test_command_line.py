@@ -42,6 +42,19 @@ def test_arguments_reach_the_function():
     assert CALLS == [(["a", "b"], "c", ["d", "e"], 2, 0.5)]
 
 
+@pytest.mark.parametrize(
+    "args", [["--share", "1", "2.5"], ["--share=1", "--share=2.5"], ["--share", "1", "--share=2.5"]]
+)
+def test_a_list_of_numbers_takes_several_values(monkeypatch, args):
+    def weigh(paths: list[str], *, share: list[float] | None = None) -> None:
+        CALLS.append((paths, share))
+
+    monkeypatch.setattr(sys.modules["app.commands.pack"], "pack", weigh)
+    call("pack", ["a", "b", *args])
+    call("pack", ["a"])
+    assert CALLS == [(["a", "b"], [1.0, 2.5]), (["a"], None)]
+
+
 def test_a_number_is_the_exit_code():
     assert call("pack", ["a", "--output=c", "--also=d", "--workers=9"]) == 3
 
