@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from app.errors import UserError
+
 
 def evaluate(
     model: Path,
@@ -59,15 +61,22 @@ def evaluate(
     Raises:
         ValueError: a task, file or option is wrong; the message names it and the mend.
     """
+    for name, number in (
+        ("limit", limit),
+        ("max_length", max_length),
+        ("batch_size", batch_size),
+        ("batch_tokens", batch_tokens),
+    ):
+        if number is not None and number < 1:
+            raise UserError(f"{name}: {number} must be at least 1")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's and datasets' bars; read when tqdm is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the harness and of datasets
     import random
 
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate as run
 
-    from app.errors import UserError
     from app.evaluation.harness import HarnessModel, prefix_id
     from app.evaluation.report import describe, write_results, write_samples
     from app.evaluation.tasks import load_tasks
@@ -76,9 +85,6 @@ def evaluate(
     from modules.checkpoints.load import load_model
     from modules.checkpoints.source import open_model
 
-    for name, number in (("limit", limit), ("max_length", max_length), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise UserError(f"{name}: {number} must be at least 1")
     where, source = choose_device(device), open_model(model)
     tokenizer = open_tokenizer(source)
     template = ChatTemplate(tokenizer) if apply_chat_template else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from app.errors import UserError
 from app.rows_file import Answers, read_rows
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def score(
     Raises:
         ValueError: a file, row or option is wrong; the message names it and the mend.
     """
-    from app.errors import UserError
     from app.models import choose_device
     from app.scoring.rows import Reader, same_vocabulary
     from app.scoring.summary import describe, summarise
