@@ -35,7 +35,7 @@ def single(network, tmp_path) -> Path:
 
 
 def message(path: Path) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         load_model(path)
     text = str(caught.value)
     assert "\n" not in text
@@ -106,7 +106,7 @@ def test_bytes_after_the_end(single):
         (lambda header: header.update({HEAD: 3}), f"damaged at tensor {HEAD}"),
         (
             lambda header: header[HEAD].update(dtype="F64"),
-            f"tensor {HEAD} has dtype F64, but weights must be F32, BF16",
+            f"tensor {HEAD} has dtype F64, but weights must be F32",
         ),
     ],
 )
@@ -156,18 +156,14 @@ def test_values_that_are_not_finite(sharded, dtype, value):
 
     file = holder(sharded)
     edit_tensors(file, spoil)
-    assert message(sharded).startswith(
-        f"PATH/{file.name}: tensor {HEAD} holds 1 values of 2048 that are NaN or infinite"
-    )
+    answer = f"PATH/{file.name}: tensor {HEAD} holds 1 values of 2048 that are NaN or infinite"
+    assert message(sharded).startswith(answer)
 
 
 def test_missing_tensor(single):
-    edit_tensors(
-        single / "model.safetensors", lambda tensors: tensors.pop("backbone.layers.1.mixer.experts.5.up_proj.weight")
-    )
-    assert "1 tensor is missing in its weight files (backbone.layers.1.mixer.experts.5.up_proj.weight)" in message(
-        single
-    )
+    name = "backbone.layers.1.mixer.experts.5.up_proj.weight"
+    edit_tensors(single / "model.safetensors", lambda tensors: tensors.pop(name))
+    assert f"1 tensor is missing in its weight files ({name})" in message(single)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +274,7 @@ def test_generation_config_that_is_wrong(single):
 
 
 def test_no_model_at_all(tmp_path):
-    assert "there is no such folder" in message(tmp_path / "nowhere")
+    assert "does not exist" in message(tmp_path / "nowhere")
     assert "PATH is no MODEL" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nemotron_h"}')
     (tmp_path / "pytorch_model.bin").touch()
