@@ -1,14 +1,28 @@
 """What commands that run a MODEL have in common: its tokenizer, and the device it runs on."""
 
+import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from app.errors import UserError
 from datamodules.tokenizer import Tokenizer
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import Source, open_model
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+def open_source(model: Path) -> Source:
+    """Open a MODEL and say on stderr what the user should know of how it was read.
+
+    Raises:
+        ValueError: it is no MODEL, or damaged.
+    """
+    source = open_model(model)
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    return source
 
 
 def open_tokenizer(source: Source) -> Tokenizer:

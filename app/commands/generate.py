@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.errors import UserError
-from app.loading import Device, load_network, open_source
 
 if TYPE_CHECKING:
     from app.rows_file import Answers
@@ -37,7 +36,7 @@ def generate(
     draft_tokens: int = 0,
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     state_dtype: Literal["fp32", "fp16"] = "fp32",
-    device: Device = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Let a model go on with prompts.
 
@@ -51,7 +50,7 @@ def generate(
     Args:
         model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
         prompt: Text to go on with; the completion goes to stdout, on a terminal as it comes.
-        prompts: JSONL file of prompts, each row with `prompt` or `messages`.
+        prompts: JSONL file of prompts, each row with `prompt`, `messages` or `prompt_ids`.
         output: JSONL file of the completions of --prompts, rows in the same order.
         max_new_tokens: Tokens of a completion at most.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
@@ -78,19 +77,26 @@ def generate(
         raise UserError("--stop: a stop string is empty; leave it out")
     import torch
 
-    from app.prompts import PromptEncoder
+    from app.models import choose_device, open_source, open_tokenizer
     from app.rows_file import Answers, read_rows
+    from app.scoring.rows import Reader
+    from modules.checkpoints.load import load_model
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    rows = [{"prompt": prompt}] if prompts is None else read_rows(prompts)
-    source, tokenizer = open_source(model)
+    where, rows = choose_device(device), [{"prompt": prompt}] if prompts is None else read_rows(prompts)
+    source = open_source(model)
+    tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
     if stop and tokenizer is None:
         raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
-    encoder = PromptEncoder(source, tokenizer)
+    reader = Reader(source)
     names = ["--prompt"] if prompts is None else [f"{prompts}:{line}" for line in range(1, len(rows) + 1)]
-    encoded = [encoder.encode(row, name) for row, name in zip(rows, names, strict=True)]
+    encoded = [reader.prompt(row, name) for row, name in zip(rows, names, strict=True)]
+    for tokens, name in zip(encoded, names, strict=True):
+        if not tokens:
+            raise UserError(f"{name}: the prompt is empty; give it at least one token")
+    eos_ids = [] if ignore_eos else [*source.generation.eos_token_ids, *reader.turn_ends]
     requests = [
         engine.Request(tokens=tokens, max_new_tokens=max_new_tokens, key=(number, sample))
         for number, tokens in enumerate(encoded)
@@ -101,10 +107,10 @@ def generate(
     def prepare() -> Complete:
         return functools.partial(
             engine.generate,
-            load_network(source, dtype, device),
+            load_model(source.path, dtype, where).network,
             requests,
             sampling,
-            eos_ids=() if ignore_eos else encoder.eos_ids,
+            eos_ids=eos_ids,
             decode=None if tokenizer is None else tokenizer.decode,
             state_dtype=torch.float16 if state_dtype == "fp16" else torch.float32,
             **choices,
@@ -133,19 +139,19 @@ def generate(
 
 def print_completions(complete: Complete, samples: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
+    from app.terminal import write_text
+
+    def on_text(_: int, text: str) -> None:
+        write_text(text)
+
     streams = sys.stdout.isatty() and samples == 1
     statistics = Statistics()
-    for sample, completion in enumerate(complete(on_text=write_piece if streams else None)):
+    for sample, completion in enumerate(complete(on_text=on_text if streams else None)):
         statistics.add(completion)
         if samples > 1:
             print(f"--- sample {sample} ({completion.finish})")
-        print("" if streams else completion.text, flush=True)
+        write_text("\n" if streams else f"{completion.text}\n")
     print(statistics, file=sys.stderr)
-
-
-def write_piece(_: int, text: str) -> None:
-    """Write a piece of text to the terminal."""
-    print(text, end="", flush=True)
 
 
 def write_completions(complete: Complete, rows: list[dict[str, Any]], samples: int, answers: "Answers") -> None:

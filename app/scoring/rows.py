@@ -1,4 +1,4 @@
-"""The rows that `score` reads: which tokens they are, and which of them are the completion."""
+"""The rows that `score` and `generate` read: which tokens they are, and which of them are the completion."""
 
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -61,6 +61,30 @@ class Reader:
         keys = ", ".join(row) or "no key"
         raise UserError(f"{where}: a row needs text, or prompt and completion, or messages; this one has {keys}")
 
+    def prompt(self, row: dict[str, Any], where: str) -> list[int]:
+        """Return the tokens of a row's prompt: `prompt_ids`, the text `prompt`, or the turns `messages`.
+
+        Args:
+            row: the row.
+            where: how to name it in an error (FILE:LINE).
+
+        Raises:
+            UserError: it has none of them, or a value is wrong.
+        """
+        if "prompt_ids" in row:
+            return self._ids(row, "prompt_ids", where)
+        if "prompt" in row:
+            return self.tokenizer.encode_prompt(text_of(row, "prompt", where))
+        if "messages" in row:
+            return self._render(row["messages"], where, answer=True)
+        raise UserError(f"{where}: the row has no prompt (prompt, prompt_ids or messages); add one")
+
+    @property
+    def turn_ends(self) -> list[int]:
+        """Tokens that end the assistant's turn in the conversations read so far; none if there was no conversation."""
+        end = self.template.turn_end() if "template" in vars(self) else None
+        return [] if end is None else [end]
+
     def token_bytes(self) -> list[int] | None:
         """Return the UTF-8 bytes of each of the V ids; None without a tokenizer, or if its tokens stand for none."""
         if self._source.tokenizer_folder is None:
@@ -80,14 +104,7 @@ class Reader:
 
     def _completed(self, row: dict[str, Any], where: str) -> Tokens:
         """Return prompt and completion, each tokenised by itself, as a completion that was generated is."""
-        if "prompt_ids" in row:
-            prompt = self._ids(row, "prompt_ids", where)
-        elif "prompt" in row:
-            prompt = self.tokenizer.encode_prompt(text_of(row, "prompt", where))
-        elif "messages" in row:
-            prompt = self._render(row["messages"], where, answer=True)
-        else:
-            raise UserError(f"{where}: the row has a completion, but no prompt (prompt, prompt_ids or messages)")
+        prompt = self.prompt(row, where)
         if "completion_ids" in row:
             completion = self._ids(row, "completion_ids", where)
         else:

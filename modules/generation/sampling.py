@@ -94,11 +94,13 @@ def _least_of_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     They are few as a rule: the most likely ones are sorted first (sorting all costs as much as a small network).
     """
     vocabulary = probabilities.shape[-1]
-    for count in (min(_FEW, vocabulary), vocabulary):
+    count = min(_FEW, vocabulary)
+    while True:
         likely = probabilities.topk(count).values
         sums = likely.cumsum(-1, dtype=torch.float64)
-        if (sums[..., -1] >= top_p).all():
+        if count == vocabulary or (sums[..., -1] >= top_p).all():
             break
+        count = min(8 * count, vocabulary)
     kept = (sums - likely < top_p).sum(-1, keepdim=True)
     return likely.gather(-1, kept - 1)
 
