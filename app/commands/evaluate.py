@@ -80,12 +80,11 @@ def evaluate(
     from app.evaluation.harness import HarnessModel, prefix_id
     from app.evaluation.report import describe, write_results, write_samples
     from app.evaluation.tasks import load_tasks
-    from app.models import choose_device, open_tokenizer
+    from app.models import choose_device, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
     from modules.checkpoints.load import load_model
-    from modules.checkpoints.source import open_model
 
-    where, source = choose_device(device), open_model(model)
+    where, source = choose_device(device), open_source(model)
     tokenizer = open_tokenizer(source)
     template = ChatTemplate(tokenizer) if apply_chat_template else None
     prefix = prefix_id(tokenizer, prefix_token)

@@ -172,7 +172,7 @@ def test_bf16_is_near_and_another_answer(scored, program, models, tmp_path) -> N
     [
         ({"txt": "a"}, ":2: a row needs text, or prompt and completion, or messages; this one has txt"),
         ({"text": 1}, ":2: text must be a text"),
-        ({"completion": "a"}, ":2: the row has a completion, but no prompt"),
+        ({"completion": "a"}, ":2: the row has no prompt"),
         ({"prompt": "a"}, ":2: a row needs text"),
         ({"token_ids": [1, 10**6]}, ":2: token_ids must be a list of token ids from 0 to"),
         ({"token_ids": [1], "completion_start": 2}, ":2: completion_start must be a position"),
