@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from app.errors import UserError
 
@@ -36,8 +36,8 @@ def evaluate(
 
     Texts begin with BOS only where the tokenizer says so. A text without context (rolling perplexity, an empty prompt)
     follows one prefix token, as in the harness: BOS, or the end-of-text token if there is no BOS. A model of `fit` has
-    seen neither at the beginning of a document, so its first token of each text costs a few bits more than in `score`,
-    which does not count it.
+    seen neither at the beginning of a document: its guess of the first token is nearly uniform, so that each text costs
+    about log2(vocabulary) bits more than in `score`, which does not count first tokens.
 
     Args:
         model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
@@ -89,6 +89,8 @@ def evaluate(
     template = ChatTemplate(tokenizer) if apply_chat_template else None
     prefix = prefix_id(tokenizer, prefix_token)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("tasks: name at least one task")
     loaded = load_tasks(names, tasks_path, num_fewshot, seed)
     lm = HarnessModel(
         load_model(source.path, dtype, where).network,
@@ -104,7 +106,7 @@ def evaluate(
     random.seed(0)  # of Python, numpy and torch as the harness's own program: tasks may draw from them
     np.random.seed(1234)
     torch.manual_seed(1234)
-    results = run(
+    found = run(
         lm,
         task_dict=loaded,
         limit=limit,
@@ -112,6 +114,7 @@ def evaluate(
         fewshot_as_multiturn=apply_chat_template,
         system_instruction=system_instruction,
     )
+    results = cast("dict[str, Any]", found)
     settings = {
         "model": str(source.path),
         "tasks": names,

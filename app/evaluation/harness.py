@@ -8,7 +8,7 @@ are text without special tokens.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -124,7 +124,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the completion of each context, up to a stop string."""
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, Request]]] = defaultdict(list)
-        for number, (context, settings) in enumerate(request.args for request in requests):
+        for number, request in enumerate(requests):
+            context, settings = cast("tuple[str, dict[str, Any]]", request.args)
             sampling, stop, count = read_settings(settings, self._seed)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             if self._max_length is not None:
