@@ -1,6 +1,7 @@
 """What is in memory after loading: dtypes, formats, the peak of memory; folders of fit and of Hugging Face alike."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.config import to_hugging_face
+from modules.checkpoints.config import make_config, to_hugging_face
 from modules.checkpoints.load import load_model
 from modules.checkpoints.names import public_names, public_shapes
 from modules.checkpoints.source import open_model
@@ -51,6 +53,14 @@ def test_names_and_shapes_are_those_of_the_network(network):
         *(f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight" for expert in range(8)),
         "backbone.layers.1.mixer.experts.0.down_proj.weight",
     ]
+
+
+def test_super_has_the_published_number_of_tensors_and_elements():
+    """NVIDIA's conversion card: 42,683 tensors, 123,611,033,088 elements, one shared MTP block among them."""
+    config = make_config(yaml.safe_load((ROOT / "configs" / "model" / "super.yaml").read_text()), Path("super.yaml"))
+    shapes = public_shapes(config)
+    assert len(shapes) == 42_683
+    assert sum(math.prod(shape) for shape in shapes.values()) == 123_611_033_088
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float16])

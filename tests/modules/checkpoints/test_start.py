@@ -70,16 +70,7 @@ def test_a_run_starts_from_a_model(tmp_path, kind):
     assert module.initial_weights == [str(module.init_from)]
 
 
-def test_a_run_that_goes_on_does_not_look_for_the_model(tmp_path):
-    from tests.modules.helpers import ListData, make_trainer
-
-    module = make_module(init_from=tmp_path / "gone")
-    module.trainer = make_trainer()
-    module.trainer.datamodule = ListData([])
-    module.trainer._checkpoint_connector._ckpt_path = "checkpoint"
-    assert module.trainer.ckpt_path == "checkpoint"
-    module.configure_model()
-    assert module.initial_weights == []
+def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"model\.init_from: .*gone does not exist"):
         build(make_module(init_from=tmp_path / "gone"))
 
