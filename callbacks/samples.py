@@ -5,9 +5,11 @@ A loss says little to a person; three lines of text show at once whether a model
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from callbacks.step import StepCallback
-from modules.generation.sampling import sample
+from modules.generation.engine import Request, generate
+from modules.generation.sampling import Sampling
 
 LONGEST_PROMPT = 256
 """Tokens that a prepared corpus keeps of the beginnings of held-out documents."""
@@ -58,10 +60,21 @@ class Samples(StepCallback):
         prompts: list[list[int]] = data.sample_prompts(self.prompts, self.prompt_tokens)
         if not prompts:
             return
-        generator = torch.Generator().manual_seed(self.seed)
-        network = pl_module.network
-        added = sample(network, prompts, self.max_new_tokens, self.temperature, generator)  # type: ignore[arg-type]
-        self.texts = [(data.decode(old), data.decode(new)) for old, new in zip(prompts, added, strict=True)]
+        requests = [
+            Request(tokens=prompt, max_new_tokens=self.max_new_tokens, key=(number,))
+            for number, prompt in enumerate(prompts)
+        ]
+        completions = generate(
+            pl_module.network,  # type: ignore[arg-type]
+            requests,
+            Sampling(temperature=self.temperature, seed=self.seed),
+            decode=data.decode,
+            agree=_take_first_process if trainer.world_size > 1 else None,
+        )
+        self.texts = [
+            (data.decode(prompt), completion.text or "")
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         if trainer.is_global_zero and trainer.logger is not None:
             writer = trainer.logger.experiment  # type: ignore[attr-defined]
             for index, (prompt, continuation) in enumerate(self.texts):
@@ -72,6 +85,11 @@ class Samples(StepCallback):
         if trainer.is_global_zero:
             for prompt, continuation in self.texts:
                 print(f"--- sample: {prompt!r} goes on with\n{continuation}", flush=True)
+
+
+def _take_first_process(tokens: Tensor) -> None:
+    """Give all processes the tokens of the first: rounding may differ between devices."""
+    torch.distributed.broadcast(tokens, src=0)
 
 
 def markdown(prompt: str, continuation: str) -> str:

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -118,7 +119,7 @@ class Tokenizer:
         except Exception as error:  # the Rust parser raises plain Exception
             reason = str(error).splitlines()[0]
             raise ValueError(f"tokenizer: {folder} holds no tokenizer that can be loaded ({reason})") from error
-        names = _special_names(folder)
+        names = special_names(folder)
         eos = inner.token_to_id(names.get("eos_token", "</s>"))
         if eos is None:
             raise ValueError(f"tokenizer: {folder} names no eos_token in tokenizer_config.json; add it")
@@ -160,6 +161,14 @@ class Tokenizer:
         self._inner.encode_special_tokens = not special_tokens
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text that a model goes on with: names of special tokens in it are plain text.
+
+        It begins with BOS where the post-processor of tokenizer.json puts one, as in transformers (which reads
+        `add_bos_token` only for tokenizers without that file); nothing is put at its end.
+        """
+        return self._prompt_beginning + self.encode(text)
+
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Return int32 token ids of each text, special tokens in them taken as plain text."""
         self._inner.encode_special_tokens = True
@@ -174,6 +183,11 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hex sha256 of the tokenizer as text."""
         return hashlib.sha256(self._inner.to_str(pretty=False).encode()).hexdigest()
+
+    @cached_property
+    def _prompt_beginning(self) -> list[int]:
+        processed = self._inner.encode("a", add_special_tokens=True)
+        return processed.ids[: processed.special_tokens_mask.index(0)]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -221,16 +235,22 @@ def _slow_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
 
 
-def _special_names(folder: Path) -> dict[str, str]:
+def special_names(folder: Path | None) -> dict[str, str]:
     """Return the special tokens by role (`eos_token`, ...) as the folder's JSON files name them."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / file).is_file():
-            for role, value in json.loads((folder / file).read_text()).items():
-                content = value.get("content") if isinstance(value, dict) else value
-                if role.endswith("_token") and isinstance(content, str):
-                    names[role] = content
+        for role, value in _read_json(folder, file).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if role.endswith("_token") and isinstance(content, str):
+                names[role] = content
     return names
+
+
+def _read_json(folder: Path | None, name: str) -> dict[str, Any]:
+    """Return the content of a folder's file, nothing if it is missing."""
+    if folder is None or not (folder / name).is_file():
+        return {}
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def _types(node: object) -> Iterable[str]:

@@ -141,3 +141,21 @@ def test_bad_folders_are_named(files: dict, message: str, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not a folder"):
         Tokenizer.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("post_processor", [False, True])
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": False}])
+def test_prompts_begin_as_in_transformers(tokenizer: Tokenizer, post_processor: bool, config: dict, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    if post_processor:
+        inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        inner.save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    ids = Tokenizer.load(tmp_path).encode_prompt("def f")
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)("def f").input_ids
+    assert (ids[0] == 1) == post_processor
+    assert Tokenizer.load(tmp_path).encode_prompt("</s>")[-1] != 2

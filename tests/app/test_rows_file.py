@@ -1,0 +1,81 @@
+"""Rows in, answers out, and a second start that goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.errors import UserError
+from app.rows_file import Answers, read_rows, text_of
+
+ROWS = [{"text": "a"}, {"text": "\u00e4\u2028b"}, {"text": "c"}]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return file
+
+
+def test_rows_are_read(source: Path) -> None:
+    assert read_rows(source) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ('{"text": "a"}\n{"text": \n', ":2: not JSON"),
+        ('{"text": "a"}\n\n{"text": "b"}\n', ":2: the line is empty"),
+        ('{"text": "a"}\n["b"]\n', ":2: a row must be a JSON object"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("value", [1, None, ["a"], "\ud800"])
+def test_what_is_no_text_is_named(value: object) -> None:
+    with pytest.raises(UserError, match="file:3: text "):
+        text_of({"text": value}, "text", "file:3")
+
+
+def test_a_second_start_goes_on_after_the_last_complete_line(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "folder" / "out.jsonl"
+    answers = Answers(output, source, {"model": "m"})
+    answers.append(ROWS[:2])
+    with output.open("ab") as file:
+        file.write(b'{"text": "c')
+    again = Answers(output, source, {"model": "m"})
+    assert (again.count, again.summary) == (2, None)
+    again.append(ROWS[2:])
+    again.finish({"rows": 3})
+    assert list(again.read()) == read_rows(output) == ROWS
+    finished = Answers(output, source, {"model": "m"})
+    assert (finished.count, finished.summary) == (3, {"rows": 3})
+
+
+def test_another_command_adds_nothing(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    Answers(output, source, {"model": "m"}).append(ROWS[:1])
+    before = output.read_bytes()
+    with pytest.raises(UserError, match="begun with model m, not n"):
+        Answers(output, source, {"model": "n"})
+    source.write_text('{"text": "other"}\n')
+    with pytest.raises(UserError, match="another input_sha256"):
+        Answers(output, source, {"model": "m"})
+    assert output.read_bytes() == before
+
+
+def test_a_file_of_others_is_left_alone(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    with pytest.raises(UserError, match="exists"):
+        Answers(output, source, {})
+    assert output.read_text() == "precious\n"
+    with pytest.raises(UserError, match="is the input"):
+        Answers(source, source, {})
