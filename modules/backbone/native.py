@@ -155,9 +155,9 @@ class NativeLayers:
         config, count = self.config, rows * length
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
         mamba = count * (2 * inner + channels + config.mamba_num_heads)
-        mamba += (config.conv_kernel + 1) * channels + config.mamba_num_heads + inner * config.ssm_state_size
+        mamba += (2 * config.conv_kernel + 1) * channels + config.mamba_num_heads + inner * config.ssm_state_size
         attention = 2 * count * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        attention += rows * config.num_key_value_heads * capacity
+        attention += 4 * rows * config.num_key_value_heads * capacity
         mixture = count * (2 * config.n_routed_experts + 3 * config.expert_size + config.moe_intermediate_size)
         mixture += 2 * config.n_routed_experts + count * (
             config.hidden_size + config.moe_shared_expert_intermediate_size

@@ -278,9 +278,11 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
     i64 inner = heads * l->sizes[1], states = groups * size, channels = inner + 2 * states;
     i64 width = l->products[0].out, rows = p->rows * p->length;
     float *projected = take(&memory, rows * width), *y = take(&memory, rows * inner), *mixed = take(&memory, channels);
-    float *window = take(&memory, taps * channels), *dt = take(&memory, heads), *held = NULL;
-    float *scratch = p->hold ? take(&memory, inner * size) : mixed;
-    if (!projected || !y || !mixed || !window || !dt || !scratch) return 1;
+    float *window = take(&memory, taps * channels), *weights = take(&memory, taps * channels);
+    float *dt = take(&memory, heads), *held = NULL, *scratch = p->hold ? take(&memory, inner * size) : mixed;
+    if (!projected || !y || !mixed || !window || !weights || !dt || !scratch) return 1;
+    for (i64 c = 0; c < channels; c++)
+        for (i64 k = 0; k < taps; k++) weights[k * channels + c] = l->tables[0][c * taps + k];
     multiply(x, rows, &l->products[0], projected, p);
     int threads = inner * size >= PARALLEL_WORK / 4 ? (int)p->threads : 1;
     for (i64 b = 0; b < p->rows; b++) {
@@ -294,7 +296,7 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
             memcpy(window + (taps - 1) * channels, new, (size_t)channels * sizeof(float));
             for (i64 c = 0; c < channels; c++) mixed[c] = l->tables[1] ? l->tables[1][c] : 0;
             for (i64 k = 0; k < taps; k++)
-                for (i64 c = 0; c < channels; c++) mixed[c] += window[k * channels + c] * l->tables[0][c * taps + k];
+                for (i64 c = 0; c < channels; c++) mixed[c] += window[k * channels + c] * weights[k * channels + c];
             for (i64 c = 0; c < channels; c++) mixed[c] = silu(mixed[c]);
             round_all(mixed, channels, bf16);
             memmove(window, window + channels, (size_t)((taps - 1) * channels) * sizeof(float));
@@ -334,6 +336,33 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
     return 0;
 }
 
+static void softmax(float *scores, i64 count) {
+    float most = -FLT_MAX, sum = 0;
+    for (i64 s = 0; s < count; s++) most = scores[s] > most ? scores[s] : most;
+    for (i64 s = 0; s < count; s++) scores[s] = expf(scores[s] - most), sum += scores[s];
+    for (i64 s = 0; s < count; s++) scores[s] /= sum;
+}
+
+/* y [rows, width]: values [count, width] weighed by each row's weights; 16 channels of all rows at a time. */
+static void mean_values(const float *const *weights, int rows, const void *values, i64 bf16, i64 width, i64 count,
+                        float *y) {
+    i64 c = 0;
+    for (; c + LANES <= width; c += LANES) {
+        v16 sums[FEW_ROWS] = {{0}};
+        for (i64 s = 0; s < count; s++) {
+            v16 value = load(values, s * width + c, bf16);
+            for (int r = 0; r < rows; r++) sums[r] += weights[r][s] * value;
+        }
+        for (int r = 0; r < rows; r++) memcpy(y + r * width + c, &sums[r], sizeof(v16));
+    }
+    for (; c < width; c++)
+        for (int r = 0; r < rows; r++) {
+            float sum = 0;
+            for (i64 s = 0; s < count; s++) sum += weights[r][s] * element(values, s * width + c, bf16);
+            y[r * width + c] = sum;
+        }
+}
+
 static int attention(const layer *l, const float *x, float *out, const pass *p, arena memory) {
     i64 queries = l->sizes[0], heads = l->sizes[1], width = l->sizes[2], bf16 = p->bf16, rows = p->rows * p->length;
     i64 shared = queries / heads, longest = 0;
@@ -342,7 +371,7 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
     for (i64 b = 0; b < p->rows; b++) longest = longest > p->starts[b] ? longest : p->starts[b];
     longest += p->length;
     int threads = rows * queries * width * longest >= PARALLEL_WORK ? (int)p->threads : 1;
-    float *y = take(&memory, rows * queries * width), *all_scores = take(&memory, p->rows * heads * longest);
+    float *y = take(&memory, rows * queries * width), *all_scores = take(&memory, p->rows * heads * FEW_ROWS * longest);
     if (!q || !new[0] || !new[1] || !y || !all_scores) return 1;
     multiply(x, rows, &l->products[0], q, p);
     for (int i = 0; i < 2; i++) multiply(x, rows, &l->products[1 + i], new[i], p);
@@ -350,7 +379,7 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (i64 job = 0; job < p->rows * heads; job++) {
         i64 b = job / heads, head = job % heads;
-        float *scores = all_scores + job * longest;
+        float *scores = all_scores + job * FEW_ROWS * longest;
         void *kept[2];
         for (int i = 0; i < 2; i++) {
             i64 offset = job * p->capacity * width;
@@ -366,22 +395,15 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
                 }
         }
         for (i64 t = 0; t < p->length; t++)
-            for (i64 g = 0; g < shared; g++) {
+            for (i64 g = 0; g < shared; g += FEW_ROWS) {
                 i64 place = ((b * p->length + t) * queries + head * shared + g) * width, end = p->starts[b] + t + 1;
-                const float *one = q + place;
-                float *result = y + place, most = -FLT_MAX, sum = 0;
-                dot_rows(&one, 1, kept[0], bf16, width, 0, end, &scores);
-                for (i64 s = 0; s < end; s++) most = scores[s] > most ? scores[s] : most;
-                for (i64 s = 0; s < end; s++) scores[s] = expf(scores[s] - most), sum += scores[s];
-                for (i64 c = 0; c < width; c++) result[c] = 0;
-                if (bf16)
-                    for (i64 s = 0; s < end; s++)
-                        for (i64 c = 0; c < width; c++)
-                            result[c] += scores[s] * from_bf16(((uint16_t *)kept[1])[s * width + c]);
-                else
-                    for (i64 s = 0; s < end; s++)
-                        for (i64 c = 0; c < width; c++) result[c] += scores[s] * ((float *)kept[1])[s * width + c];
-                for (i64 c = 0; c < width; c++) result[c] /= sum;
+                int group = (int)(shared - g < FEW_ROWS ? shared - g : FEW_ROWS);
+                const float *one[FEW_ROWS];
+                float *lines[FEW_ROWS];
+                for (int r = 0; r < group; r++) one[r] = q + place + r * width, lines[r] = scores + r * longest;
+                dot_rows(one, group, kept[0], bf16, width, 0, end, lines);
+                for (int r = 0; r < group; r++) softmax(lines[r], end);
+                mean_values((const float *const *)lines, group, kept[1], bf16, width, end, y + place);
             }
     }
     round_all(y, rows * queries * width, bf16);
