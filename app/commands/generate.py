@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.errors import UserError
+from modules.generation.acceptance import Acceptance
 
 if TYPE_CHECKING:
     from app.rows_file import Answers
@@ -117,7 +118,7 @@ def generate(
         )
 
     if prompts is None or output is None:
-        print_completions(prepare(), samples)
+        print_completions(prepare(), samples, draft_tokens)
         return
     settings = {
         "model": str(source.path.resolve()),
@@ -133,11 +134,11 @@ def generate(
     if answers.count == len(requests):
         print(f"{output} is complete already; delete it to generate it again")
         return
-    write_completions(prepare(), rows, samples, answers)
+    write_completions(prepare(), rows, samples, draft_tokens, answers)
     print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts")
 
 
-def print_completions(complete: Complete, samples: int) -> None:
+def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
     from app.terminal import write_text
 
@@ -145,7 +146,7 @@ def print_completions(complete: Complete, samples: int) -> None:
         write_text(text)
 
     streams = sys.stdout.isatty() and samples == 1
-    statistics = Statistics()
+    statistics = Statistics(draft_tokens)
     for sample, completion in enumerate(complete(on_text=on_text if streams else None)):
         statistics.add(completion)
         if samples > 1:
@@ -154,11 +155,13 @@ def print_completions(complete: Complete, samples: int) -> None:
     print(statistics, file=sys.stderr)
 
 
-def write_completions(complete: Complete, rows: list[dict[str, Any]], samples: int, answers: "Answers") -> None:
+def write_completions(
+    complete: Complete, rows: list[dict[str, Any]], samples: int, draft_tokens: int, answers: "Answers"
+) -> None:
     """Answer the rows that are not answered yet."""
     from datamodules.progress import Progress
 
-    statistics, total = Statistics(), len(rows) * samples
+    statistics, total = Statistics(draft_tokens), len(rows) * samples
     with Progress("generating", total, answers.count, unit="completions") as progress:
         for number, completion in enumerate(complete(first=answers.count), answers.count):
             statistics.add(completion)
@@ -175,9 +178,14 @@ def write_completions(complete: Complete, rows: list[dict[str, Any]], samples: i
 
 
 class Statistics:
-    """Tokens, time and drafts of a command."""
+    """Tokens, time and drafts of a command.
 
-    def __init__(self) -> None:
+    Args:
+        draft_tokens: tokens drafted for each verification; 0: none.
+    """
+
+    def __init__(self, draft_tokens: int) -> None:
+        self._draft_tokens = draft_tokens
         self._start = time.perf_counter()
         self._tokens = 0
         self._accepted: list[int] = []
@@ -190,13 +198,8 @@ class Statistics:
     def __str__(self) -> str:
         seconds = time.perf_counter() - self._start
         line = f"{self._tokens:,} tokens in {seconds:.2f} s ({self._tokens / seconds:,.0f} tokens/s)"
-        if self._accepted:
-            shares = [
-                sum(count > place for count in self._accepted) / len(self._accepted)
-                for place in range(max(self._accepted))
-            ]
-            line += f"; {sum(shares):.2f} drafted tokens accepted per verification, by position: "
-            line += " ".join(f"{share:.0%}" for share in shares)
+        if self._draft_tokens:
+            line = "\n".join([line, *Acceptance.of(self._accepted, self._draft_tokens).lines()])
         return line
 
 
