@@ -17,6 +17,7 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
 from modules.backbone.native import NativeLayers
+from modules.backbone.native_round import NativeRounds
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
 from modules.ops.documents import DocumentLayout
@@ -170,6 +171,14 @@ class Network(nn.Module):
         assert self.mtp is not None, "the network has an MTP block"
         final = self.mtp.layers[-1].get_submodule("final_layernorm")
         return self._cache_of(self.mtp.layers, final, rows, capacity, state_dtype, generator)
+
+    def native_rounds(self, cache: Cache, mtp_cache: Cache) -> NativeRounds | None:
+        """Return the C code that runs greedy rounds of speculative decoding on these caches, None where there is none."""
+        assert self.mtp is not None, "the network has an MTP block"
+        embeddings, head = self.backbone.embeddings, self.lm_head
+        if not NativeRounds.fits(embeddings, head, cache, mtp_cache):
+            return None
+        return NativeRounds(embeddings, head, self.mtp, cache, mtp_cache)
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""

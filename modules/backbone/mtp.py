@@ -39,6 +39,11 @@ class MTPBlock(nn.Module):
         self.layers[0].add_module("eh_proj", Linear(2 * size, size))
         self.layers[-1].add_module("final_layernorm", RMSNorm(size, epsilon))
 
+    def inputs(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return `enorm`, `hnorm` and `eh_proj`."""
+        first = self.layers[0]
+        return first.get_submodule("enorm"), first.get_submodule("hnorm"), first.get_submodule("eh_proj")
+
     def forward(
         self, embedded: Tensor, hidden: Tensor, documents: DocumentLayout | None, cache: Cache | None = None
     ) -> tuple[Tensor, list[Routing]]:
@@ -53,7 +58,7 @@ class MTPBlock(nn.Module):
         Returns:
             (normalised hidden state [B, T, D], `Routing` of each mixture layer).
         """
-        enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
+        enorm, hnorm, eh_proj = self.inputs()
         if cache is not None and (native := cache.native_pass) is not None:
             weights = (cast(Tensor, module.weight) for module in (enorm, hnorm, eh_proj))
             return native.run(native.join(embedded, hidden, *weights), cache), []

@@ -42,6 +42,7 @@ class NativeLayers:
         self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._held: list[Tensor] = []
+        self._starts = (ctypes.c_int64 * 0)()
 
     @staticmethod
     def fits(layers: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
@@ -79,15 +80,19 @@ class NativeLayers:
         assert library is not None
         out = x.float() if x.dtype != torch.float32 else x.clone()
         rows, length, _ = x.shape
-        starts = (ctypes.c_int64 * rows)(*cache.lengths)
-        given = self._pass(rows, length, cache.step.hold, cache.capacity, starts)
-        self._point_to_states(cache, rows, length)
+        given = self.prepare(cache, rows, length, cache.step.hold)
         memory = self._scratch(rows, length, cache.capacity)
         failed = library.superbolt_layers(
             ctypes.byref(given), self.arguments, self.final.data_ptr(), out.data_ptr(), memory.data_ptr(), len(memory)
         )
         assert not failed, "the C code has enough memory"
         return out.to(x.dtype)
+
+    def prepare(self, cache: Cache, rows: int, length: int, hold: bool) -> native.PassArguments:
+        """Describe a pass of B rows and T positions to the C code; valid until the next one is prepared."""
+        self._starts = (ctypes.c_int64 * rows)(*cache.lengths)
+        self._point_to_states(cache, rows, length, hold)
+        return self._pass(rows, length, hold, cache.capacity, self._starts)
 
     def join(self, embedded: Tensor, hidden: Tensor, enorm: Tensor, hnorm: Tensor, weight: Tensor) -> Tensor:
         """Return what the MTP block starts from, [B, T, D]: the product of both normalised inputs with `eh_proj`."""
@@ -103,7 +108,7 @@ class NativeLayers:
             second.data_ptr(),
             enorm.data_ptr(),
             hnorm.data_ptr(),
-            ctypes.byref(_linear(weight)),
+            ctypes.byref(describe_linear(weight)),
             out.data_ptr(),
             memory.data_ptr(),
             len(memory),
@@ -135,7 +140,7 @@ class NativeLayers:
             starts=None if starts is None else ctypes.addressof(starts),
         )
 
-    def _point_to_states(self, cache: Cache, rows: int, length: int) -> None:
+    def _point_to_states(self, cache: Cache, rows: int, length: int, hold: bool) -> None:
         self._held = []
         config = self.config
         kept = config.mamba_inner_size + config.n_groups * config.ssm_state_size + config.mamba_num_heads
@@ -145,13 +150,19 @@ class NativeLayers:
             elif isinstance(state, MambaState):
                 state.window = state.window.contiguous()
                 described.states[:] = state.window.data_ptr(), state.ssm.data_ptr()
-                if cache.step.hold:
+                if hold:
                     held = [torch.empty(rows, length, size) for size in (config.mamba_conv_size, kept)]
                     described.held[:] = held[0].data_ptr(), held[1].data_ptr()
                     self._held += held
 
     def _scratch(self, rows: int, length: int, capacity: int) -> Tensor:
-        """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""
+        size = self.scratch_size(rows, length, capacity)
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory
+
+    def scratch_size(self, rows: int, length: int, capacity: int) -> int:
+        """Return the bytes that are enough for any layer: what decoding.c takes, added up, each block rounded up."""
         config, count = self.config, rows * length
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
         mamba = count * (2 * inner + channels + config.mamba_num_heads)
@@ -163,10 +174,7 @@ class NativeLayers:
             config.hidden_size + config.moe_shared_expert_intermediate_size
         )
         most = 2 * count * config.hidden_size + max(mamba, attention, mixture, count * config.intermediate_size)
-        size = 4 * (most + 16 * 32)
-        if len(self._memory) < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
-        return self._memory
+        return 4 * (most + 16 * 32)
 
 
 def _dtype_of(layers: Iterable[nn.Module]) -> torch.dtype:
@@ -174,7 +182,8 @@ def _dtype_of(layers: Iterable[nn.Module]) -> torch.dtype:
     return next(module.compute_dtype for module in modules if isinstance(module, FormattedModule))
 
 
-def _linear(weight: Tensor) -> native.LinearArguments:
+def describe_linear(weight: Tensor) -> native.LinearArguments:
+    """Return a weight [O, I], or one for each expert [E, O, I], as the C code knows it."""
     return native.LinearArguments(weight.data_ptr(), *weight.shape[-2:])
 
 
@@ -208,7 +217,7 @@ def _describe(layer: Layer, config: BackboneConfig) -> native.LayerArguments:
     )
     for place, weight in enumerate(products):
         if weight is not None:
-            arguments.products[place] = _linear(weight)
+            arguments.products[place] = describe_linear(weight)
     for place, table in enumerate(tables):
         arguments.tables[place] = None if table is None else table.data_ptr()
     for place, size in enumerate(sizes):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.backbone.native_round import NativeRounds
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
 from modules.generation.sampling import distribution, draw
 
@@ -106,6 +107,8 @@ class SpeculativeDecoder(PlainDecoder):
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
         self._counts: list[int] = []
+        plain = decoding.sampling.greedy and not decoding.logprobs and decoding.agree is None
+        self._native = network.native_rounds(self.cache, self.mtp_cache) if plain else None
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
@@ -125,6 +128,8 @@ class SpeculativeDecoder(PlainDecoder):
             self._ahead, self._counts = self._chosen.unsqueeze(1), [1] * len(rows)
             return step
         sampling, length = self.decoding.sampling, self.decoding.draft_tokens
+        if self._native is not None and self._native.takes(length + 1):
+            return self._run_native(self._native, rows[0])
         uniforms = [] if sampling.greedy else [[row.random.random() for _ in range(2 * length + 1)] for row in rows]
         drafts, proposals = self._draft(uniforms)
         block = torch.cat([self._chosen.unsqueeze(1), *drafts], dim=1)
@@ -138,6 +143,21 @@ class SpeculativeDecoder(PlainDecoder):
             left = [numbers[length:] for numbers in uniforms]
             verdict = verify_by_rejection(block[:, 1:], torch.cat(proposals, dim=1), targets, left)
         return self._take_over(rows, hidden, logits, verdict)
+
+    def _run_native(self, rounds: NativeRounds, row: Row) -> Step:
+        assert self._hidden is not None
+        assert self._ahead is not None
+        seen, length = self._counts[0], self.decoding.draft_tokens
+        states = self._hidden[0, :seen].float().contiguous()
+        found = rounds.run(self._ahead[0, :seen].tolist(), states, length, self._drafted)
+        accepted = next((place for place in range(length) if found.drafts[place] != found.own[place]), length)
+        self.cache.advance([accepted + 1])
+        row.accepted.append(accepted)
+        tokens = found.own[: accepted + 1]
+        self._hidden, self._counts = found.hidden[None, : accepted + 1], [accepted + 1]
+        self._ahead = torch.tensor([tokens])
+        self._chosen = self._ahead[:, -1]
+        return Step([tokens], [[]])
 
     def _passed(self, tokens: Tensor, hidden: Tensor, counts: list[int]) -> None:
         """Let the MTP block see a chunk of the prompts; the last position of each row waits for the token ahead."""

@@ -57,6 +57,17 @@ class PassArguments(ctypes.Structure):
     )
 
 
+class SpeculationArguments(ctypes.Structure):
+    """`speculation` of decoding.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("whole", "draft", "layers", "block")),
+        *((name, ctypes.c_void_p) for name in ("final", "block_final", "enorm", "hnorm")),
+        *((name, LinearArguments) for name in ("join", "embeddings", "head")),
+        ("drafted", ctypes.c_int64),
+    )
+
+
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
@@ -73,6 +84,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.superbolt_linear.restype = None
     library.superbolt_layers.argtypes = [pointer, pointer, pointer, pointer, pointer, whole]
     library.superbolt_join.argtypes = [*[pointer] * 8, whole]
+    library.superbolt_speculate.argtypes = [pointer, pointer, whole, pointer, whole, *[pointer] * 4, whole]
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
     return library, "active"

@@ -605,6 +605,73 @@ int superbolt_join(const pass *p, const float *embedded, const float *hidden, co
     return 0;
 }
 
+/* A greedy round of speculative decoding of one row: what the MTP block has not seen, the drafts, and the network's
+ * own choice after each of them. */
+typedef struct {
+    const pass *whole, *draft;            /* of the network and of the MTP block; one row, `length` and `hold` unused */
+    const layer *layers, *block;
+    const float *final, *block_final, *enorm, *hnorm;
+    linear join, embeddings, head;
+    i64 drafted;                          /* drafts are among the lowest `drafted` ids */
+} speculation;
+
+static void embed(const linear *table, const i64 *tokens, i64 count, float *x, i64 bf16) {
+    for (i64 t = 0; t < count; t++)
+        for (i64 i = 0; i < table->in; i++) x[t * table->in + i] = element(table->weight, tokens[t] * table->in + i, bf16);
+}
+
+static i64 largest(const float *values, i64 count) {
+    float most = values[0];
+    for (i64 i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
+    i64 place = 0;
+    while (values[place] != most && place < count - 1) place++;
+    return place;
+}
+
+/* Args: tokens [seen] that the MTP block has not seen yet and the hidden states [seen, D] of the positions before them;
+ * `drafts` = k. Fills block[0 .. k]: the newest token, which is the last of `tokens`, and the drafts; own[0 .. k]: the
+ * network's choice after each; hidden [k + 1, D]. The cache of the MTP block then holds `seen` positions more, that of
+ * the network holds k + 1 to take over. `hidden` may be what `states` points to only if it is not. Returns 0, or 1 if
+ * `size` bytes of memory are too few. */
+int superbolt_speculate(const speculation *s, const i64 *tokens, i64 seen, const float *states, i64 drafts, i64 *block,
+                        i64 *own, float *hidden, void *start, i64 size) {
+    arena memory = {start, 0, (size_t)size};
+    i64 width = s->whole->hidden, length = drafts + 1, bf16 = s->whole->bf16;
+    float *embedded = take(&memory, seen * width), *x = take(&memory, seen * width);
+    float *logits = take(&memory, length * s->head.out);
+    if (!embedded || !x || !logits) return 1;
+    void *rest = memory.start + memory.used;
+    i64 left = size - (i64)memory.used, starts = s->draft->starts[0];
+    pass p = *s->draft;
+    p.starts = &starts;
+    p.length = seen;
+    p.hold = 0;
+    linear short_head = s->head;
+    short_head.out = s->drafted;
+    block[0] = tokens[seen - 1];
+    for (i64 k = 0; k < drafts; k++) {
+        embed(&s->embeddings, k ? block + k : tokens, p.length, embedded, bf16);
+        if (superbolt_join(&p, embedded, states, s->enorm, s->hnorm, &s->join, x, rest, left)) return 1;
+        if (superbolt_layers(&p, s->block, s->block_final, x, rest, left)) return 1;
+        if (!k) {
+            memmove(x, x + (seen - 1) * width, (size_t)width * sizeof(float));
+            starts += seen;
+            p.length = p.hold = 1;
+            states = x;
+        }
+        multiply(x, 1, &short_head, logits, &p);
+        block[k + 1] = largest(logits, s->drafted);
+    }
+    p = *s->whole;
+    p.length = length;
+    p.hold = 1;
+    embed(&s->embeddings, block, length, hidden, bf16);
+    if (superbolt_layers(&p, s->layers, s->final, hidden, rest, left)) return 1;
+    multiply(hidden, length, &s->head, logits, &p);
+    for (i64 t = 0; t < length; t++) own[t] = largest(logits + t * s->head.out, s->head.out);
+    return 0;
+}
+
 /* Takes over the first counts [B] of the T held positions of each Mamba-2 layer. */
 void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
     for (i64 i = 0; i < p->layers; i++) {
