@@ -172,13 +172,13 @@ class Network(nn.Module):
         final = self.mtp.layers[-1].get_submodule("final_layernorm")
         return self._cache_of(self.mtp.layers, final, rows, capacity, state_dtype, generator)
 
-    def native_rounds(self, cache: Cache, mtp_cache: Cache) -> NativeRounds | None:
-        """Return the C code that runs greedy rounds of speculative decoding on these caches, None where there is none."""
+    def native_rounds(self, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int) -> NativeRounds | None:
+        """Return the C code for greedy rounds of speculative decoding on these caches; None: it does not apply."""
         assert self.mtp is not None, "the network has an MTP block"
         embeddings, head = self.backbone.embeddings, self.lm_head
-        if not NativeRounds.fits(embeddings, head, cache, mtp_cache):
+        if not NativeRounds.fits(embeddings, head, cache, mtp_cache, drafts):
             return None
-        return NativeRounds(embeddings, head, self.mtp, cache, mtp_cache)
+        return NativeRounds(embeddings, head, self.mtp, cache, mtp_cache, drafts, vocabulary)
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""

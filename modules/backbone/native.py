@@ -42,7 +42,7 @@ class NativeLayers:
         self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._held: list[Tensor] = []
-        self._starts = (ctypes.c_int64 * 0)()
+        self.starts = (ctypes.c_int64 * 0)()
 
     @staticmethod
     def fits(layers: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
@@ -90,9 +90,9 @@ class NativeLayers:
 
     def prepare(self, cache: Cache, rows: int, length: int, hold: bool) -> native.PassArguments:
         """Describe a pass of B rows and T positions to the C code; valid until the next one is prepared."""
-        self._starts = (ctypes.c_int64 * rows)(*cache.lengths)
+        self.starts = (ctypes.c_int64 * rows)(*cache.lengths)
         self._point_to_states(cache, rows, length, hold)
-        return self._pass(rows, length, hold, cache.capacity, self._starts)
+        return self._pass(rows, length, hold, cache.capacity, self.starts)
 
     def join(self, embedded: Tensor, hidden: Tensor, enorm: Tensor, hnorm: Tensor, weight: Tensor) -> Tensor:
         """Return what the MTP block starts from, [B, T, D]: the product of both normalised inputs with `eh_proj`."""

@@ -107,11 +107,14 @@ class SpeculativeDecoder(PlainDecoder):
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
         self._counts: list[int] = []
-        plain = decoding.sampling.greedy and not decoding.logprobs and decoding.agree is None
-        self._native = network.native_rounds(self.cache, self.mtp_cache) if plain else None
+        self._native: NativeRounds | None = None
+        if decoding.sampling.greedy and not decoding.logprobs and decoding.agree is None:
+            self._native = network.native_rounds(self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
+        if self._native is not None and self._native.seen:
+            self._leave_native(self._native)
         super().select(rows)
         self.mtp_cache.select(rows)
         index = torch.tensor(rows, device=self.device)
@@ -128,7 +131,7 @@ class SpeculativeDecoder(PlainDecoder):
             self._ahead, self._counts = self._chosen.unsqueeze(1), [1] * len(rows)
             return step
         sampling, length = self.decoding.sampling, self.decoding.draft_tokens
-        if self._native is not None and self._native.takes(length + 1):
+        if self._native is not None and len(rows) == 1:
             return self._run_native(self._native, rows[0])
         uniforms = [] if sampling.greedy else [[row.random.random() for _ in range(2 * length + 1)] for row in rows]
         drafts, proposals = self._draft(uniforms)
@@ -145,19 +148,21 @@ class SpeculativeDecoder(PlainDecoder):
         return self._take_over(rows, hidden, logits, verdict)
 
     def _run_native(self, rounds: NativeRounds, row: Row) -> Step:
+        if not rounds.seen:
+            assert self._hidden is not None
+            assert self._ahead is not None
+            seen = self._counts[0]
+            rounds.begin(self._ahead[0, :seen].tolist(), self._hidden[0, :seen])
+        row.accepted.append(rounds.run())
+        return Step([rounds.tokens], [[]])
+
+    def _leave_native(self, rounds: NativeRounds) -> None:
+        """Go on in Python with what the newest round left."""
         assert self._hidden is not None
-        assert self._ahead is not None
-        seen, length = self._counts[0], self.decoding.draft_tokens
-        states = self._hidden[0, :seen].float().contiguous()
-        found = rounds.run(self._ahead[0, :seen].tolist(), states, length, self._drafted)
-        accepted = next((place for place in range(length) if found.drafts[place] != found.own[place]), length)
-        self.cache.advance([accepted + 1])
-        row.accepted.append(accepted)
-        tokens = found.own[: accepted + 1]
-        self._hidden, self._counts = found.hidden[None, : accepted + 1], [accepted + 1]
-        self._ahead = torch.tensor([tokens])
-        self._chosen = self._ahead[:, -1]
-        return Step([tokens], [[]])
+        self._ahead = torch.tensor([rounds.tokens])
+        self._hidden = rounds.states.to(self._hidden.dtype)[None].clone()
+        self._counts, self._chosen = [rounds.seen], self._ahead[:, -1]
+        rounds.seen = 0
 
     def _passed(self, tokens: Tensor, hidden: Tensor, counts: list[int]) -> None:
         """Let the MTP block see a chunk of the prompts; the last position of each row waits for the token ahead."""

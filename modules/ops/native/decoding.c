@@ -132,6 +132,7 @@ static inline __attribute__((always_inline)) void dot_block(const float *const *
 #pragma GCC unroll 16
         for (int o = 0; o < outs; o++) {
             v16 w = load(weight, places[o] + i, bf16);
+            __builtin_prefetch((const char *)weight + (places[o] + i + outs * in) * (bf16 ? 2 : 4)); /* the next block */
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) sums[r * outs + o] += w * values[r];
         }
