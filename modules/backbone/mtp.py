@@ -5,8 +5,6 @@ the backbone's hidden state after its final norm. Sharing the block exposes it t
 applied further than it was trained. Embedding and head are the backbone's.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -39,11 +37,6 @@ class MTPBlock(nn.Module):
         self.layers[0].add_module("eh_proj", Linear(2 * size, size))
         self.layers[-1].add_module("final_layernorm", RMSNorm(size, epsilon))
 
-    def inputs(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return `enorm`, `hnorm` and `eh_proj`."""
-        first = self.layers[0]
-        return first.get_submodule("enorm"), first.get_submodule("hnorm"), first.get_submodule("eh_proj")
-
     def forward(
         self, embedded: Tensor, hidden: Tensor, documents: DocumentLayout | None, cache: Cache | None = None
     ) -> tuple[Tensor, list[Routing]]:
@@ -58,10 +51,7 @@ class MTPBlock(nn.Module):
         Returns:
             (normalised hidden state [B, T, D], `Routing` of each mixture layer).
         """
-        enorm, hnorm, eh_proj = self.inputs()
-        if cache is not None and (native := cache.native_pass) is not None:
-            weights = (cast(Tensor, module.weight) for module in (enorm, hnorm, eh_proj))
-            return native.run(native.join(embedded, hidden, *weights), cache), []
+        enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
         x = eh_proj(torch.cat([enorm(embedded), hnorm(hidden)], dim=-1)).to(hidden.dtype)
         routings = []
         for number, layer in enumerate(self.layers):

@@ -158,9 +158,8 @@ class SpeculativeDecoder(PlainDecoder):
 
     def _leave_native(self, rounds: NativeRounds) -> None:
         """Go on in Python with what the newest round left."""
-        assert self._hidden is not None
         self._ahead = torch.tensor([rounds.tokens])
-        self._hidden = rounds.states.to(self._hidden.dtype)[None].clone()
+        self._hidden = rounds.states.unsqueeze(0).clone()
         self._counts, self._chosen = [rounds.seen], self._ahead[:, -1]
         rounds.seen = 0
 

@@ -53,18 +53,8 @@ class PassArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
         *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
         ("epsilon", ctypes.c_float),
-        ("starts", ctypes.c_void_p),
-    )
-
-
-class SpeculationArguments(ctypes.Structure):
-    """`speculation` of decoding.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("whole", "draft", "layers", "block")),
-        *((name, ctypes.c_void_p) for name in ("final", "block_final", "enorm", "hnorm")),
-        *((name, LinearArguments) for name in ("join", "embeddings", "head")),
-        ("drafted", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("starts", "embedding", "final", "enorm", "hnorm")),
+        ("join", LinearArguments),
     )
 
 
@@ -82,9 +72,17 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
     library.superbolt_linear.restype = None
-    library.superbolt_layers.argtypes = [pointer, pointer, pointer, pointer, pointer, whole]
-    library.superbolt_join.argtypes = [*[pointer] * 8, whole]
-    library.superbolt_speculate.argtypes = [pointer, pointer, whole, pointer, whole, *[pointer] * 4, whole]
+    library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
+    library.superbolt_speculate.argtypes = [
+        *[pointer] * 5,
+        whole,
+        pointer,
+        whole,
+        pointer,
+        whole,
+        *[pointer] * 4,
+        whole,
+    ]
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
     return library, "active"

@@ -47,7 +47,11 @@ typedef struct {
 typedef struct {
     i64 hidden, rows, length, bf16, hold, capacity, threads, layers;
     float epsilon;
-    const i64 *starts; /* [B] positions before */
+    const i64 *starts;         /* [B] positions before */
+    const void *embedding;     /* [V, D] in the compute dtype */
+    const float *final;        /* [D], weight of the norm behind the layers */
+    const float *enorm, *hnorm; /* [D], of an MTP block */
+    linear join;               /* [D, 2 D], of an MTP block, else NULL */
 } pass;
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
@@ -564,112 +568,103 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
     return 0;
 }
 
-/* Runs layers over x [n, D], the residual stream, in place, then normalises it with `final` [D].
+/* What the layers start from, x [n, D]: the tokens' embeddings, or for an MTP block their product, normalised and joined
+ * with the hidden states, with join [D, 2 D]. */
+static int begin(const pass *p, const i64 *tokens, const void *hidden, float *x, arena memory) {
+    i64 rows = p->rows * p->length, size = p->hidden;
+    for (i64 r = 0; r < rows; r++)
+        for (i64 i = 0; i < size; i++) x[r * size + i] = element(p->embedding, tokens[r] * size + i, p->bf16);
+    if (!p->join.weight) return 0;
+    float *both = take(&memory, rows * 2 * size), *wide = take(&memory, rows * size);
+    if (!both || !wide) return 1;
+    for (i64 i = 0; i < rows * size; i++) wide[i] = element(hidden, i, p->bf16);
+    rms_norm(x, rows, p->enorm, both, 2 * size, p);
+    rms_norm(wide, rows, p->hnorm, both + size, 2 * size, p);
+    multiply(both, rows, &p->join, x, p);
+    return 0;
+}
+
+/* Runs the layers and the norm behind them.
+ * tokens [B, T]; hidden [n, D] in the compute dtype, of an MTP block; out [n, D] in the compute dtype.
  * Returns 0, or 1 if `size` bytes of memory are too few. */
-int superbolt_layers(const pass *p, const layer *layers, const float *final, float *x, void *start, i64 size) {
+int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, const void *hidden, void *out, void *start,
+                      i64 size) {
     arena memory = {start, 0, (size_t)size};
     i64 rows = p->rows * p->length, count = rows * p->hidden;
-    float *normed = take(&memory, count), *out = take(&memory, count);
-    if (!normed || !out) return 1;
+    float *x = take(&memory, count), *normed = take(&memory, count), *mixed = take(&memory, count);
+    if (!x || !normed || !mixed || begin(p, tokens, hidden, x, memory)) return 1;
     for (i64 i = 0; i < p->layers; i++) {
         const layer *l = &layers[i];
         int failed;
         rms_norm(x, rows, l->norm, normed, p->hidden, p);
         if (l->kind == 'M')
-            failed = mamba(l, normed, out, p, memory);
+            failed = mamba(l, normed, mixed, p, memory);
         else if (l->kind == '*')
-            failed = attention(l, normed, out, p, memory);
+            failed = attention(l, normed, mixed, p, memory);
         else if (l->kind == 'E')
-            failed = mixture(l, normed, out, p, memory);
+            failed = mixture(l, normed, mixed, p, memory);
         else
-            failed = mlp(&l->products[0], &l->products[1], normed, rows, out, p, memory);
+            failed = mlp(&l->products[0], &l->products[1], normed, rows, mixed, p, memory);
         if (failed) return 1;
-        for (i64 j = 0; j < count; j++) x[j] += out[j];
+        for (i64 j = 0; j < count; j++) x[j] += mixed[j];
         round_all(x, count, p->bf16);
     }
-    rms_norm(x, rows, final, normed, p->hidden, p);
-    memcpy(x, normed, (size_t)count * sizeof(float));
+    rms_norm(x, rows, p->final, normed, p->hidden, p);
+    if (p->bf16)
+        for (i64 i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bf16(normed[i]);
+    else
+        memcpy(out, normed, (size_t)count * sizeof(float));
     return 0;
-}
-
-/* What the MTP block starts from: x [n, D] = join [D, 2 D] of both inputs [n, D], each normalised.
- * Returns 0, or 1 if `size` bytes of memory are too few. */
-int superbolt_join(const pass *p, const float *embedded, const float *hidden, const float *enorm, const float *hnorm,
-                   const linear *join, float *x, void *start, i64 size) {
-    arena memory = {start, 0, (size_t)size};
-    i64 rows = p->rows * p->length;
-    float *both = take(&memory, rows * 2 * p->hidden);
-    if (!both) return 1;
-    rms_norm(embedded, rows, enorm, both, 2 * p->hidden, p);
-    rms_norm(hidden, rows, hnorm, both + p->hidden, 2 * p->hidden, p);
-    multiply(both, rows, join, x, p);
-    return 0;
-}
-
-/* A greedy round of speculative decoding of one row: what the MTP block has not seen, the drafts, and the network's
- * own choice after each of them. */
-typedef struct {
-    const pass *whole, *draft;            /* of the network and of the MTP block; one row, `length` and `hold` unused */
-    const layer *layers, *block;
-    const float *final, *block_final, *enorm, *hnorm;
-    linear join, embeddings, head;
-    i64 drafted;                          /* drafts are among the lowest `drafted` ids */
-} speculation;
-
-static void embed(const linear *table, const i64 *tokens, i64 count, float *x, i64 bf16) {
-    for (i64 t = 0; t < count; t++)
-        for (i64 i = 0; i < table->in; i++) x[t * table->in + i] = element(table->weight, tokens[t] * table->in + i, bf16);
 }
 
 static i64 largest(const float *values, i64 count) {
     float most = values[0];
     for (i64 i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
     i64 place = 0;
-    while (values[place] != most && place < count - 1) place++;
+    while (place < count - 1 && values[place] != most) place++;
     return place;
 }
 
-/* Args: tokens [seen] that the MTP block has not seen yet and the hidden states [seen, D] of the positions before them;
- * `drafts` = k. Fills block[0 .. k]: the newest token, which is the last of `tokens`, and the drafts; own[0 .. k]: the
- * network's choice after each; hidden [k + 1, D]. The cache of the MTP block then holds `seen` positions more, that of
- * the network holds k + 1 to take over. `hidden` may be what `states` points to only if it is not. Returns 0, or 1 if
- * `size` bytes of memory are too few. */
-int superbolt_speculate(const speculation *s, const i64 *tokens, i64 seen, const float *states, i64 drafts, i64 *block,
-                        i64 *own, float *hidden, void *start, i64 size) {
+/* The most likely of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype. */
+static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, const pass *p, float *wide,
+                    float *logits, i64 *tokens) {
+    linear part = {head->weight, vocabulary, head->in};
+    for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
+    multiply(wide, rows, &part, logits, p);
+    for (i64 r = 0; r < rows; r++) tokens[r] = largest(logits + r * vocabulary, vocabulary);
+}
+
+/* A greedy round of speculative decoding of one row: what the MTP block (draft, block) has not seen, `drafts` = k drafts
+ * among the `drafted` lowest ids, and the network's (whole, layers) own choice after the newest token and each draft.
+ * tokens [seen], which the MTP block has not seen, the newest last; states [seen, D], the hidden states of the positions
+ * before them. Fills proposed [k + 1], the newest token and the drafts; own [k + 1]; hidden [k + 1, D]. own and hidden
+ * may be where tokens and states are. The MTP block then remembers `seen` positions more, the network holds k + 1.
+ * Returns 0, or 1 if `size` bytes of memory are too few. */
+int superbolt_speculate(const pass *whole, const layer *layers, const pass *draft, const layer *block,
+                        const linear *head, i64 drafted, const i64 *tokens, i64 seen, const void *states, i64 drafts,
+                        i64 *proposed, i64 *own, void *hidden, void *start, i64 size) {
     arena memory = {start, 0, (size_t)size};
-    i64 width = s->whole->hidden, length = drafts + 1, bf16 = s->whole->bf16;
-    float *embedded = take(&memory, seen * width), *x = take(&memory, seen * width);
-    float *logits = take(&memory, length * s->head.out);
-    if (!embedded || !x || !logits) return 1;
-    void *rest = memory.start + memory.used;
-    i64 left = size - (i64)memory.used, starts = s->draft->starts[0];
-    pass p = *s->draft;
-    p.starts = &starts;
-    p.length = seen;
-    p.hold = 0;
-    linear short_head = s->head;
-    short_head.out = s->drafted;
-    block[0] = tokens[seen - 1];
+    i64 length = drafts + 1, starts = draft->starts[0];
+    float *wide = take(&memory, length * head->in), *logits = take(&memory, length * head->out);
+    char *state = (char *)take(&memory, seen * head->in);
+    if (!wide || !logits || !state) return 1;
+    start = memory.start + memory.used;
+    size -= (i64)memory.used;
+    pass p = *draft;
+    p.starts = &starts, p.length = seen, p.hold = 0;
+    proposed[0] = tokens[seen - 1];
     for (i64 k = 0; k < drafts; k++) {
-        embed(&s->embeddings, k ? block + k : tokens, p.length, embedded, bf16);
-        if (superbolt_join(&p, embedded, states, s->enorm, s->hnorm, &s->join, x, rest, left)) return 1;
-        if (superbolt_layers(&p, s->block, s->block_final, x, rest, left)) return 1;
-        if (!k) {
-            memmove(x, x + (seen - 1) * width, (size_t)width * sizeof(float));
-            starts += seen;
-            p.length = p.hold = 1;
-            states = x;
+        if (superbolt_forward(&p, block, k ? proposed + k : tokens, states, state, start, size)) return 1;
+        if (!k) { /* the last position gives the first draft; what follows leaves nothing behind */
+            state += (seen - 1) * head->in * (p.bf16 ? 2 : 4);
+            states = state, starts += seen, p.length = p.hold = 1;
         }
-        multiply(x, 1, &short_head, logits, &p);
-        block[k + 1] = largest(logits, s->drafted);
+        predict(state, 1, head, drafted, &p, wide, logits, proposed + k + 1);
     }
-    p = *s->whole;
-    p.length = length;
-    p.hold = 1;
-    embed(&s->embeddings, block, length, hidden, bf16);
-    if (superbolt_layers(&p, s->layers, s->final, hidden, rest, left)) return 1;
-    multiply(hidden, length, &s->head, logits, &p);
-    for (i64 t = 0; t < length; t++) own[t] = largest(logits + t * s->head.out, s->head.out);
+    p = *whole;
+    p.length = length, p.hold = 1;
+    if (superbolt_forward(&p, layers, proposed, NULL, hidden, start, size)) return 1;
+    predict(hidden, length, head, head->out, &p, wide, logits, own);
     return 0;
 }
 
