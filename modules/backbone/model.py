@@ -153,6 +153,13 @@ class Network(nn.Module):
         cache.end()
         return drafted
 
+    def remember(self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None) -> None:
+        """Do what `draft` does to the cache, where its result is not wanted: half the work for a prompt."""
+        assert self.mtp is not None, "the network has an MTP block"
+        cache.begin(tokens.shape[1], counts, False)
+        self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
+        cache.end()
+
     def new_cache(
         self,
         rows: int,

@@ -171,7 +171,7 @@ class SpeculativeDecoder(PlainDecoder):
         else:
             hidden = torch.cat([self._hidden, hidden], dim=1)
         if max(counts):
-            self.network.draft(tokens, hidden[:, :-1], self.mtp_cache, counts)
+            self.network.remember(tokens, hidden[:, :-1], self.mtp_cache, counts)
         self._hidden = _pick(hidden, counts)
 
     def _draft(self, uniforms: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
