@@ -136,7 +136,7 @@ static inline __attribute__((always_inline)) void dot_block(const float *const *
 #pragma GCC unroll 16
         for (int o = 0; o < outs; o++) {
             v16 w = load(weight, places[o] + i, bf16);
-            __builtin_prefetch((const char *)weight + (places[o] + i + outs * in) * (bf16 ? 2 : 4)); /* the next block */
+            __builtin_prefetch((const char *)weight + (places[o] + i + 2048) * (bf16 ? 2 : 4));
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) sums[r * outs + o] += w * values[r];
         }
@@ -175,6 +175,7 @@ static inline __attribute__((always_inline)) void quad_block(const v16 *side, in
 #pragma GCC unroll 4
             for (int o = 0; o < QUAD; o++) {
                 v16 w = load(weight, (first + o) * in + i, bf16);
+                __builtin_prefetch((const char *)weight + ((first + o) * in + i + 2048) * (bf16 ? 2 : 4));
                 sums[o] += __builtin_shuffle(w, quarter) * x[0];
                 sums[o] += __builtin_shuffle(w, quarter + 4) * x[1];
                 sums[o] += __builtin_shuffle(w, quarter + 8) * x[2];
