@@ -184,11 +184,13 @@ class Network(nn.Module):
         join = [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
         return self._cache_of(layers, final, join, rows, capacity, state_dtype, generator)
 
-    def native_rounds(self, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int) -> NativeRounds | None:
-        """Return the C code for greedy rounds of speculative decoding on these caches; None: it does not apply."""
+    def native_rounds(
+        self, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int, temperature: float
+    ) -> NativeRounds | None:
+        """Return the C code for rounds of speculative decoding on these caches; None: it does not apply."""
         if not NativeRounds.fits(self.lm_head, cache, mtp_cache, drafts):
             return None
-        return NativeRounds(self.lm_head, cache, mtp_cache, drafts, vocabulary)
+        return NativeRounds(self.lm_head, cache, mtp_cache, drafts, vocabulary, temperature)
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""

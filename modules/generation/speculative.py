@@ -108,8 +108,11 @@ class SpeculativeDecoder(PlainDecoder):
         self._ahead: Tensor | None = None
         self._counts: list[int] = []
         self._native: NativeRounds | None = None
-        if decoding.sampling.greedy and not decoding.logprobs and decoding.agree is None:
-            self._native = network.native_rounds(self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted)
+        sampling = decoding.sampling
+        if (sampling.greedy or sampling.whole) and not decoding.logprobs and decoding.agree is None:
+            self._native = network.native_rounds(
+                self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted, sampling.temperature
+            )
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
@@ -131,9 +134,10 @@ class SpeculativeDecoder(PlainDecoder):
             self._ahead, self._counts = self._chosen.unsqueeze(1), [1] * len(rows)
             return step
         sampling, length = self.decoding.sampling, self.decoding.draft_tokens
+        numbers_of_round = 0 if sampling.greedy else 2 * length + 1
+        uniforms = [[row.random.random() for _ in range(numbers_of_round)] for row in rows]
         if self._native is not None and len(rows) == 1:
-            return self._run_native(self._native, rows[0])
-        uniforms = [] if sampling.greedy else [[row.random.random() for _ in range(2 * length + 1)] for row in rows]
+            return self._run_native(self._native, rows[0], uniforms[0])
         drafts, proposals = self._draft(uniforms)
         block = torch.cat([self._chosen.unsqueeze(1), *drafts], dim=1)
         self._agree(block)
@@ -147,13 +151,15 @@ class SpeculativeDecoder(PlainDecoder):
             verdict = verify_by_rejection(block[:, 1:], torch.cat(proposals, dim=1), targets, left)
         return self._take_over(rows, hidden, logits, verdict)
 
-    def _run_native(self, rounds: NativeRounds, row: Row) -> Step:
+    def _run_native(self, rounds: NativeRounds, row: Row, uniforms: list[float]) -> Step:
         if not rounds.seen:
             assert self._hidden is not None
             assert self._ahead is not None
             seen = self._counts[0]
             rounds.begin(self._ahead[0, :seen].tolist(), self._hidden[0, :seen])
-        row.accepted.append(rounds.run())
+        length = self.decoding.draft_tokens
+        rounds.draft(uniforms[:length])
+        row.accepted.append(rounds.verify(uniforms[length:]))
         return Step([rounds.tokens], [[]])
 
     def _leave_native(self, rounds: NativeRounds) -> None:

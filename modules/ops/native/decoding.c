@@ -626,47 +626,111 @@ static i64 largest(const float *values, i64 count) {
     return place;
 }
 
-/* The most likely of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype. */
-static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, const pass *p, float *wide,
-                    float *logits, i64 *tokens) {
+/* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype; with a temperature
+ * above 0, the probabilities that it makes of them. */
+static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, float temperature, const pass *p,
+                    float *wide, float *scores) {
     linear part = {head->weight, vocabulary, head->in};
     for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
-    multiply(wide, rows, &part, logits, p);
-    for (i64 r = 0; r < rows; r++) tokens[r] = largest(logits + r * vocabulary, vocabulary);
+    multiply(wide, rows, &part, scores, p);
+    if (temperature > 0) {
+        for (i64 i = 0; i < rows * vocabulary; i++) scores[i] /= temperature;
+        for (i64 r = 0; r < rows; r++) softmax(scores + r * vocabulary, vocabulary);
+    }
 }
 
-/* A greedy round of speculative decoding of one row: what the MTP block (draft, block) has not seen, `drafts` = k drafts
- * among the `drafted` lowest ids, and the network's (whole, layers) own choice after the newest token and each draft.
- * tokens [seen], which the MTP block has not seen, the newest last; states [seen, D], the hidden states of the positions
- * before them. Fills proposed [k + 1], the newest token and the drafts; own [k + 1]; hidden [k + 1, D]. own and hidden
- * may be where tokens and states are. The MTP block then remembers `seen` positions more, the network holds k + 1.
- * Returns 0, or 1 if `size` bytes of memory are too few. */
-int superbolt_speculate(const pass *whole, const layer *layers, const pass *draft, const layer *block,
-                        const linear *head, i64 drafted, const i64 *tokens, i64 seen, const void *states, i64 drafts,
-                        i64 *proposed, i64 *own, void *hidden, void *start, i64 size) {
+/* The token that a uniform number in [0, 1) draws from probabilities of any sum, by inverse CDF. */
+static i64 draw(const float *probabilities, i64 count, double uniform) {
+    double total = 0, before = 0;
+    for (i64 i = 0; i < count; i++) total += probabilities[i];
+    double point = uniform * total;
+    i64 place = 0, last = 0;
+    for (; place + 64 <= count; place += 64) { /* the block first: a chain of additions is slow */
+        double sum = 0;
+        for (i64 i = place; i < place + 64; i++) sum += probabilities[i];
+        if (before + sum > point) break;
+        before += sum;
+    }
+    for (; place < count; place++) {
+        before += probabilities[place];
+        if (probabilities[place] > 0) last = place;
+        if (before > point) return place;
+    }
+    while (!last && count) /* rounding: the last token that can be drawn */
+        if (probabilities[--count] > 0) last = count;
+    return last;
+}
+
+/* Drafts of a round of speculative decoding of one row, by the MTP block (p, block), among the `drafted` lowest ids.
+ * tokens [seen], which the block has not seen, the newest last; states [seen, D] in the compute dtype, the hidden states
+ * of the positions before them. With a temperature above 0, uniforms [drafts] draw the drafts, from proposals
+ * [drafts, drafted], which are filled. Fills proposed [drafts + 1]: the newest token and the drafts. The block then
+ * remembers `seen` positions more. Returns 0, or 1 if `size` bytes of memory are too few. */
+int superbolt_draft(const pass *given, const layer *block, const linear *head, i64 drafted, const i64 *tokens, i64 seen,
+                    const void *states, i64 drafts, float temperature, const double *uniforms, float *proposals,
+                    i64 *proposed, void *start, i64 size) {
     arena memory = {start, 0, (size_t)size};
-    i64 length = drafts + 1, starts = draft->starts[0];
-    float *wide = take(&memory, length * head->in), *logits = take(&memory, length * head->out);
+    i64 starts = given->starts[0];
+    float *wide = take(&memory, head->in);
     char *state = (char *)take(&memory, seen * head->in);
-    if (!wide || !logits || !state) return 1;
-    start = memory.start + memory.used;
-    size -= (i64)memory.used;
-    pass p = *draft;
+    if (!wide || !state) return 1;
+    pass p = *given;
     p.starts = &starts, p.length = seen, p.hold = 0;
     proposed[0] = tokens[seen - 1];
     for (i64 k = 0; k < drafts; k++) {
-        if (superbolt_forward(&p, block, k ? proposed + k : tokens, states, state, start, size)) return 1;
+        if (superbolt_forward(&p, block, k ? proposed + k : tokens, states, state, memory.start + memory.used,
+                              size - (i64)memory.used))
+            return 1;
         if (!k) { /* the last position gives the first draft; what follows leaves nothing behind */
             state += (seen - 1) * head->in * (p.bf16 ? 2 : 4);
             states = state, starts += seen, p.length = p.hold = 1;
         }
-        predict(state, 1, head, drafted, &p, wide, logits, proposed + k + 1);
+        float *scores = proposals + k * drafted;
+        predict(state, 1, head, drafted, temperature, &p, wide, scores);
+        proposed[k + 1] = temperature > 0 ? draw(scores, drafted, uniforms[k]) : largest(scores, drafted);
     }
-    p = *whole;
-    p.length = length, p.hold = 1;
-    if (superbolt_forward(&p, layers, proposed, NULL, hidden, start, size)) return 1;
-    predict(hidden, length, head, head->out, &p, wide, logits, own);
     return 0;
+}
+
+/* The verification of those drafts by the network (p, layers), which then holds drafts + 1 positions: fills own with the
+ * drafts kept and one token of the network's own, hidden [drafts + 1, D] in the compute dtype. With a temperature above
+ * 0, uniforms [drafts + 1] decide about each draft and draw the network's own token. Returns the number of drafts kept,
+ * or -1 if `size` bytes of memory are too few. */
+i64 superbolt_verify(const pass *given, const layer *layers, const linear *head, i64 drafted, i64 drafts,
+                     float temperature, const double *uniforms, const float *proposals, const i64 *proposed, i64 *own,
+                     void *hidden, void *start, i64 size) {
+    arena memory = {start, 0, (size_t)size};
+    i64 length = drafts + 1, vocabulary = head->out, kept = 0;
+    float *wide = take(&memory, length * head->in), *scores = take(&memory, length * vocabulary);
+    if (!wide || !scores) return -1;
+    pass p = *given;
+    p.length = length, p.hold = 1;
+    if (superbolt_forward(&p, layers, proposed, NULL, hidden, memory.start + memory.used, size - (i64)memory.used))
+        return -1;
+    predict(hidden, length, head, vocabulary, temperature, &p, wide, scores);
+    if (temperature <= 0) {
+        for (;; kept++) {
+            own[kept] = largest(scores + kept * vocabulary, vocabulary);
+            if (kept == drafts || own[kept] != proposed[kept + 1]) return kept;
+        }
+    }
+    for (; kept < drafts; kept++) {
+        i64 token = own[kept] = proposed[kept + 1];
+        if (!(uniforms[kept] * proposals[kept * drafted + token] < scores[kept * vocabulary + token])) break;
+    }
+    float *target = scores + kept * vocabulary;
+    if (kept < drafts) { /* what is left of the target; nothing, where both differ by rounding only: then all of it */
+        const float *proposal = proposals + kept * drafted;
+        float sum = 0;
+        for (i64 i = 0; i < vocabulary; i++) {
+            float left = target[i] - (i < drafted ? proposal[i] : 0);
+            sum += (left > 0 ? left : 0);
+        }
+        if (sum > 0)
+            for (i64 i = 0; i < drafted; i++) target[i] = target[i] > proposal[i] ? target[i] - proposal[i] : 0;
+    }
+    own[kept] = draw(target, vocabulary, uniforms[drafts]);
+    return kept;
 }
 
 /* Takes over the first counts [B] of the T held positions of each Mamba-2 layer. */

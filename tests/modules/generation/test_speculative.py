@@ -326,8 +326,9 @@ needs_compiler = pytest.mark.skipif(native.load()[0] is None, reason="no C compi
 @needs_compiler
 @pytest.mark.parametrize(("pattern", "mtp", "seed"), NETWORKS)
 @pytest.mark.parametrize("recipe", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, seed=5)], ids=["greedy", "sampled"])
 def test_rounds_in_c_are_those_in_python(
-    pattern: str, mtp: str, seed: int, recipe, monkeypatch: pytest.MonkeyPatch
+    pattern: str, mtp: str, seed: int, recipe, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(vocab_size=VOCABULARY, hybrid_override_pattern=pattern, mtp_hybrid_override_pattern=mtp)
     network = make_network(config, recipe, seed).eval()
@@ -335,21 +336,22 @@ def test_rounds_in_c_are_those_in_python(
         for module in network.modules():
             if isinstance(module, FormattedModule):
                 module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+    monkeypatch.setattr(speculative, "DRAFTED_LEAST", 2)
     work, counts = ask(prompts(4, seed=len(pattern)), 14), Counter()
-    run = NativeRounds.run
+    verify = NativeRounds.verify
 
-    def count(self: NativeRounds) -> int:
+    def count(self: NativeRounds, uniforms: list[float]) -> int:
         counts["rounds"] += 1
-        return run(self)
+        return verify(self, uniforms)
 
-    monkeypatch.setattr(NativeRounds, "run", count)
+    monkeypatch.setattr(NativeRounds, "verify", count)
     for length in (1, 4):
-        fast = list(generate(network, work, GREEDY, batch_size=1, draft_tokens=length))
+        fast = list(generate(network, work, sampling, batch_size=1, draft_tokens=length))
         assert counts["rounds"] == sum(len(one.accepted) for one in fast)
         counts.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Network, "native_rounds", lambda *arguments: None)
-            slow = list(generate(network, work, GREEDY, batch_size=1, draft_tokens=length))
+            slow = list(generate(network, work, sampling, batch_size=1, draft_tokens=length))
         assert not counts
         assert [(one.tokens, one.accepted) for one in fast] == [(one.tokens, one.accepted) for one in slow]
 
