@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.backbone.native_round import NativeRounds
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
 from modules.generation.sampling import distribution, draw
 
@@ -106,9 +107,14 @@ class SpeculativeDecoder(PlainDecoder):
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
         self._counts: list[int] = []
+        self._native: NativeRounds | None = None
+        if decoding.sampling.greedy and not decoding.logprobs and decoding.agree is None:
+            self._native = network.native_rounds(self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
+        if self._native is not None and self._native.seen:
+            self._leave_native(self._native)
         super().select(rows)
         self.mtp_cache.select(rows)
         index = torch.tensor(rows, device=self.device)
@@ -125,6 +131,8 @@ class SpeculativeDecoder(PlainDecoder):
             self._ahead, self._counts = self._chosen.unsqueeze(1), [1] * len(rows)
             return step
         sampling, length = self.decoding.sampling, self.decoding.draft_tokens
+        if self._native is not None and len(rows) == 1:
+            return self._run_native(self._native, rows[0])
         uniforms = [] if sampling.greedy else [[row.random.random() for _ in range(2 * length + 1)] for row in rows]
         drafts, proposals = self._draft(uniforms)
         block = torch.cat([self._chosen.unsqueeze(1), *drafts], dim=1)
@@ -139,6 +147,22 @@ class SpeculativeDecoder(PlainDecoder):
             verdict = verify_by_rejection(block[:, 1:], torch.cat(proposals, dim=1), targets, left)
         return self._take_over(rows, hidden, logits, verdict)
 
+    def _run_native(self, rounds: NativeRounds, row: Row) -> Step:
+        if not rounds.seen:
+            assert self._hidden is not None
+            assert self._ahead is not None
+            seen = self._counts[0]
+            rounds.begin(self._ahead[0, :seen].tolist(), self._hidden[0, :seen])
+        row.accepted.append(rounds.run())
+        return Step([rounds.tokens], [[]])
+
+    def _leave_native(self, rounds: NativeRounds) -> None:
+        """Go on in Python with what the newest round left."""
+        self._ahead = torch.tensor([rounds.tokens])
+        self._hidden = rounds.states.unsqueeze(0).clone()
+        self._counts, self._chosen = [rounds.seen], self._ahead[:, -1]
+        rounds.seen = 0
+
     def _passed(self, tokens: Tensor, hidden: Tensor, counts: list[int]) -> None:
         """Let the MTP block see a chunk of the prompts; the last position of each row waits for the token ahead."""
         assert self._ahead is None, "a prompt may follow a prompt, not a completion"
@@ -147,7 +171,7 @@ class SpeculativeDecoder(PlainDecoder):
         else:
             hidden = torch.cat([self._hidden, hidden], dim=1)
         if max(counts):
-            self.network.draft(tokens, hidden[:, :-1], self.mtp_cache, counts)
+            self.network.remember(tokens, hidden[:, :-1], self.mtp_cache, counts)
         self._hidden = _pick(hidden, counts)
 
     def _draft(self, uniforms: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -73,6 +73,16 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
     library.superbolt_linear.restype = None
     library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
+    library.superbolt_speculate.argtypes = [
+        *[pointer] * 5,
+        whole,
+        pointer,
+        whole,
+        pointer,
+        whole,
+        *[pointer] * 4,
+        whole,
+    ]
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
     return library, "active"

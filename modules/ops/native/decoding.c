@@ -618,6 +618,57 @@ int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, con
     return 0;
 }
 
+static i64 largest(const float *values, i64 count) {
+    float most = values[0];
+    for (i64 i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
+    i64 place = 0;
+    while (place < count - 1 && values[place] != most) place++;
+    return place;
+}
+
+/* The most likely of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype. */
+static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, const pass *p, float *wide,
+                    float *logits, i64 *tokens) {
+    linear part = {head->weight, vocabulary, head->in};
+    for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
+    multiply(wide, rows, &part, logits, p);
+    for (i64 r = 0; r < rows; r++) tokens[r] = largest(logits + r * vocabulary, vocabulary);
+}
+
+/* A greedy round of speculative decoding of one row: what the MTP block (draft, block) has not seen, `drafts` = k drafts
+ * among the `drafted` lowest ids, and the network's (whole, layers) own choice after the newest token and each draft.
+ * tokens [seen], which the MTP block has not seen, the newest last; states [seen, D], the hidden states of the positions
+ * before them. Fills proposed [k + 1], the newest token and the drafts; own [k + 1]; hidden [k + 1, D]. own and hidden
+ * may be where tokens and states are. The MTP block then remembers `seen` positions more, the network holds k + 1.
+ * Returns 0, or 1 if `size` bytes of memory are too few. */
+int superbolt_speculate(const pass *whole, const layer *layers, const pass *draft, const layer *block,
+                        const linear *head, i64 drafted, const i64 *tokens, i64 seen, const void *states, i64 drafts,
+                        i64 *proposed, i64 *own, void *hidden, void *start, i64 size) {
+    arena memory = {start, 0, (size_t)size};
+    i64 length = drafts + 1, starts = draft->starts[0];
+    float *wide = take(&memory, length * head->in), *logits = take(&memory, length * head->out);
+    char *state = (char *)take(&memory, seen * head->in);
+    if (!wide || !logits || !state) return 1;
+    start = memory.start + memory.used;
+    size -= (i64)memory.used;
+    pass p = *draft;
+    p.starts = &starts, p.length = seen, p.hold = 0;
+    proposed[0] = tokens[seen - 1];
+    for (i64 k = 0; k < drafts; k++) {
+        if (superbolt_forward(&p, block, k ? proposed + k : tokens, states, state, start, size)) return 1;
+        if (!k) { /* the last position gives the first draft; what follows leaves nothing behind */
+            state += (seen - 1) * head->in * (p.bf16 ? 2 : 4);
+            states = state, starts += seen, p.length = p.hold = 1;
+        }
+        predict(state, 1, head, drafted, &p, wide, logits, proposed + k + 1);
+    }
+    p = *whole;
+    p.length = length, p.hold = 1;
+    if (superbolt_forward(&p, layers, proposed, NULL, hidden, start, size)) return 1;
+    predict(hidden, length, head, head->out, &p, wide, logits, own);
+    return 0;
+}
+
 /* Takes over the first counts [B] of the T held positions of each Mamba-2 layer. */
 void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
     for (i64 i = 0; i < p->layers; i++) {
