@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent / "decoding.c"
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp")
 """Linked without -ffast-math, which would set the whole process to flush subnormal numbers to zero."""
-MOST_ROWS = 64
+MOST_ROWS = 2048
 """Rows up to which these products beat the machine's library of large ones."""
 
 
