@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import types
 import typing
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -57,7 +58,8 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     """Return the parser of a command's function.
 
     Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
-    list: an option that may be given several times); their documentation becomes the help.
+    list: an option that may be given several times, one of numbers also with several values after it); their
+    documentation becomes the help.
     """
     import docstring_parser
 
@@ -68,12 +70,13 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     hints = typing.get_type_hints(function)
     options: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():
-        kind, many = hints[name], typing.get_origin(hints[name]) is list
-        item = typing.get_args(kind)[0] if many else kind
+        item, many = _item(hints[name])
         required = parameter.default is parameter.empty
         given: dict[str, Any] = {"help": described.get(name), "type": item}
         if parameter.kind is parameter.KEYWORD_ONLY and many:
-            parser.add_argument(f"--{name}", action="append", required=required, **given)
+            # jsonargparse cannot append numbers; strings are not extended, or an option would take a MODEL after it
+            several = {"action": "extend", "nargs": "+"} if item in (int, float) else {"action": "append"}
+            parser.add_argument(f"--{name}", required=required, **several, **given)
         elif parameter.kind is parameter.KEYWORD_ONLY:
             options.add(name)
         elif not required:
@@ -83,3 +86,10 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     skip: set[str | int] = {name for name in inspect.signature(function).parameters if name not in options}
     parser.add_function_arguments(function, as_group=False, skip=skip)
     return parser
+
+
+def _item(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401
+    """Return (X, True) for list[X] and list[X] | None, else (the hint itself, False)."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
+    return (items[0], True) if items else (hint, False)
