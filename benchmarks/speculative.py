@@ -1,0 +1,1 @@
+"""Speculative decoding against plain decoding, one prompt at a time: second part of benchmarks/generation.py."""
