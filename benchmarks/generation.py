@@ -246,7 +246,7 @@ def compare(folder: Path, prompts: Prompts, new_tokens: int, precision: str, thr
         cpu, wall = (min(side.ratio(sides[0], new_tokens, column) for side in sides[1:]) for column in range(2))
         verdict = "reached" if wall >= ASKED[batch] else "missed"
         print(
-            f"asked: {ASKED[batch]:.0f}x; against the faster row of theirs {cpu:.2f}x by CPU, {wall:.2f}x by wall: {verdict}"
+            f"asked: {ASKED[batch]:.0f}x; the faster row of theirs: {cpu:.2f}x by CPU, {wall:.2f}x by wall: {verdict}"
         )
     for side in sides:
         side.close()
