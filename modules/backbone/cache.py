@@ -12,6 +12,7 @@ N state, C convolution channels, k taps.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,26 @@ LayerState = AttentionState | MambaState
 """What one layer remembers; mixtures and MLPs remember nothing."""
 
 
+class NativePass(Protocol):
+    """Runs a pass of a few positions in place of the layers; see `modules.backbone.native.NativeLayers`."""
+
+    def takes(self, rows: int, length: int) -> bool:
+        """Return whether it runs passes of B rows and T positions."""
+        ...
+
+    def run(self, x: Tensor, cache: "Cache") -> Tensor:
+        """Map the residual stream [B, T, D] to normalised hidden states [B, T, D]; the cache's pass has begun."""
+        ...
+
+    def join(self, embedded: Tensor, hidden: Tensor, enorm: Tensor, hnorm: Tensor, weight: Tensor) -> Tensor:
+        """Map both inputs of an MTP block [B, T, D] to what its layers start from."""
+        ...
+
+    def advance(self, counts: list[int], length: int) -> None:
+        """Take over the first `counts` [B] of T held positions."""
+        ...
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A moment of a cache, see `Cache.snapshot`."""
@@ -255,7 +276,10 @@ class Cache:
             else None
             for letter, dtype in layers
         ]
-        self._held = 0
+        self.native: NativePass | None = None
+        """C code that may run a pass in place of the portable layers; see `modules.backbone.native`."""
+        self.step = Step([0] * rows, 0, None, False, device)
+        """The pass that has begun last."""
 
     def begin(self, length: int, counts: list[int] | None, hold: bool) -> None:
         """Prepare a forward pass of T = `length` new positions; what a pass before held is forgotten."""
@@ -263,25 +287,38 @@ class Cache:
         end = max(step.starts if step.start is None else [step.start]) + length
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         assert not (hold and counts), "held tokens are counted when they are taken over"
+        self.step = step
         for state in self.states:
             if state is not None:
                 state.step = step
-        self._held = length if hold else 0
 
-    def end(self, length: int, counts: list[int] | None) -> None:
-        """Count the tokens of a pass that held nothing."""
-        self.lengths = [
-            seen + new for seen, new in zip(self.lengths, counts or [length] * len(self.lengths), strict=True)
-        ]
+    @property
+    def native_pass(self) -> "NativePass | None":
+        """The C code, if it can run the pass that has begun; its results are those of the layers but for rounding."""
+        step = self.step
+        fits = step.counts is None and self.native is not None and self.native.takes(len(step.starts), step.length)
+        return self.native if fits else None
+
+    def end(self) -> None:
+        """Count the tokens of the pass that has begun, unless it held them."""
+        if not self.step.hold:
+            self._count(self.step.counts or [self.step.length] * len(self.lengths))
+
+    def _count(self, counts: list[int]) -> None:
+        self.lengths = [seen + new for seen, new in zip(self.lengths, counts, strict=True)]
 
     def advance(self, counts: list[int]) -> None:
         """Take over the first `counts` [B] tokens that the pass before held, and forget the rest."""
-        assert all(0 <= count <= self._held for count in counts), (counts, self._held)
-        for state in self.states:
-            if state is not None:
-                state.advance(counts)
-        self._held = 0
-        self.end(0, counts)
+        assert self.step.hold
+        assert all(0 <= count <= self.step.length for count in counts), (counts, self.step.length)
+        native = self.native_pass
+        if native is not None:
+            native.advance(counts, self.step.length)
+        else:
+            for state in self.states:
+                if state is not None:
+                    state.advance(counts)
+        self._count(counts)
 
     def snapshot(self) -> "Snapshot":
         """Return what `restore` needs to come back to here; keys and values are not copied."""

@@ -5,7 +5,6 @@ Parameter names are those of the open checkpoints (`backbone.layers.{i}.mixer...
 Shapes: B rows, T positions, D hidden, V vocabulary, M MTP depths.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -17,6 +16,7 @@ from modules.backbone.cache import Cache
 from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
+from modules.backbone.native import NativeLayers
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
 from modules.ops.documents import DocumentLayout
@@ -146,8 +146,7 @@ class Network(nn.Module):
         assert self.mtp is not None, "the network has an MTP block"
         cache.begin(tokens.shape[1], counts, hold)
         drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
-        if not hold:
-            cache.end(tokens.shape[1], counts)
+        cache.end()
         return drafted
 
     def new_cache(
@@ -158,7 +157,7 @@ class Network(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Cache:
         """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`."""
-        return self._cache_of(self.backbone.layers, rows, capacity, state_dtype, generator)
+        return self._cache_of(self.backbone.layers, self.backbone.norm_f, rows, capacity, state_dtype, generator)
 
     def new_mtp_cache(
         self,
@@ -169,7 +168,8 @@ class Network(nn.Module):
     ) -> Cache:
         """Return an empty cache of the MTP block; see `Cache`."""
         assert self.mtp is not None, "the network has an MTP block"
-        return self._cache_of(self.mtp.layers, rows, capacity, state_dtype, generator)
+        final = self.mtp.layers[-1].get_submodule("final_layernorm")
+        return self._cache_of(self.mtp.layers, final, rows, capacity, state_dtype, generator)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V]."""
@@ -214,30 +214,37 @@ class Network(nn.Module):
     def _continue(self, tokens: Tensor, cache: Cache, counts: list[int] | None, hold: bool) -> Output:
         cache.begin(tokens.shape[1], counts, hold)
         x = self.backbone.embeddings(tokens)
-        for layer, state in zip(self.backbone.layers, cache.states, strict=True):
-            x, _ = layer(x, None, state, True)
-        if not hold:
-            cache.end(tokens.shape[1], counts)
-        return Output(self.backbone.norm_f(x), [], [])
+        if cache.native_pass is not None:
+            hidden = cache.native_pass.run(x, cache)
+        else:
+            for layer, state in zip(self.backbone.layers, cache.states, strict=True):
+                x, _ = layer(x, None, state, True)
+            hidden = self.backbone.norm_f(x)
+        cache.end()
+        return Output(hidden, [], [])
 
     def _cache_of(
         self,
-        layers: Iterable[nn.Module],
+        layers: nn.ModuleList,
+        final: nn.Module,
         rows: int,
         capacity: int,
         state_dtype: torch.dtype,
         generator: torch.Generator | None,
     ) -> Cache:
-        kinds = [(cast(Layer, layer).letter, cast(Layer, layer).state_dtype) for layer in layers]
-        return Cache(
+        stack = [cast(Layer, layer) for layer in layers]
+        cache = Cache(
             self.config,
-            kinds,
+            [(layer.letter, layer.state_dtype) for layer in stack],
             rows=rows,
             capacity=capacity,
             state_dtype=state_dtype,
             device=self.backbone.embeddings.weight.device,
             generator=generator,
         )
+        if NativeLayers.fits([*stack, final], state_dtype):
+            cache.native = NativeLayers(self.config, stack, cast(Tensor, final.weight))
+        return cache
 
     def _run_mtp(
         self, hidden: Tensor, tokens: Tensor, documents: DocumentLayout | None, depths: int

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.ops import native
 from modules.ops.cross_entropy import linear_cross_entropy
 from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
@@ -97,7 +98,12 @@ class Head(Linear):
         Returns:
             Without labels: fp32 logits [..., V]. With labels: (weighted sum of nats, nats [N]), fp32.
         """
-        if labels is None or token_weights is None:
-            return super().forward(x).float()
         dtype = self.compute_dtype
+        if labels is None or token_weights is None:
+            few = x.to(dtype)
+            return (
+                native.few_rows_linear(few, self.weight)
+                if native.applies(few, self.weight)
+                else super().forward(x).float()
+            )
         return linear_cross_entropy(x.to(dtype), self.weight.to(dtype), labels, token_weights)

@@ -5,6 +5,8 @@ import torch
 
 from modules.backbone.cache import Cache
 from modules.backbone.model import Network
+from modules.ops import native
+from modules.precision.linear import FormattedModule
 from tests.modules.helpers import BF16, assert_close, make_network, tiny_config
 
 CONFIGS = {
@@ -32,8 +34,12 @@ def network(request) -> Network:
     return make_network(tiny_config(**request.param))
 
 
-@pytest.fixture(autouse=True)
-def _inference():
+@pytest.fixture(params=["C code", "portable"], autouse=True)
+def _inference(request, monkeypatch):
+    if request.param == "portable":
+        monkeypatch.setattr(native, "load", lambda: (None, "switched off"))
+    elif native.load()[0] is None:
+        pytest.skip(native.load()[1])
     with torch.inference_mode():
         yield
 
@@ -139,9 +145,13 @@ def test_drafting_equals_the_mtp_chain(mtp_pattern):
 
 def test_bf16_stays_near_the_full_pass():
     network = make_network(tiny_config(), BF16)
+    for module in network.modules():
+        if isinstance(module, FormattedModule):
+            module.weight.data = module.weight.bfloat16()
     rows = tokens_of(*LENGTHS)
     cache = network.new_cache(len(rows), max(LENGTHS))
-    for row, hidden in zip(rows, feed(network, cache, rows, [9]), strict=True):
+    assert (cache.native is not None) == (native.load()[0] is not None)
+    for row, hidden in zip(rows, feed(network, cache, rows, [9, 1]), strict=True):
         assert_close(hidden, network(row[None]).hidden[0], 5e-2)
 
 

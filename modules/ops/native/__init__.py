@@ -1,0 +1,146 @@
+"""The C code in this folder: compiled once for this processor, when it is first asked for.
+
+It replaces portable operations where a call costs more than its arithmetic: a few positions at a time on a CPU. Without
+a C compiler everything runs on the portable ones; `load` says which it is.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "decoding.c"
+COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+LINK = ("-shared", "-fopenmp")
+"""Linked without -ffast-math, which would set the whole process to flush subnormal numbers to zero."""
+MOST_ROWS = 64
+"""Rows up to which these products beat the machine's library of large ones."""
+
+
+class LinearArguments(ctypes.Structure):
+    """`linear` of decoding.c."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64))
+
+
+class LayerArguments(ctypes.Structure):
+    """`layer` of decoding.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("products", LinearArguments * 6),
+        ("tables", ctypes.c_void_p * 6),
+        ("sizes", ctypes.c_int64 * 6),
+        ("factor", ctypes.c_float),
+        ("states", ctypes.c_void_p * 2),
+        ("held", ctypes.c_void_p * 2),
+    )
+
+
+class PassArguments(ctypes.Structure):
+    """`pass` of decoding.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
+        *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
+        ("epsilon", ctypes.c_float),
+        ("starts", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return (the library or None, "active" or the reason there is none)."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return None, "no C compiler"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else [str(error)]
+        return None, f"{Path(compiler).name} failed: {output[0] if output else 'without a message'}"
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
+    library.superbolt_linear.restype = None
+    library.superbolt_layers.argtypes = [pointer, pointer, pointer, pointer, pointer, whole]
+    library.superbolt_join.argtypes = [*[pointer] * 8, whole]
+    library.superbolt_advance.argtypes = [pointer, pointer, pointer]
+    library.superbolt_advance.restype = None
+    return library, "active"
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the library's file, from the user's cache or compiled into it (2 s)."""
+    key = hashlib.sha256(SOURCE.read_bytes())
+    key.update(repr((compiler, COMPILE, LINK, platform.machine(), _processor())).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superbolt"
+    target = cache / f"decoding-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when complete: others may compile it too
+            code, library = Path(folder) / "decoding.o", Path(folder) / "decoding.so"
+            for command in (
+                [compiler, *COMPILE, str(SOURCE), "-o", str(code)],
+                [compiler, *LINK, str(code), "-o", str(library), "-lm"],
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            library.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """Return what this processor can do, as far as the system tells: a library for another one would crash."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `few_rows_linear` takes these operands."""
+    return (
+        type(weight) is torch.nn.Parameter
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() <= MOST_ROWS * x.shape[-1]
+        and weight.is_contiguous()
+        and load()[0] is not None
+    )
+
+
+def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return fp32 x W^T, rounded to bf16 where that is the dtype of the operands; see `applies`.
+
+    Args:
+        x: [..., I], fp32 or bf16.
+        weight: [O, I], dtype of `x`.
+
+    Returns:
+        fp32 [..., O].
+    """
+    library, _ = load()
+    assert library is not None
+    wide = x.float().contiguous()
+    out = torch.empty(*x.shape[:-1], len(weight))
+    library.superbolt_linear(
+        wide.data_ptr(),
+        wide.numel() // wide.shape[-1],
+        weight.data_ptr(),
+        *weight.shape,
+        weight.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,66 @@
+"""The C code's products equal torch's; compiled once, and absent without a compiler."""
+
+import pytest
+import torch
+
+from modules.ops import native
+from tests.modules.helpers import assert_close
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    if native.load()[0] is None:
+        pytest.skip(native.load()[1])
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (16, 16), (37, 45), (130, 100)], ids=str)
+def test_product_of_few_rows(rows, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+    x = torch.randn(rows, size[1], generator=generator).to(dtype)
+    assert native.applies(x, weight)
+    exact = x.double() @ weight.double().T
+    assert_close(native.few_rows_linear(x, weight), exact.to(dtype), 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_many_threads_give_the_same_product():
+    weight, x = torch.nn.Parameter(torch.randn(4096, 256)), torch.randn(24, 256)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(native.few_rows_linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_gradients_and_many_rows_are_torchs_business():
+    weight = torch.nn.Parameter(torch.randn(8, 4))
+    assert not native.applies(torch.randn(native.MOST_ROWS + 1, 4), weight)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not native.applies(torch.randn(1, 4), weight)
+
+
+def test_the_process_keeps_its_subnormal_numbers():
+    tiny = torch.tensor([1e-40])
+    native.few_rows_linear(torch.ones(1, 1), torch.nn.Parameter(torch.ones(1, 1)))
+    assert (tiny * 0.5).item() > 0
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.load.__wrapped__() == (None, "no C compiler")
+
+
+def test_a_compiler_that_fails_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "COMPILE", ("--no-such-option",))
+    library, reason = native.load.__wrapped__()
+    assert library is None
+    assert "failed" in reason
