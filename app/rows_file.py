@@ -8,6 +8,7 @@ command knows its own work again, and a different one does not add to it.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ class Answers:
             self._describe(None)
             output.touch()
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the rows answered so far."""
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows answered so far."""
         with self._output.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+            yield from map(json.loads, file)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add answers; they are on the disk when this returns."""
@@ -127,13 +128,14 @@ class Answers:
 
     def _cut(self) -> None:
         """Count the complete lines and cut off a last one that was not written to its end."""
-        with self._output.open("r+b") as file:
-            complete = 0
+        complete = 0
+        with self._output.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
                     complete += len(line)
                     self.count += 1
-            file.truncate(complete)
+        if complete < self._output.stat().st_size:
+            os.truncate(self._output, complete)
 
     def _describe(self, summary: dict[str, Any] | None) -> None:
         text = json.dumps({"settings": self._settings, "summary": summary}, ensure_ascii=False, indent=2)

@@ -30,6 +30,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     "Is it learning?": {
         "Held-out bits per byte": ["validation/bits_per_byte"],
         "Loss of each MTP depth": ["training/mtp_loss_.*"],
+        "Drafts kept, at each position where all before were": ["validation/draft_acceptance_.*", ONE],
         "Learning rate": ["training/learning_rate"],
         "Steps skipped, by reason (healthy: 0)": ["training/skipped_(not_finite|loss_spikes|gradient_spikes)", ZERO],
         "Loss and gradient norm, sigmas above their window": ["training/(loss|gradient)_sigmas", ZERO],

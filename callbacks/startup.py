@@ -41,6 +41,7 @@ def rows(trainer: Trainer, module: LightningModule) -> list[tuple[str, str]]:
         ("torch", str(torch.__version__)),
     ]
     table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
+    table += [("weights", line) for line in getattr(module, "initial_weights", [])]
     if formats := getattr(module, "precision_table", None):
         table += [("precision", line) for line in summarize(formats).splitlines()]
     count = sum(parameter.numel() for parameter in module.parameters())

@@ -10,19 +10,20 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Shows how many bytes of a job are done; a context manager.
+    """Shows how much of a job is done; a context manager.
 
     Args:
         title: what is being done.
-        total: bytes to do.
-        done: bytes that were done before (a resumed job).
+        total: amount to do.
+        done: amount that was done before (a resumed job).
+        unit: what is counted; B for bytes.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
-        self._title, self._total, self._done = title, total, done
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "B") -> None:
+        self._title, self._total, self._done, self._unit = title, total, done, unit
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(desc=title, total=total, initial=done, unit="B", unit_scale=True, leave=False)
+            self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, unit_scale=True, leave=False)
         self._last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -37,11 +38,14 @@ class Progress:
             self._bar.close()
 
     def advance(self, amount: int) -> None:
-        """Count `amount` more bytes as done."""
+        """Count `amount` more as done."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(amount)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             share = self._done / max(self._total, 1)
-            print(f"{self._title}: {self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({share:.0%})", flush=True)
+            amounts = f"{self._done:,} of {self._total:,} {self._unit}"
+            if self._unit == "B":
+                amounts = f"{self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
+            print(f"{self._title}: {amounts} ({share:.0%})", flush=True)

@@ -7,6 +7,7 @@ Shapes: M MTP depths, E experts.
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +22,7 @@ from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import PackedBatch, TrainingData
+from modules.checkpoints.start import start_from
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
@@ -52,6 +54,8 @@ class StageModule(LightningModule):
         optimizer: settings of AdamW.
         schedule: learning rate over tokens.
         seed: seed of the initial weights.
+        init_from: a MODEL whose weights the run starts from (a folder that fit wrote, or a Hugging Face one); null:
+            random weights. A run that goes on reads its own checkpoint only.
         activation_checkpointing: recompute the layers' activations in the backward pass; saves memory, costs a forward.
         compile_layers: compile each layer but the mixtures with torch.compile (CUDA only; elsewhere it is an error).
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
@@ -66,6 +70,7 @@ class StageModule(LightningModule):
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
         seed: int = 0,
+        init_from: Path | None = None,
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         expert_bias_rate: float = 1e-3,
@@ -75,7 +80,9 @@ class StageModule(LightningModule):
         super().__init__()
         self.backbone_config, self.precision = backbone, precision
         self.optimizer_config, self.schedule = optimizer, schedule
-        self.seed = seed
+        self.seed, self.init_from = seed, init_from
+        self.initial_weights: list[str] = []
+        """Where the weights come from, in lines for the user; empty for random ones and for a run that goes on."""
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
         if max_skipped_steps < 1:
@@ -134,10 +141,10 @@ class StageModule(LightningModule):
         return network
 
     def configure_model(self) -> None:
-        """Build, shard, materialise and initialise the network; does nothing the second time.
+        """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
         Raises:
-            ValueError: if the recipe does not fit the network or an option does not fit the device.
+            ValueError: if the recipe does not fit the network, an option the device, or init_from the backbone.
         """
         if self.network is not None:
             return
@@ -158,7 +165,11 @@ class StageModule(LightningModule):
         strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
         network.to_empty(device=strategy.root_device)
         network.tie_weights()
-        initialize(network, self.seed)
+        if self.init_from is None or self.trainer.ckpt_path is not None:
+            initialize(network, self.seed)
+        else:
+            tokenizer = getattr(self.data, "tokenizer_folder", None)
+            self.initial_weights = start_from(network, self.init_from, tokenizer)
         self.network = network
 
     def configure_optimizers(self) -> Optimizer:

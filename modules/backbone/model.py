@@ -171,9 +171,9 @@ class Network(nn.Module):
         final = self.mtp.layers[-1].get_submodule("final_layernorm")
         return self._cache_of(self.mtp.layers, final, rows, capacity, state_dtype, generator)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [..., D] to fp32 logits [..., V]."""
-        return self.lm_head(hidden)
+    def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
+        """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""
+        return self.lm_head(hidden, vocabulary=vocabulary)
 
     def routers(self) -> list[Router]:
         """Return the routers in layer order, the MTP block's last."""

@@ -18,6 +18,7 @@ import torch
 
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints.defaults import GenerationDefaults
+from modules.checkpoints.names import PLACEHOLDER_WIDTH
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072,
@@ -79,22 +80,30 @@ FIXED: dict[str, tuple[list[Any], str]] = {
     "time_step_limit": ([[0.0, float("inf")], None], "dt is not limited here"),
     "residual_in_fp32": ([False], "the residual stream has the embedding's dtype here"),
     "sliding_window": ([None], "attention sees all positions here"),
-    "quantization_config": ([None], "quantised weights cannot be read; take the bf16 model"),
+    "quantization_config": ([None], "quantised weights cannot be read; take the model in bf16"),
+    "quantization": ([None], "quantised weights cannot be read; take the model in bf16"),
 }
 """Fields that would change numbers: values that are computed here, and what that is."""
+
+NOT_WRITTEN = ("time_step_limit", "quantization_config", "quantization")
+"""Of these, what is left out of a config.json (JSON has no infinity, and readers disagree how to write one)."""
 
 IGNORED = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version"),
     *("use_cache", "use_mamba_kernels", "num_logits_to_keep", "output_router_logits", "mamba_ssm_cache_dtype"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings", "expand", "mamba_expand"),
     *("moe_shared_expert_overlap", "attention_dropout", "hidden_dropout", "rope_theta", "partial_rotary_factor"),
-    *("time_step_rank", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type"),
+    *("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "num_hidden_layers", "n_shared_experts"),
 }
-"""Fields that change no number of the network (dropout: at inference; there is none in training here)."""
+"""Fields that change no number of the network (dropout: at inference; see `notes`)."""
 
 LAYER_NAMES = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
-LETTERS = {name: letter for letter, name in LAYER_NAMES.items()} | {"mamba": "M", "attention": "*"}
+LETTERS = {name: letter for letter, name in LAYER_NAMES.items()} | {
+    "mamba": "M",
+    "attention": "*",
+    **{letter: letter for letter in LAYER_NAMES},
+}
 MAIN = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 MTP = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types")
 DEFAULT_LAYERS, DEFAULT_MTP_LAYERS = "ME*-", "*E"
@@ -111,26 +120,44 @@ def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
     Raises:
         ValueError: it is of another family, contradicts itself, or sets a field to something not computed here.
     """
-    _check_family(raw, file)
+    check_family(raw, file)
     fields = _rename(raw, file)
     for key, (allowed, why) in FIXED.items():
         if key in fields and fields[key] not in allowed:
-            raise ValueError(f"{file}: {key} {fields[key]!r} is not supported: {why} ({allowed[0]!r})")
+            raise ValueError(f"{file}: {key} {shown(fields[key])} is not supported: {why} ({allowed[0]!r})")
     known = {key: fields.get(key, default) for key, default in DEFAULTS.items()}
+    if known["num_nextn_predict_layers"] not in (0, 1):
+        raise ValueError(
+            f"{file}: num_nextn_predict_layers {shown(known['num_nextn_predict_layers'])} is not supported: one MTP "
+            "block is applied at every depth here (0 or 1)"
+        )
+    if not known["moe_shared_expert_intermediate_size"]:
+        known["moe_shared_expert_intermediate_size"] = known["intermediate_size"]  # as transformers does
+    if raw.get("n_shared_experts", 1) in (0, None):
+        known["moe_shared_expert_intermediate_size"] = 0
     if known["num_key_value_heads"] is None:
         known["num_key_value_heads"] = known["num_attention_heads"]
     layers = _layers(raw, MAIN, file) or DEFAULT_LAYERS
     stated = raw.get("num_hidden_layers")
     if stated is not None and stated != len(layers):
-        raise ValueError(f"{file}: num_hidden_layers is {stated}, but {len(layers)} layers are listed; correct one")
+        raise ValueError(
+            f"{file}: num_hidden_layers is {shown(stated)}, but {len(layers)} layers are listed; correct the wrong one"
+        )
     known["hybrid_override_pattern"] = layers
-    known["mtp_hybrid_override_pattern"] = _layers(raw, MTP, file) or DEFAULT_MTP_LAYERS
+    if known["num_nextn_predict_layers"]:
+        known["mtp_hybrid_override_pattern"] = _layers(raw, MTP, file) or DEFAULT_MTP_LAYERS
     return make_config(known, file)
 
 
-def unknown_keys(raw: dict[str, Any]) -> list[str]:
-    """Return the keys of a `config.json` that no table here knows."""
-    return sorted(raw.keys() - DEFAULTS.keys() - OLDER_NAMES.keys() - FIXED.keys() - IGNORED - {*MAIN, *MTP})
+def notes(raw: dict[str, Any], file: Path) -> list[str]:
+    """Return a line for what the user should know of a `config.json`: unknown keys, dropout."""
+    lines = []
+    known = DEFAULTS.keys() | OLDER_NAMES.keys() | FIXED.keys() | IGNORED | {*MAIN, *MTP}
+    if unknown := sorted(raw.keys() - known):
+        lines.append(f"{file}: unknown keys are ignored: {', '.join(unknown)}")
+    dropout = [key for key in ("attention_dropout", "hidden_dropout") if raw.get(key)]
+    lines += [f"{file}: {key} {raw[key]} is ignored: there is no dropout in training here" for key in dropout]
+    return lines
 
 
 def to_hugging_face(
@@ -148,9 +175,12 @@ def to_hugging_face(
         kept: a `config.json` whose other entries (such as max_position_embeddings) are taken over.
     """
     written = {key: getattr(config, key) for key in DEFAULTS}
+    unused = [key for key, value in written.items() if value == 0 and type(value) is int and DEFAULTS[key]]
+    written |= {key: DEFAULTS[key] for key in unused}  # sizes of layers that it has not: others may divide by them
+    written["moe_shared_expert_intermediate_size"] = config.moe_shared_expert_intermediate_size or PLACEHOLDER_WIDTH
     main, mtp = config.hybrid_override_pattern, config.mtp_hybrid_override_pattern
-    shared = config.moe_shared_expert_intermediate_size
-    dropped = {"_name_or_path", "auto_map", "transformers_version", *DEFAULTS, *OLDER_NAMES, *FIXED, *MAIN, *MTP}
+    own = {"_name_or_path", "auto_map", "transformers_version", "mamba_expand", "mtp_layer_types", "layer_types"}
+    dropped = own | DEFAULTS.keys() | OLDER_NAMES.keys() | FIXED.keys()
     tokens = {}
     if generation is not None:
         eos = generation.eos_token_ids
@@ -159,18 +189,24 @@ def to_hugging_face(
             "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
             "pad_token_id": generation.pad_token_id,
         }
+    fixed = {key: allowed[0] for key, (allowed, _) in FIXED.items() if key not in NOT_WRITTEN}
     return {
+        "expand": 2,
+        "mamba_ssm_cache_dtype": "float32",
+        "use_cache": True,
         **{key: value for key, value in (kept or {}).items() if key not in dropped},
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         **written,
-        **{key: allowed[0] for key, (allowed, _) in FIXED.items() if key not in ("quantization_config",)},
+        **fixed,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "norm_eps": config.layer_norm_epsilon,
         "num_hidden_layers": len(main),
         "hybrid_override_pattern": main,
         "layers_block_type": [LAYER_NAMES[letter] for letter in main],
         "mtp_hybrid_override_pattern": mtp,
         "mtp_layers_block_type": [LAYER_NAMES[letter] for letter in mtp],
-        "n_shared_experts": 1 if shared else 0,
+        "n_shared_experts": 1,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
         **tokens,
@@ -206,10 +242,17 @@ def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
     if float in kinds and type(value) is int:
         return float(value)
     wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
-    raise ValueError(f"{file}: {key} {value!r} must be {wanted}")
+    raise ValueError(f"{file}: {key} {shown(value)} must be {wanted}")
 
 
-def _check_family(raw: dict[str, Any], file: Path) -> None:
+def shown(value: Any) -> str:  # noqa: ANN401
+    """Return a value from a file for a message: one line of moderate length."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def check_family(raw: dict[str, Any], file: Path) -> None:
+    """Raise a ValueError if a `config.json` is not of a Nemotron-H language model."""
     kind, architectures = raw.get("model_type"), raw.get("architectures") or ["NemotronHForCausalLM"]
     if kind != "nemotron_h" or "NemotronHForCausalLM" not in architectures:
         raise ValueError(
@@ -224,8 +267,12 @@ def _rename(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     for old, new in OLDER_NAMES.items():
         if old not in raw:
             continue
+        if new == "layer_norm_epsilon":  # transformers reads no other name of it, other engines do
+            fields.setdefault(new, DEFAULTS[new])
         if new in fields and _plain(fields[new]) != _plain(raw[old]):
-            raise ValueError(f"{file}: {old} {raw[old]!r} contradicts {new} {fields[new]!r}; remove the wrong one")
+            raise ValueError(
+                f"{file}: {old} {shown(raw[old])} contradicts {new} {shown(fields[new])}; remove the wrong one"
+            )
         fields[new] = raw[old]
     if "time_step_limit" in fields:
         fields["time_step_limit"] = _plain(fields["time_step_limit"])
@@ -249,12 +296,11 @@ def _layers(raw: dict[str, Any], keys: tuple[str, ...], file: Path) -> str | Non
         if value is None:
             continue
         if isinstance(value, list):
-            unknown = [name for name in value if name not in LETTERS]
-            if unknown:
-                raise ValueError(f"{file}: {key} names a layer {unknown[0]!r}; known are {', '.join(LETTERS)}")
+            if unknown := [name for name in value if not isinstance(name, str) or name not in LETTERS]:
+                raise ValueError(f"{file}: {key} names a layer {shown(unknown[0])}; known are {', '.join(LETTERS)}")
             value = "".join(LETTERS[name] for name in value)
         if not isinstance(value, str):
-            raise ValueError(f"{file}: {key} {value!r} must be a layer string or a list of layer names")
+            raise ValueError(f"{file}: {key} {shown(value)} must be a layer string or a list of layer names")
         found[key] = value
     for key, value in found.items():
         first = next(iter(found))

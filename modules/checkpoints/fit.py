@@ -1,5 +1,7 @@
 """Checkpoints that `fit` wrote, as a MODEL: fp32 masters in torch's distributed format, read tensor by tensor."""
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from modules.backbone.config import BackboneConfig
 from modules.checkpoints import folder
 from modules.checkpoints.config import make_config
 from modules.checkpoints.defaults import read_defaults
-from modules.checkpoints.names import TensorInfo, public_names, public_shapes
+from modules.checkpoints.names import HEAD, TensorInfo, public_names, public_shapes
 from modules.checkpoints.reader import SafeReader
 from modules.checkpoints.values import check_finite
 
@@ -46,7 +48,7 @@ class FitSource:
         self.generation = read_defaults(path, {}, self.tokenizer_folder)
         self._reader = _Reader(path)
         self._places = public_names(self.config)
-        self.tensors = self._account()
+        self.tensors: Mapping[str, TensorInfo] = self._account()
         self._stacked: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
@@ -63,7 +65,15 @@ class FitSource:
         entry = self._reader.metadata.state_dict_metadata[PREFIX + parameter]
         assert isinstance(entry, TensorStorageMetadata)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({PREFIX + parameter: tensor}, storage_reader=self._reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            try:
+                dcp.load({PREFIX + parameter: tensor}, storage_reader=self._reader, no_dist=True)
+            except dcp.CheckpointException as error:
+                reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+                raise ValueError(
+                    f"{self.path}: tensor {parameter} cannot be read ({reason}); take another checkpoint of the run"
+                ) from None
         check_finite(tensor, parameter, self.path)
         return tensor
 
@@ -86,7 +96,7 @@ class FitSource:
                     "one of the two is not of this checkpoint"
                 )
             tensors[name] = TensorInfo(shape, info.dtype)
-        known = {place.parameter for place in self._places.values()} | {"lm_head.weight"}
+        known = {place.parameter for place in self._places.values()} | {HEAD}
         if unknown := sorted(stored.keys() - known):
             raise ValueError(f"{self.path}: tensor {unknown[0]} is unknown to the network that {RUN_CONFIG} describes")
         return tensors
@@ -107,7 +117,9 @@ def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML ({error}); copy the checkpoint again") from None
+        raise ValueError(
+            f"{file} is not valid YAML ({' '.join(str(error).split())}); copy the checkpoint again"
+        ) from None
     if not isinstance(run, dict):
         raise ValueError(f"{file} is no configuration of a run; copy the checkpoint again")
     return run

@@ -65,14 +65,14 @@ def load_weights(network: Network, source: Source) -> None:
     """Fill a network with the tensors of a MODEL, in the network's own dtypes; a rank keeps only what it holds.
 
     Args:
-        network: materialised, of the source's configuration; sharded along dimension 0 or not.
-        source: the MODEL.
+        network: materialised, sharded along dimension 0 or not.
+        source: the MODEL; holds all tensors of the network (it may have an MTP block more).
 
     Raises:
         ValueError: a tensor cannot be read or holds values that are not finite.
     """
     state = network.state_dict()
-    for name, place in public_names(source.config).items():
+    for name, place in public_names(network.config).items():
         target = state[place.parameter]
         local = target.to_local() if isinstance(target, DTensor) else target
         rows = local_rows(target)
@@ -80,7 +80,7 @@ def load_weights(network: Network, source: Source) -> None:
             tensor = source.read(name)
             local.copy_(tensor if len(rows) == len(tensor) else tensor[rows])
         elif place.expert in rows:
-            local[rows.index(place.expert)] = source.read(name)
+            local[rows.index(place.expert)].copy_(source.read(name))
 
 
 def _set_formats(network: Network, source: Source, chosen: Format | None) -> None:

@@ -5,6 +5,7 @@ one stacked tensor `[E, out, in]`, the files hold each expert by itself, and a t
 network itself is the list of names: nothing here has to be kept in step with it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,11 @@ import torch
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 
+PLACEHOLDER_WIDTH = 1
+"""Width of the all-zero shared expert that stands in a file for none: transformers cannot build a mixture without."""
 STACKED = ".mixer.experts."
 """What the names of stacked tensors hold; the shared expert is called otherwise."""
+SHARED = ".shared_experts."
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
 MTP = "mtp."
 
@@ -44,6 +48,17 @@ def public_names(config: BackboneConfig) -> dict[str, Place]:
 def public_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each public tensor, in the order of `public_names`."""
     return {name: shape for name, _, shape in _tensors(config)}
+
+
+def placeholder_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the zero tensors that a Hugging Face folder holds beside those of `public_names`.
+
+    They are the shared experts of a network that has none; empty for a network that has them, or no mixtures.
+    """
+    if config.moe_shared_expert_intermediate_size:
+        return {}
+    with_shared = dataclasses.replace(config, moe_shared_expert_intermediate_size=PLACEHOLDER_WIDTH)
+    return {name: shape for name, shape in public_shapes(with_shared).items() if SHARED in name}
 
 
 def _tensors(config: BackboneConfig) -> list[tuple[str, Place, tuple[int, ...]]]:

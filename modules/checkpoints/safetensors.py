@@ -7,7 +7,6 @@ tensor, and says in a user's words what is wrong with a file.
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from modules.checkpoints.names import TensorInfo
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LARGEST_HEADER = 100_000_000
-AGAIN = "copy or download it again"
+"""The format's own bound."""
+AGAIN = "copy or download the file again"
 
 
 class Entry(NamedTuple):
@@ -40,11 +40,18 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     Raises:
         ValueError: a file is missing or damaged, or index and shards contradict each other.
     """
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
-    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there; only safetensors weights are read")
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}: two models; remove the one that is not meant")
+    if index.exists():
+        return _read_shards(folder, index)
+    if single.exists():
+        return read_header(single)
+    others = sorted(path.name for path in folder.glob("*.safetensors")) or sorted(
+        path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"}
+    )
+    there = f"; {others[0]} is there" if others else ""
+    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{there}; download the safetensors weights")
 
 
 def read_entry(entry: Entry) -> Tensor:
@@ -54,56 +61,96 @@ def read_entry(entry: Entry) -> Tensor:
         ValueError: the file ends before the tensor does.
     """
     tensor = torch.empty(entry.info.shape, dtype=entry.info.dtype)
-    size = tensor.numel() * tensor.element_size()
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.start)
-        if size and stream.readinto(tensor.view(-1).view(torch.uint8).numpy()) != size:
-            raise ValueError(f"{entry.file} is cut short; {AGAIN}")
+    if tensor.numel():
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.start)
+            count = stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
+        if count != tensor.numel() * tensor.element_size():
+            raise ValueError(f"{entry.file} has become shorter while it was read; {AGAIN}")
     return tensor
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Return the tensors of a file by name, after checking that header and file size agree.
+    """Return the tensors of a file by name, after checking that its header and its size agree.
 
     Raises:
         ValueError: they do not, or the file is no safetensors file.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
             raise ValueError(f"{file} is cut short or no safetensors file ({size} bytes); {AGAIN}")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
     header.pop("__metadata__", None)
-    entries, end = {}, 0
-    for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        entries[name], end = _entry(file, name, said, 8 + length, end)
-    if 8 + length + end != size:
-        raise ValueError(f"{file} has {size} bytes, but its header means {8 + length + end}; {AGAIN}")
+    entries = {name: _entry(file, name, said, 8 + length) for name, said in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != end and math.prod(entry.info.shape):
+            raise ValueError(f"{file}: its header puts tensor {name} at byte {entry.start} instead of {end}; {AGAIN}")
+        end += math.prod(entry.info.shape) * entry.info.dtype.itemsize
+    if end != size:
+        raise ValueError(f"{file} has {size} bytes where its header means {end}; {AGAIN}")
     return entries
 
 
-def _entry(file: Path, name: str, said: dict[str, Any], data: int, previous: int) -> tuple[Entry, int]:
-    """Return a tensor's entry and where it ends, after checking it; `previous` is where the one before ends."""
-    if said["dtype"] not in DTYPES:
-        raise ValueError(f"{file}: tensor {name} has dtype {said['dtype']}; only {', '.join(DTYPES)} can be read")
-    info = TensorInfo(tuple(said["shape"]), DTYPES[said["dtype"]])
-    start, end = said["data_offsets"]
-    if start != previous or end - start != math.prod(info.shape) * info.dtype.itemsize:
-        raise ValueError(f"{file}: the header lies about tensor {name}; {AGAIN}")
-    return Entry(file, info, data + start), end
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"tensor {name} is there twice")
+        found[name] = value
+    return found
 
 
-def _read_shards(folder: Path) -> dict[str, Entry]:
-    index = read_json(folder / INDEX)
-    where = index["weight_map"]
+def _entry(file: Path, name: str, said: Any, data: int) -> Entry:  # noqa: ANN401
+    """Return the entry that a header gives of a tensor, checked but for its place; `data` is where the data begin."""
+    try:
+        kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+        valid = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        kind, shape, start, end, valid = None, (), 0, 0, False
+    if not valid:
+        raise ValueError(f"{file}: its header is damaged at tensor {name}; {AGAIN}")
+    if kind not in DTYPES:
+        raise ValueError(
+            f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; take the model in bf16, "
+            "not a quantised one"
+        )
+    needed = math.prod(shape) * DTYPES[kind].itemsize
+    if end - start != needed:
+        raise ValueError(
+            f"{file}: its header gives tensor {name} {end - start} bytes, but {kind} {list(shape)} needs "
+            f"{needed}; {AGAIN}"
+        )
+    return Entry(file, TensorInfo(shape, DTYPES[kind]), data + start)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(_is_file_name(value) for value in places.values()):
+        raise ValueError(f"{index}: weight_map must give the file of each tensor; {AGAIN}")
     entries: dict[str, Entry] = {}
-    for shard in sorted(set(where.values())):
+    for shard in sorted(set(places.values())):
         if not (folder / shard).exists():
-            raise ValueError(f"{folder / INDEX} names {shard}, which is not there; download it")
-        entries |= read_header(folder / shard)
+            raise ValueError(f"{folder / shard} is missing, though {index.name} names it; download it")
+        for name, entry in read_header(folder / shard).items():
+            if name in entries:
+                raise ValueError(
+                    f"tensor {name} is in two files, {entries[name].file} and {entry.file}; download both again"
+                )
+            if name not in places:
+                raise ValueError(f"{index}: it has no entry for tensor {name}, which {entry.file.name} holds; {AGAIN}")
+            entries[name] = entry
+    for name, shard in places.items():
+        if name not in entries or entries[name].file.name != shard:
+            raise ValueError(f"{index}: it says that {shard} holds tensor {name}, which is not so; {AGAIN}")
     return entries
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and Path(value).name == value

@@ -54,8 +54,9 @@ def open_model(path: Path) -> Source:
     Raises:
         ValueError: it is none of them, or damaged; one line that names the file and the mend.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such folder; a MODEL is a folder on this machine")
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {problem}; a MODEL is a folder on this machine")
     if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
         return FitSource(path)
     if (path / CONFIG).exists():

@@ -115,11 +115,11 @@ class PlainDecoder:
         self.network = network
         self.decoding = decoding
         self.device = network.backbone.embeddings.weight.device
-        generator = None
+        self.generator = None
         if decoding.state_dtype != torch.float32:
-            generator = torch.Generator(self.device).manual_seed(decoding.sampling.seed)
+            self.generator = torch.Generator(self.device).manual_seed(decoding.sampling.seed)
         self.cache = network.new_cache(
-            rows=rows, capacity=capacity, state_dtype=decoding.state_dtype, generator=generator
+            rows=rows, capacity=capacity, state_dtype=decoding.state_dtype, generator=self.generator
         )
         self._last: Tensor | None = None  # [B, D] hidden states that the next token follows from
         self._chosen: Tensor | None = None  # int64 [B] tokens that the network has not seen yet
@@ -134,6 +134,7 @@ class PlainDecoder:
             width = max(counts)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=self.device)
             hidden = self.network(tokens, cache=self.cache, counts=counts).hidden
+            self._passed(tokens, hidden, counts)
             for row, prompt in enumerate(prompts):
                 if start < len(prompt) <= start + chunk:
                     ends[row] = hidden[row, len(prompt) - start - 1]
@@ -153,6 +154,7 @@ class PlainDecoder:
         """Choose the next token of each row."""
         if self._chosen is not None:
             self._last = self.network(self._chosen[:, None], cache=self.cache).hidden[:, -1]
+        assert self._last is not None, "prompts come first"
         logits = self.network.logits(self._last)
         self._chosen = chosen = self._choose(logits, rows)
         logprobs: list[list[float]] = [[] for _ in rows]
@@ -166,6 +168,12 @@ class PlainDecoder:
             chosen = logits.argmax(-1)
         else:
             chosen = draw(distribution(logits, sampling), [row.random.random() for row in rows])
+        self._agree(chosen)
+        return chosen
+
+    def _agree(self, chosen: Tensor) -> None:
         if self.decoding.agree is not None:
             self.decoding.agree(chosen)
-        return chosen
+
+    def _passed(self, tokens: Tensor, hidden: Tensor, counts: list[int]) -> None:
+        """See a chunk of the prompts, int64 [B, T], and its hidden states [B, T, D]: for decoders that keep more."""

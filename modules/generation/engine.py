@@ -14,6 +14,7 @@ from torch import Tensor
 from modules.backbone.model import Network
 from modules.generation.decoding import Decoder, Decoding, PlainDecoder, Row
 from modules.generation.sampling import Sampling
+from modules.generation.speculative import SpeculativeDecoder
 from modules.generation.stopping import Decode, TextStream
 
 WINDOW = 8
@@ -156,7 +157,8 @@ def new_row(
 
 def new_decoder(network: Network, rows: int, capacity: int, decoding: Decoding) -> Decoder:
     """Return a decoder for a batch of rows."""
-    return PlainDecoder(network, rows, capacity, decoding)
+    kind = SpeculativeDecoder if decoding.draft_tokens else PlainDecoder
+    return kind(network, rows, capacity, decoding)
 
 
 def write(decoder: Decoder, rows: dict[int, Row], on_text: Callable[[int, str], Any] | None = None) -> None:

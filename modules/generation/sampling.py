@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FEW = 256
+"""Most likely tokens in which the nucleus of top-p is looked for first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -60,7 +63,8 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the probabilities that the next token is drawn from.
 
     Temperature, top-k, top-p and min-p apply in this order, each to the softmax of what the ones before left: the order
-    and the rules of transformers' logits processors. Tokens as likely as the k-th stay.
+    and the rules of transformers' logits processors. Tokens exactly as likely as the last one that stays do so, too
+    (transformers' top-p leaves out some of them).
 
     Args:
         logits: fp32 [..., V].
@@ -75,15 +79,30 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         least = scores.topk(sampling.top_k).values[..., -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))
     if sampling.top_p < 1:
-        ascending, order = scores.sort(dim=-1)
-        out = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        out[..., -1] = False  # the most likely token stays
-        scores = scores.masked_fill(out.scatter(-1, order, out), float("-inf"))
+        probabilities = scores.softmax(-1)
+        scores = scores.masked_fill(probabilities < _least_of_nucleus(probabilities, sampling.top_p), float("-inf"))
     probabilities = scores.softmax(-1)
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = scores.masked_fill(probabilities < least, float("-inf")).softmax(-1)
     return probabilities
+
+
+def _least_of_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return [..., 1]: the least probability among the fewest tokens that have `top_p` together.
+
+    They are few as a rule: the most likely ones are sorted first (sorting all costs as much as a small network).
+    """
+    vocabulary = probabilities.shape[-1]
+    count = min(_FEW, vocabulary)
+    while True:
+        likely = probabilities.topk(count).values
+        sums = likely.cumsum(-1, dtype=torch.float64)
+        if count == vocabulary or (sums[..., -1] >= top_p).all():
+            break
+        count = min(8 * count, vocabulary)
+    kept = (sums - likely < top_p).sum(-1, keepdim=True)
+    return likely.gather(-1, kept - 1)
 
 
 def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:

@@ -75,7 +75,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 def _score_batch(networks: list[Network], rows: list[Sequence[int]], batch_tokens: int) -> list[Scores]:
     """Return the scores of rows that fit one batch, the longest row first, or of one longer row."""
     counts = [max(len(row) - 1, 0) for row in rows]
-    device, length = next(networks[0].parameters()).device, counts[0]
+    device, length = networks[0].backbone.embeddings.weight.device, counts[0]
     tokens = torch.tensor([[*row, *[0] * (length + 1 - len(row))] for row in rows], device=device)
     valid = torch.arange(length, device=device) < torch.tensor(counts, device=device)[:, None]
     caches = [network.new_cache(rows=1, capacity=length) if length > batch_tokens else None for network in networks]

@@ -86,7 +86,11 @@ class Head(Linear):
     """Output head: the cross-entropy without ever holding the logits of all tokens, or logits."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, labels: Tensor | None = None, token_weights: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        vocabulary: int | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Return logits, or the weighted loss where labels are given.
 
@@ -94,16 +98,15 @@ class Head(Linear):
             x: [..., D] without labels, [N, D] with labels.
             labels: int64 [N] or None.
             token_weights: fp32 [N], see `linear_cross_entropy`; goes with `labels`.
+            vocabulary: without labels, how many of the lowest ids to compute; None: all.
 
         Returns:
-            Without labels: fp32 logits [..., V]. With labels: (weighted sum of nats, nats [N]), fp32.
+            Without labels: fp32 logits [..., V or `vocabulary`]. With labels: (weighted sum of nats, nats [N]), fp32.
         """
         dtype = self.compute_dtype
         if labels is None or token_weights is None:
             few = x.to(dtype)
-            return (
-                native.few_rows_linear(few, self.weight)
-                if native.applies(few, self.weight)
-                else super().forward(x).float()
-            )
+            if native.applies(few, self.weight):
+                return native.few_rows_linear(few, self.weight[:vocabulary])
+            return F.linear(few, self.weight[:vocabulary].to(dtype)).float()
         return linear_cross_entropy(x.to(dtype), self.weight.to(dtype), labels, token_weights)

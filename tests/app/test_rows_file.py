@@ -54,7 +54,7 @@ def test_a_second_start_goes_on_after_the_last_complete_line(source: Path, tmp_p
     assert (again.count, again.summary) == (2, None)
     again.append(ROWS[2:])
     again.finish({"rows": 3})
-    assert again.read() == read_rows(output) == ROWS
+    assert list(again.read()) == read_rows(output) == ROWS
     finished = Answers(output, source, {"model": "m"})
     assert (finished.count, finished.summary) == (3, {"rows": 3})
 

@@ -21,6 +21,7 @@ from callbacks.validation import Validation
         (lambda: Samples(prompt_tokens=257), r"samples\.prompt_tokens is 257"),
         (lambda: Samples(max_new_tokens=-1), r"samples\.max_new_tokens is -1"),
         (lambda: Samples(temperature=-0.1), r"samples\.temperature is -0\.1"),
+        (lambda: Samples(draft_tokens=-1), r"samples\.draft_tokens is -1"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):

@@ -87,7 +87,7 @@ def test_what_a_template_refuses_is_said(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^chat template: .*\(the user begins\)"):
         ChatTemplate(Tokenizer.load(folder)).render(TALK[2:], answer=True)
     (folder / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(ValueError, match="^chat template: "):
+    with pytest.raises(ValueError, match=r"^chat template: "):
         ChatTemplate(Tokenizer.load(folder)).render(TALK, answer=True)
 
 

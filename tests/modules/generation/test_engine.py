@@ -7,7 +7,6 @@ import torch
 
 from modules.generation.engine import Request, generate, plan_batches
 from modules.generation.sampling import Sampling, distribution, draw
-from tests.modules.generation.standin import StandinNetwork
 from tests.modules.helpers import make_network, tiny_config
 
 GREEDY = Sampling()
@@ -18,11 +17,6 @@ PROMPTS = [[3, 14, 15], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2], [9], [1, 2, 3, 4
 @pytest.fixture(scope="module")
 def network():
     return make_network(tiny_config()).eval()
-
-
-@pytest.fixture(scope="module")
-def cached(network):
-    return StandinNetwork(network)
 
 
 @torch.no_grad()
@@ -41,19 +35,15 @@ def loop(network, prompt: list[int], count: int, sampling: Sampling, key: tuple[
 
 
 def requests(count: int = 9, prompts=PROMPTS) -> list[Request]:
-    return [
-        Request(tokens=prompt, max_new_tokens=count, key=(number, 0)) for number, prompt in enumerate(prompts)
-    ]
+    return [Request(tokens=prompt, max_new_tokens=count, key=(number, 0)) for number, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("prefill_tokens", [1, 12, 4096])
-def test_tokens_equal_those_of_a_loop(network, cached, sampling, batch_size: int, prefill_tokens: int) -> None:
+def test_tokens_equal_those_of_a_loop(network, sampling, batch_size: int, prefill_tokens: int) -> None:
     found = list(
-        generate(
-            cached, requests(), sampling, batch_size=batch_size, prefill_tokens=prefill_tokens, logprobs=True
-        )
+        generate(network, requests(), sampling, batch_size=batch_size, prefill_tokens=prefill_tokens, logprobs=True)
     )
     for number, (prompt, completion) in enumerate(zip(PROMPTS, found, strict=True)):
         tokens, logprobs = loop(network, prompt, 9, sampling, (number, 0))
@@ -63,25 +53,22 @@ def test_tokens_equal_those_of_a_loop(network, cached, sampling, batch_size: int
     assert len({tuple(completion.tokens) for completion in found}) > 3
 
 
-def test_samples_of_a_prompt_share_its_prefill(network, cached) -> None:
+def test_samples_of_a_prompt_share_its_prefill(network) -> None:
     work = [Request(tokens=PROMPTS[2], max_new_tokens=6, key=(0, sample)) for sample in range(4)]
     passes: list[torch.Size] = []
 
-    class Counting(StandinNetwork):
-        def __call__(self, tokens, cache, counts=None):
-            passes.append(tokens.shape)
-            return super().__call__(tokens, cache, counts)
-
-    found = [completion.tokens for completion in generate(Counting(network), work, WARM)]
+    handle = network.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape))
+    found = [completion.tokens for completion in generate(network, work, WARM)]
+    handle.remove()
     assert found == [loop(network, PROMPTS[2], 6, WARM, (0, sample))[0] for sample in range(4)]
     assert len(set(map(tuple, found))) > 1
     assert passes == [torch.Size([1, 11])] + [torch.Size([4, 1])] * 5
 
 
-def test_rows_end_at_their_eos_and_leave_the_batch(network, cached) -> None:
+def test_rows_end_at_their_eos_and_leave_the_batch(network) -> None:
     free = [loop(network, prompt, 12, WARM, (number, 0))[0] for number, prompt in enumerate(PROMPTS)]
     eos_ids = {free[0][2], free[2][7]}
-    for completion, tokens in zip(generate(cached, requests(12), WARM, eos_ids=tuple(eos_ids)), free, strict=True):
+    for completion, tokens in zip(generate(network, requests(12), WARM, eos_ids=tuple(eos_ids)), free, strict=True):
         ends = [place for place, token in enumerate(tokens) if token in eos_ids]
         assert completion.finish == ("eos" if ends else "length")
         assert completion.tokens == tokens[: ends[0] + 1 if ends else None]
@@ -91,10 +78,10 @@ def decode(tokens: list[int]) -> str:
     return "".join(chr(40 + token) for token in tokens)
 
 
-def test_stop_strings_end_a_row_and_its_text(network, cached) -> None:
+def test_stop_strings_end_a_row_and_its_text(network) -> None:
     free = loop(network, PROMPTS[0], 12, WARM, (0, 0))[0]
     stop = decode(free)[4:7]
-    (found,) = generate(cached, requests(12, PROMPTS[:1]), WARM, decode=decode, stop=["never", stop], logprobs=True)
+    (found,) = generate(network, requests(12, PROMPTS[:1]), WARM, decode=decode, stop=["never", stop], logprobs=True)
     place = decode(free).index(stop)
     assert found.finish == "stop"
     assert found.text == decode(free)[:place]
@@ -102,33 +89,33 @@ def test_stop_strings_end_a_row_and_its_text(network, cached) -> None:
     assert len(found.logprobs) == place + 3
 
 
-def test_texts_stream_by_request_and_leave_out_the_eos(network, cached) -> None:
+def test_texts_stream_by_request_and_leave_out_the_eos(network) -> None:
     free = loop(network, PROMPTS[2], 9, WARM, (2, 0))[0]
     eos, pieces = free[5], {number: "" for number in range(len(PROMPTS))}
 
     def add(number: int, piece: str) -> None:
         pieces[number] += piece
 
-    found = list(generate(cached, requests(), WARM, eos_ids=[eos], decode=decode, on_text=add))
+    found = list(generate(network, requests(), WARM, eos_ids=[eos], decode=decode, on_text=add))
     assert [completion.text for completion in found] == list(pieces.values())
     assert found[2].finish == "eos"
     for completion in found:
         assert completion.text == decode([token for token in completion.tokens if token != eos])
 
 
-def test_limits_may_differ_and_be_nothing(network, cached) -> None:
+def test_limits_may_differ_and_be_nothing(network) -> None:
     work = [Request(tokens=[3, 1], max_new_tokens=count) for count in (0, 5, 1, 0)]
     tokens = loop(network, [3, 1], 5, GREEDY)[0]
-    assert [found.tokens for found in generate(cached, work, GREEDY)] == [[], tokens, tokens[:1], []]
-    assert [found.tokens for found in generate(cached, work[:1], GREEDY)] == [[]]
+    assert [found.tokens for found in generate(network, work, GREEDY)] == [[], tokens, tokens[:1], []]
+    assert [found.tokens for found in generate(network, work[:1], GREEDY)] == [[]]
 
 
-def test_a_late_first_request_gets_the_same(network, cached) -> None:
+def test_a_late_first_request_gets_the_same(network) -> None:
     generator = random.Random(0)
     prompts = [[generator.randrange(64) for _ in range(generator.randint(1, 9))] for _ in range(13)]
-    whole = list(generate(cached, requests(3, prompts), WARM, batch_size=3))
+    whole = list(generate(network, requests(3, prompts), WARM, batch_size=3))
     for first in (0, 1, 7, 12, 13):
-        assert list(generate(cached, requests(3, prompts), WARM, batch_size=3, first=first)) == whole[first:]
+        assert list(generate(network, requests(3, prompts), WARM, batch_size=3, first=first)) == whole[first:]
 
 
 def test_batches_hold_every_request_once_and_similar_lengths() -> None:
@@ -144,16 +131,16 @@ def test_batches_hold_every_request_once_and_similar_lengths() -> None:
         assert all(number < (place // 4 + 1) * 32 for number in batch)
 
 
-def test_the_mode_stays_and_no_gradient_is_kept(network, cached) -> None:
+def test_the_mode_stays_and_no_gradient_is_kept(network) -> None:
     network.train()
-    list(generate(cached, requests(2), GREEDY))
+    list(generate(network, requests(2), GREEDY))
     assert network.training
     network.eval()
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_processes_can_agree_on_the_tokens(cached) -> None:
-    found = list(generate(cached, requests(4), GREEDY, agree=lambda chosen: chosen.fill_(17)))
+def test_processes_can_agree_on_the_tokens(network) -> None:
+    found = list(generate(network, requests(4), GREEDY, agree=lambda chosen: chosen.fill_(17)))
     assert all(completion.tokens == [17] * 4 for completion in found)
 
 
@@ -168,6 +155,6 @@ def test_processes_can_agree_on_the_tokens(cached) -> None:
         ([1], {"stop": ["a"]}, "^stop: stop strings need the text"),
     ],
 )
-def test_mistakes_are_named(cached, prompt: list[int], changes: dict, message: str) -> None:
+def test_mistakes_are_named(network, prompt: list[int], changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(generate(cached, [Request(tokens=prompt, max_new_tokens=1)], GREEDY, **changes))
+        list(generate(network, [Request(tokens=prompt, max_new_tokens=1)], GREEDY, **changes))

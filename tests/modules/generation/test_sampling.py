@@ -40,10 +40,23 @@ def of_transformers(scores: torch.Tensor, temperature: float, top_k: int = 0, to
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("ties", [False, True])
-def test_distribution_is_that_of_transformers(case: dict, ties: bool) -> None:
-    scores = logits().round() if ties else logits()
+@pytest.mark.parametrize(("vocabulary", "scale"), [(100, 3.0), (3000, 3.0), (3000, 0.1)])
+def test_distribution_is_that_of_transformers(case: dict, vocabulary: int, scale: float) -> None:
+    scores = logits(vocabulary=vocabulary, scale=scale)
     assert torch.equal(distribution(scores, Sampling(**case)), of_transformers(scores, **case))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "top_p" not in case], ids=str)
+def test_ties_stay_as_in_transformers(case: dict) -> None:
+    scores = logits().round()
+    assert torch.equal(distribution(scores, Sampling(**case)), of_transformers(scores, **case))
+
+
+def test_ties_at_the_end_of_the_nucleus_stay() -> None:
+    scores = torch.tensor([[1.0, 3.0, 1.0, 3.0, 3.0, 0.0]])
+    assert (distribution(scores, Sampling(temperature=1.0, top_p=0.5)) > 0).tolist() == [
+        [False, True] * 2 + [True, False]
+    ]
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

@@ -40,7 +40,9 @@ def test_pieces_are_the_text(tokenizer, seed: int) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("stop", [["END"], ["本 😀"], ["\n\n"], ["'", "ND"], ["p():", "stop("], ["never"], ["e 日", "x"]])
+@pytest.mark.parametrize(
+    "stop", [["END"], ["本 😀"], ["\n\n"], ["'", "ND"], ["p():", "stop("], ["never"], ["e 日", "x"]]
+)
 def test_a_stop_string_cuts_the_text_before_it(tokenizer, stop: list[str]) -> None:
     tokens = tokenizer.encode(TEXT)
     stream = TextStream(tokenizer.decode, [], stop)

@@ -1,0 +1,130 @@
+"""Benchmarks of lm-evaluation-harness on a MODEL."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+
+def evaluate(
+    model: Path,
+    *,
+    tasks: str,
+    tasks_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    prefix_token: str | None = None,
+    max_length: int | None = None,
+    batch_size: int = 16,
+    batch_tokens: int = 8192,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    seed: int = 1234,
+    output: Path | None = None,
+    samples: Path | None = None,
+) -> None:
+    """Evaluate a model on tasks of lm-evaluation-harness, and print its table.
+
+    Tasks of the harness download their data from the Hugging Face Hub (HF_DATASETS_OFFLINE=1 takes it from the cache
+    only). Own tasks are YAML files of the harness's form in --tasks_path, with data beside them, for example
+    `dataset_path: json` and `dataset_kwargs: {data_files: {test: questions.jsonl}}`: no network is needed. A task file
+    can name Python functions, which are run: use only those you would run as a program.
+
+    Texts begin with BOS only where the tokenizer says so. A text without context (rolling perplexity, an empty prompt)
+    follows one prefix token, as in the harness: BOS, or the end-of-text token if there is no BOS. A model of `fit` has
+    seen neither at the beginning of a document, so its first token of each text costs a few bits more than in `score`,
+    which does not count it.
+
+    Args:
+        model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
+        tasks: Names of tasks, groups or tags, separated by commas; * and ? stand for any characters.
+        tasks_path: Folder of own tasks. Data files that they name are relative to it.
+        limit: Documents of each task, the first ones; null: all.
+        num_fewshot: Solved examples before each question; a task that says 0 keeps 0. null: what the task says.
+        apply_chat_template: --apply_chat_template true puts questions as turns of a conversation, examples too.
+        system_instruction: System turn (or text) before each question.
+        prefix_token: Token before a text without context, by its name, for example </s>; null: see above.
+        max_length: Tokens that the model may see at once: longer texts are cut into windows, longer contexts at their
+            left. null: any number, for the network has no limit.
+        batch_size: Completions that are written together.
+        batch_tokens: Tokens in one forward pass, padding included: bounds the memory.
+        dtype: Format of the matrix products: auto is that of each weight in the checkpoint.
+        device: Where to compute; auto takes a GPU if there is one.
+        seed: Seed of sampled completions and of the choice of examples.
+        output: JSON file to write: figures, tasks, settings and versions.
+        samples: JSONL file to write: a row for each sample, with what the model was asked and answered.
+
+    Raises:
+        ValueError: a task, file or option is wrong; the message names it and the mend.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's and datasets' bars; read when tqdm is imported
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate as run
+
+    from app.errors import UserError
+    from app.evaluation.harness import HarnessModel, prefix_id
+    from app.evaluation.report import describe, write_results, write_samples
+    from app.evaluation.tasks import load_tasks
+    from app.models import choose_device, open_tokenizer
+    from datamodules.chat_template import ChatTemplate
+    from modules.checkpoints.load import load_model
+    from modules.checkpoints.source import open_model
+
+    for name, number in (("limit", limit), ("max_length", max_length), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"{name}: {number} must be at least 1")
+    where, source = choose_device(device), open_model(model)
+    tokenizer = open_tokenizer(source)
+    template = ChatTemplate(tokenizer) if apply_chat_template else None
+    prefix = prefix_id(tokenizer, prefix_token)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    loaded = load_tasks(names, tasks_path, num_fewshot, seed)
+    lm = HarnessModel(
+        load_model(source.path, dtype, where).network,
+        tokenizer,
+        eos_ids=source.generation.eos_token_ids or [tokenizer.eos_id],
+        prefix_token=prefix,
+        template=template,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    random.seed(0)  # of Python, numpy and torch as the harness's own program: tasks may draw from them
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    results = run(
+        lm,
+        task_dict=loaded,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=apply_chat_template,
+        system_instruction=system_instruction,
+    )
+    settings = {
+        "model": str(source.path),
+        "tasks": names,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "prefix_token": tokenizer.decode([prefix]),
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "batch_tokens": batch_tokens,
+        "dtype": dtype,
+        "device": str(where),
+        "seed": seed,
+    }
+    print(", ".join(f"{name}: {value}" for name, value in settings.items() if name != "tasks"))
+    print(describe(results))
+    if output is not None:
+        write_results(output, results, settings)
+    if samples is not None:
+        write_samples(samples, results)

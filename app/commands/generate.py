@@ -1,0 +1,214 @@
+"""Completions of prompts: one on the command line, or a file of them that is answered row by row."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from app.errors import UserError
+from modules.generation.acceptance import Acceptance
+
+if TYPE_CHECKING:
+    from app.rows_file import Answers
+    from modules.generation.engine import Completion
+
+Complete = Callable[..., "Iterator[Completion]"]
+"""The engine's `generate` with everything set but where to begin and whom to tell."""
+
+
+def generate(
+    model: Path,
+    *,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    output: Path | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    samples: int = 1,
+    stop: list[str] | None = None,
+    ignore_eos: bool = False,
+    batch_size: int = 16,
+    draft_tokens: int = 0,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    state_dtype: Literal["fp32", "fp16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Let a model go on with prompts.
+
+    With --prompts, each row of OUTPUT is the row of the file with `completion` (the new text, without end-of-text token
+    and stop string), `completion_ids` (the new tokens, those that ended it included) and `finish` (eos, stop or
+    length). The same command goes on after an interruption, and the result is the same to the byte; OUTPUT.run.json
+    keeps the options. A prompt is plain text (names of special tokens in it are text, too; it begins with BOS if the
+    tokenizer puts one) or a list of token ids, all that a model without a tokenizer takes; a row may hold `messages`
+    in its place, which the model's chat template renders. Statistics go to stderr.
+
+    Args:
+        model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
+        prompt: Text to go on with; the completion goes to stdout, on a terminal as it comes.
+        prompts: JSONL file of prompts, each row with `prompt`, `messages` or `prompt_ids`.
+        output: JSONL file of the completions of --prompts, rows in the same order.
+        max_new_tokens: Tokens of a completion at most.
+        temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
+        top_k: Draw among the k most likely tokens only; 0: among all.
+        top_p: Draw among the fewest most likely tokens that have this probability together; 1: among all.
+        min_p: Leave out tokens less likely than this share of the most likely one's probability; 0: none.
+        seed: Seed of the draws. What a row draws does not depend on the rows beside it.
+        samples: Completions of each prompt; above 1, each is a row of OUTPUT with its number from 0 as `sample`.
+        stop: Text that ends a completion; may be given several times.
+        ignore_eos: Whether to go on after end-of-text tokens.
+        batch_size: Completions that are written together.
+        draft_tokens: Tokens that the model's MTP block drafts ahead for each verification; 0: none.
+        dtype: Format of the matrix products: the checkpoint's own (auto), fp32 or bf16.
+        state_dtype: Format of the Mamba states between tokens; fp16 is rounded stochastically.
+        device: Where to compute; auto takes the GPU if there is one.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UserError("--prompt: give either a text as --prompt, or a file as --prompts")
+    if (prompts is None) != (output is None):
+        raise UserError("--output: --prompts and --output belong together; give both")
+    check_least(max_new_tokens=(max_new_tokens, 1), samples=(samples, 1), batch_size=(batch_size, 1))
+    check_least(draft_tokens=(draft_tokens, 0))
+    if stop is not None and not all(stop):
+        raise UserError("--stop: a stop string is empty; leave it out")
+    import torch
+
+    from app.models import choose_device, open_source, open_tokenizer
+    from app.rows_file import Answers, read_rows
+    from app.scoring.rows import Reader
+    from modules.checkpoints.load import load_model
+    from modules.generation import engine
+    from modules.generation.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    where, rows = choose_device(device), [{"prompt": prompt}] if prompts is None else read_rows(prompts)
+    source = open_source(model)
+    tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
+    if stop and tokenizer is None:
+        raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
+    reader = Reader(source)
+    names = ["--prompt"] if prompts is None else [f"{prompts}:{line}" for line in range(1, len(rows) + 1)]
+    encoded = [reader.prompt(row, name) for row, name in zip(rows, names, strict=True)]
+    for tokens, name in zip(encoded, names, strict=True):
+        if not tokens:
+            raise UserError(f"{name}: the prompt is empty; give it at least one token")
+    eos_ids = [] if ignore_eos else [*source.generation.eos_token_ids, *reader.turn_ends]
+    requests = [
+        engine.Request(tokens=tokens, max_new_tokens=max_new_tokens, key=(number, sample))
+        for number, tokens in enumerate(encoded)
+        for sample in range(samples)
+    ]
+    choices: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, "draft_tokens": draft_tokens}
+
+    def prepare() -> Complete:
+        return functools.partial(
+            engine.generate,
+            load_model(source.path, dtype, where).network,
+            requests,
+            sampling,
+            eos_ids=eos_ids,
+            decode=None if tokenizer is None else tokenizer.decode,
+            state_dtype=torch.float16 if state_dtype == "fp16" else torch.float32,
+            **choices,
+        )
+
+    if prompts is None or output is None:
+        print_completions(prepare(), samples, draft_tokens)
+        return
+    settings = {
+        "model": str(source.path.resolve()),
+        **vars(sampling),
+        **choices,
+        "max_new_tokens": max_new_tokens,
+        "samples": samples,
+        "ignore_eos": ignore_eos,
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+    }
+    answers = Answers(output, prompts, settings)
+    if answers.count == len(requests):
+        print(f"{output} is complete already; delete it to generate it again")
+        return
+    write_completions(prepare(), rows, samples, draft_tokens, answers)
+    print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts")
+
+
+def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:
+    """Print the completions of one prompt, on a terminal as they come; several are numbered."""
+    from app.terminal import write_text
+
+    def on_text(_: int, text: str) -> None:
+        write_text(text)
+
+    streams = sys.stdout.isatty() and samples == 1
+    statistics = Statistics(draft_tokens)
+    for sample, completion in enumerate(complete(on_text=on_text if streams else None)):
+        statistics.add(completion)
+        if samples > 1:
+            print(f"--- sample {sample} ({completion.finish})")
+        write_text("\n" if streams else f"{completion.text}\n")
+    print(statistics, file=sys.stderr)
+
+
+def write_completions(
+    complete: Complete, rows: list[dict[str, Any]], samples: int, draft_tokens: int, answers: "Answers"
+) -> None:
+    """Answer the rows that are not answered yet."""
+    from datamodules.progress import Progress
+
+    statistics, total = Statistics(draft_tokens), len(rows) * samples
+    with Progress("generating", total, answers.count, unit="completions") as progress:
+        for number, completion in enumerate(complete(first=answers.count), answers.count):
+            statistics.add(completion)
+            answer = {
+                "completion": completion.text,
+                "completion_ids": completion.tokens,
+                "finish": completion.finish,
+            }
+            mark = {"sample": number % samples} if samples > 1 else {}
+            answers.append([{**rows[number // samples], **mark, **answer}])
+            progress.advance(1)
+    answers.finish({"completions": total})
+    print(statistics, file=sys.stderr)
+
+
+class Statistics:
+    """Tokens, time and drafts of a command.
+
+    Args:
+        draft_tokens: tokens drafted for each verification; 0: none.
+    """
+
+    def __init__(self, draft_tokens: int) -> None:
+        self._draft_tokens = draft_tokens
+        self._start = time.perf_counter()
+        self._tokens = 0
+        self._accepted: list[int] = []
+
+    def add(self, completion: "Completion") -> None:
+        """Count a completion."""
+        self._tokens += len(completion.tokens)
+        self._accepted += completion.accepted
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self._start
+        line = f"{self._tokens:,} tokens in {seconds:.2f} s ({self._tokens / seconds:,.0f} tokens/s)"
+        if self._draft_tokens:
+            line = "\n".join([line, *Acceptance.of(self._accepted, self._draft_tokens).lines()])
+        return line
+
+
+def check_least(**options: tuple[int, int]) -> None:
+    """Check options, each with its value and the least allowed.
+
+    Raises:
+        UserError: a value is below.
+    """
+    for name, (value, least) in options.items():
+        if value < least:
+            raise UserError(f"--{name}: {value} must be at least {least}")

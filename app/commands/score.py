@@ -1,0 +1,155 @@
+"""Per-token log-probabilities of given texts, completions or conversations, and the distance to another model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from app.rows_file import Answers, read_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from app.scoring.rows import Tokens
+    from modules.backbone.model import Network
+    from modules.checkpoints.source import Source
+    from modules.generation.scoring import Scores
+
+WINDOW_BATCHES = 16
+"""Batches of tokens that are sorted by length together, and written together."""
+
+
+def score(
+    model: Path,
+    *,
+    input: Path,
+    output: Path,
+    reference: Path | None = None,
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_tokens: int = 8192,
+) -> None:
+    """Write per-token log-probabilities, and print perplexity, bits per byte and KL.
+
+    A row of the input, a JSON object a line, holds one of these, the first that fits: `token_ids` (and
+    `completion_start`); `completion` or `completion_ids` after `prompt`, `prompt_ids` or `messages`; `messages` that
+    end with the assistant's turn; `text`. Prompt and completion are tokenised each by itself, as `generate` does it;
+    ids are used as they are. Texts begin with BOS only where the tokenizer says so; nothing is put at their end.
+
+    A row of the output has the keys of its input row and: `token_ids`; `logprobs` (natural log, one for each token
+    after the first: logprobs[i] is that of token_ids[i+1]); where there is a completion, `completion_start`, its first
+    position in token_ids (a conversation's completion is the last turn with its end mark); with --reference, `kl`, one
+    for each log-probability. Perplexity and the other figures of the last line are over the completion where a row has
+    one, else over all tokens after the first; bits per byte are over the bytes of the same tokens.
+
+    The same command goes on where it was stopped. OUTPUT.run.json beside the output keeps settings and figures.
+
+    Args:
+        model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
+        input: JSONL file to read.
+        output: JSONL file to write, rows in the order of the input.
+        reference: MODEL with the same tokenizer: adds `kl`, KL(reference || model) in nats over the whole vocabulary.
+        dtype: Format of the matrix products: auto is that of each weight in the checkpoint. Log-probabilities are
+            always computed in fp32 from the logits.
+        device: Where to compute; auto takes a GPU if there is one.
+        batch_tokens: Tokens in one forward pass, padding included: bounds the memory. Longer rows go through in pieces.
+
+    Raises:
+        ValueError: a file, row or option is wrong; the message names it and the mend.
+    """
+    from app.errors import UserError
+    from app.models import choose_device
+    from app.scoring.rows import Reader, same_vocabulary
+    from app.scoring.summary import describe, summarise
+    from modules.checkpoints.load import load_model
+    from modules.checkpoints.source import open_model
+
+    if batch_tokens < 1:
+        raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")
+    where, rows = choose_device(device), read_rows(input)
+    source = open_model(model)
+    other = None if reference is None else open_model(reference)
+    if other is not None:
+        same_vocabulary(source, other)
+    reader = Reader(source)
+    tokens = [reader.tokens(row, f"{input}:{number}") for number, row in enumerate(rows, 1)]
+    answers = Answers(output, input, _settings(source, other, dtype))
+    if answers.summary is not None:
+        print(f"{output} is complete already; remove it to score again")
+    else:
+        if answers.count < len(rows):
+            models = [load_model(folder.path, dtype, where) for folder in (source, other) if folder is not None]
+            _answer(rows, tokens, answers, [loaded.network for loaded in models], batch_tokens)
+        answers.finish(summarise(answers.read(), reader.token_bytes()))
+    assert answers.summary is not None
+    print(describe(answers.summary))
+
+
+def _answer(
+    rows: list[dict[str, Any]], tokens: "list[Tokens]", answers: Answers, networks: "list[Network]", batch_tokens: int
+) -> None:
+    """Score the rows that have no answer yet, and write the answers.
+
+    Args:
+        rows: all rows.
+        tokens: their tokens.
+        answers: where to write.
+        networks: the network, and the reference if there is one.
+        batch_tokens: positions in a forward pass.
+    """
+    from datamodules.progress import Progress
+    from modules.generation import scoring
+
+    lengths = [len(row.ids) for row in tokens]
+    todo = [window for window in windows(lengths, WINDOW_BATCHES * batch_tokens) if window.stop > answers.count]
+    with Progress("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
+        for window in todo:
+            ids = [tokens[index].ids for index in window]
+            scored: dict[int, scoring.Scores] = {}
+            for index, scores in scoring.score(networks[0], ids, *networks[1:], batch_tokens=batch_tokens):
+                scored[window[index]] = scores
+                progress.advance(len(ids[index]))
+            answers.append(
+                [
+                    rows[index] | answer(tokens[index], scored[index])
+                    for index in range(max(window.start, answers.count), window.stop)
+                ]
+            )
+
+
+def windows(lengths: Sequence[int], tokens: int) -> list[range]:
+    """Cut rows, in their order, into stretches of about `tokens`: what is scored together and then written.
+
+    The stretches depend on all rows, not on how far a command has come: the batches of a command that goes on are those
+    of one that was never stopped.
+    """
+    found, start, total = [], 0, 0
+    for index, length in enumerate(lengths):
+        total += max(length, 1)
+        if total >= tokens or index == len(lengths) - 1:
+            found.append(range(start, index + 1))
+            start, total = index + 1, 0
+    return found
+
+
+def answer(tokens: "Tokens", scores: "Scores") -> dict[str, Any]:
+    """Return the keys that scoring adds to a row; 9 digits hold an fp32 number exactly."""
+    added: dict[str, Any] = {"token_ids": tokens.ids, "logprobs": _numbers(scores.logprobs)}
+    if tokens.completion_start is not None:
+        added["completion_start"] = tokens.completion_start
+    if scores.kl is not None:
+        added["kl"] = _numbers(scores.kl)
+    return added
+
+
+def _numbers(values: "Tensor") -> list[float]:
+    return [float(f"{value:.9g}") for value in values.tolist()]
+
+
+def _settings(source: "Source", reference: "Source | None", dtype: str) -> dict[str, Any]:
+    """Return what decides the scores, beside the input."""
+    return {
+        "command": "score",
+        "model": str(source.path.resolve()),
+        "reference": None if reference is None else str(reference.path.resolve()),
+        "dtype": dtype,
+    }

@@ -1,0 +1,53 @@
+"""What commands that run a MODEL have in common: its tokenizer, and the device it runs on."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from app.errors import UserError
+from datamodules.tokenizer import Tokenizer
+from modules.checkpoints.source import Source, open_model
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def open_source(model: Path) -> Source:
+    """Open a MODEL and say on stderr what the user should know of how it was read.
+
+    Raises:
+        ValueError: it is no MODEL, or damaged.
+    """
+    source = open_model(model)
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    return source
+
+
+def open_tokenizer(source: Source) -> Tokenizer:
+    """Load the tokenizer that a MODEL brings.
+
+    Raises:
+        UserError: it brings none, or one that has more tokens than the network.
+    """
+    if source.tokenizer_folder is None:
+        raise UserError(f"{source.path} brings no tokenizer; put tokenizer.json and tokenizer_config.json into it")
+    tokenizer = Tokenizer.load(source.tokenizer_folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"{source.tokenizer_folder} has {tokenizer.vocab_size:,} tokens, the model {source.config.vocab_size:,}; "
+            "it is the tokenizer of another model"
+        )
+    return tokenizer
+
+
+def choose_device(name: Device) -> torch.device:
+    """Return the device that `auto` or a name means.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is not available on this machine; leave the option out")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

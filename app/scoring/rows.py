@@ -1,0 +1,160 @@
+"""The rows that `score` and `generate` read: which tokens they are, and which of them are the completion."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from app.errors import UserError
+from app.models import open_tokenizer
+from app.rows_file import text_of
+from datamodules.chat_template import ChatTemplate
+from datamodules.tokenizer import Tokenizer
+from modules.checkpoints.source import Source
+
+
+class Tokens(NamedTuple):
+    """A row as the network sees it."""
+
+    ids: list[int]
+    """Token ids."""
+    completion_start: int | None
+    """Position of the completion's first token in `ids`; None: the row has no completion."""
+
+
+class Reader:
+    """Turns rows into tokens.
+
+    Args:
+        source: the MODEL; its tokenizer and chat template are opened when a row needs them.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The MODEL's tokenizer."""
+        return open_tokenizer(self._source)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The MODEL's chat template."""
+        return ChatTemplate(self.tokenizer)
+
+    def tokens(self, row: dict[str, Any], where: str) -> Tokens:
+        """Return the tokens of a row.
+
+        Args:
+            row: the row; of the forms that `score --help` lists the first one that fits counts.
+            where: how to name it in an error (FILE:LINE).
+
+        Raises:
+            UserError: it is of none of the forms, or a value is wrong.
+        """
+        if "token_ids" in row:
+            return self._given(row, where)
+        if "completion" in row or "completion_ids" in row:
+            return self._completed(row, where)
+        if "messages" in row:
+            return self._conversation(row, where)
+        if "text" in row:
+            return Tokens(self.tokenizer.encode_prompt(text_of(row, "text", where)), None)
+        keys = ", ".join(row) or "no key"
+        raise UserError(f"{where}: a row needs text, or prompt and completion, or messages; this one has {keys}")
+
+    def prompt(self, row: dict[str, Any], where: str) -> list[int]:
+        """Return the tokens of a row's prompt: `prompt_ids`, the text `prompt`, or the turns `messages`.
+
+        Args:
+            row: the row.
+            where: how to name it in an error (FILE:LINE).
+
+        Raises:
+            UserError: it has none of them, or a value is wrong.
+        """
+        if "prompt_ids" in row:
+            return self._ids(row, "prompt_ids", where)
+        if "prompt" in row:
+            return self.tokenizer.encode_prompt(text_of(row, "prompt", where))
+        if "messages" in row:
+            return self._render(row["messages"], where, answer=True)
+        raise UserError(f"{where}: the row has no prompt (prompt, prompt_ids or messages); add one")
+
+    @property
+    def turn_ends(self) -> list[int]:
+        """Tokens that end the assistant's turn in the conversations read so far; none if there was no conversation."""
+        end = self.template.turn_end() if "template" in vars(self) else None
+        return [] if end is None else [end]
+
+    def token_bytes(self) -> list[int] | None:
+        """Return the UTF-8 bytes of each of the V ids; None without a tokenizer, or if its tokens stand for none."""
+        if self._source.tokenizer_folder is None:
+            return None
+        try:
+            known = self.tokenizer.token_bytes().tolist()
+        except ValueError:
+            return None
+        return known + [0] * (self._source.config.vocab_size - len(known))
+
+    def _given(self, row: dict[str, Any], where: str) -> Tokens:
+        ids = self._ids(row, "token_ids", where)
+        start = row.get("completion_start")
+        if start is not None and (type(start) is not int or not 0 <= start <= len(ids)):
+            raise UserError(f"{where}: completion_start must be a position in token_ids, 0 to {len(ids)}")
+        return Tokens(ids, start)
+
+    def _completed(self, row: dict[str, Any], where: str) -> Tokens:
+        """Return prompt and completion, each tokenised by itself, as a completion that was generated is."""
+        prompt = self.prompt(row, where)
+        if "completion_ids" in row:
+            completion = self._ids(row, "completion_ids", where)
+        else:
+            completion = self.tokenizer.encode(text_of(row, "completion", where))
+        return Tokens(prompt + completion, len(prompt))
+
+    def _conversation(self, row: dict[str, Any], where: str) -> Tokens:
+        """Return a conversation whose last turn, the assistant's with its end mark, is the completion."""
+        messages = row["messages"]
+        whole = self._render(messages, where, answer=False)
+        if messages[-1].get("role") != "assistant":
+            raise UserError(f"{where}: messages must end with the assistant's turn: it is what is scored")
+        prompt = self._render(messages[:-1], where, answer=True)
+        if whole[: len(prompt)] != prompt:
+            raise UserError(
+                f"{where}: the chat template renders the turns before the answer differently with and without it; "
+                "give prompt and completion instead of messages"
+            )
+        return Tokens(whole, len(prompt))
+
+    def _render(self, messages: object, where: str, *, answer: bool) -> list[int]:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise UserError(f'{where}: messages must be a list of turns like {{"role": ..., "content": ...}}')
+        if not messages:
+            raise UserError(f"{where}: messages must hold at least one turn")
+        try:
+            return self.template.encode(messages, answer=answer)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def _ids(self, row: dict[str, Any], key: str, where: str) -> list[int]:
+        ids, size = row[key], self._source.config.vocab_size
+        if not isinstance(ids, list) or not all(type(index) is int and 0 <= index < size for index in ids):
+            raise UserError(f"{where}: {key} must be a list of token ids from 0 to {size - 1}, the model's vocabulary")
+        return ids
+
+
+def same_vocabulary(source: Source, reference: Source) -> None:
+    """Check that the distributions of two models are over the same tokens.
+
+    Raises:
+        UserError: they are not.
+    """
+    sizes = source.config.vocab_size, reference.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"reference: {reference.path} has a vocabulary of {sizes[1]:,}, {source.path} one of {sizes[0]:,}"
+        )
+    folders = source.tokenizer_folder, reference.tokenizer_folder
+    if None not in folders and open_tokenizer(source).fingerprint != open_tokenizer(reference).fingerprint:
+        raise UserError(
+            f"reference: {reference.path} has another tokenizer than {source.path}; take models that share one"
+        )

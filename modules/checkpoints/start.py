@@ -1,0 +1,99 @@
+"""`init_from`: a run that starts from a MODEL's weights instead of random ones.
+
+The run's own `backbone` stays the authority; a MODEL that differs in anything that changes numbers is refused, because
+training would go on from a network that nobody had.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from modules.backbone.config import MIXERS, BackboneConfig
+from modules.backbone.model import Network
+from modules.checkpoints.load import load_weights
+from modules.checkpoints.source import open_model
+
+ALWAYS = ("vocab_size", "hidden_size", "hybrid_override_pattern", "tie_word_embeddings", "layer_norm_epsilon")
+OF_LETTER = {
+    "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
+    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "-": ("intermediate_size",),
+    "E": (
+        *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size"),
+        *("moe_shared_expert_intermediate_size", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"),
+    ),
+}
+"""Fields that change numbers where a layer string has the letter; the others concern random weights, or speed."""
+MTP = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
+
+
+def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> list[str]:
+    """Fill a run's network with the weights of a MODEL; each rank keeps what it holds.
+
+    Args:
+        network: materialised, sharded or not; masters stay in their own dtype (fp32).
+        path: the MODEL.
+        tokenizer_folder: the tokenizer of the run's data; None: unknown.
+
+    Returns:
+        Lines for the user: what was loaded, and what to look at.
+
+    Raises:
+        ValueError: the MODEL cannot be read, or does not fit the run's backbone; names the keys that differ.
+    """
+    try:
+        source = open_model(path)
+    except ValueError as error:
+        raise ValueError(f"model.init_from: {error}") from None
+    check_fits(network.config, source.config, path)
+    lines = [str(source.path), *source.notes]
+    if source.config.num_nextn_predict_layers and network.mtp is None:
+        lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
+    if source.tokenizer_folder is not None and tokenizer_folder is not None:
+        theirs, ours = _essence(source.tokenizer_folder), _essence(tokenizer_folder)
+        if theirs is not None and ours is not None and theirs != ours:
+            lines.append(
+                f"warning: the data have another tokenizer than the model ({tokenizer_folder}), so ids mean other text "
+                f"to it; prepare the data again with --tokenizer {source.tokenizer_folder}"
+            )
+    load_weights(network, source)
+    return lines
+
+
+def check_fits(run: BackboneConfig, model: BackboneConfig, path: Path) -> None:
+    """Check that a network can take over a MODEL's weights.
+
+    Raises:
+        ValueError: a field that changes numbers differs, or the run has an MTP block and the MODEL has none.
+    """
+    letters = set(run.hybrid_override_pattern + model.hybrid_override_pattern)
+    fields: list[str] = [*ALWAYS]
+    with_mtp = run.num_nextn_predict_layers and model.num_nextn_predict_layers
+    if with_mtp:
+        fields += MTP
+        letters |= set(run.mtp_hybrid_override_pattern + model.mtp_hybrid_override_pattern)
+    fields += [name for letter in MIXERS if letter in letters for name in OF_LETTER[letter]]
+    different = [name for name in fields if getattr(run, name) != getattr(model, name)]
+    if different:
+        listed = ", ".join(f"{name} {getattr(run, name)!r} (there {getattr(model, name)!r})" for name in different)
+        raise ValueError(f"model.init_from: {path} is of another network; set model.backbone as it is there: {listed}")
+    if run.num_nextn_predict_layers and not model.num_nextn_predict_layers:
+        raise ValueError(
+            f"model.init_from: {path} has no MTP block (tensors mtp.*), but model.backbone.num_nextn_predict_layers is "
+            "1; set it and model.mtp_depths to 0, or start from a model that has one"
+        )
+
+
+def _essence(folder: Path) -> dict[str, Any] | None:
+    """Return what decides which ids a text becomes, or None if the folder has no tokenizer that can be compared."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())  # one form for files of any version
+    except Exception:
+        return None
+    added = [(token["id"], token["content"]) for token in content["added_tokens"]]
+    return {key: content[key] for key in ("model", "normalizer", "pre_tokenizer")} | {"added_tokens": added}
