@@ -40,6 +40,7 @@ from callbacks.speed import Speed
 from callbacks.startup import Startup
 from callbacks.summary import Summary
 from callbacks.validation import Validation
+from modules.base import StageModule
 from modules.checkpoints import folder
 
 COMMANDS = ("fit", "validate", "test")
@@ -199,8 +200,10 @@ class RunCLI(LightningCLI):
                 error = error.__cause__  # the parser wraps what the class said
             raise UserError(shorten(str(error))) from error
 
-    def _build(self, callbacks: list[Callback], logger: Any) -> Trainer:  # noqa: ANN401
+    def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:  # noqa: ANN401
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
+        if checkpoint is not None and isinstance(self.model, StageModule):
+            self.model.init_from = None  # Lightning tells no module what it will load
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []
         given["callbacks"] = [callback for callback in callbacks if not isinstance(callback, LATE)]
@@ -243,7 +246,7 @@ class RunCLI(LightningCLI):
         preemption, interval = Preemption(groups["checkpoint"]), groups["console"].every_n_steps
         speed = Speed(interval)
         own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(interval), *groups.values()]
-        trainer = self._build([*own, preemption, Summary()], logger)
+        trainer = self._build([*own, preemption, Summary()], logger, checkpoint)
         logger.trainer = trainer
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
 
@@ -270,7 +273,7 @@ class RunCLI(LightningCLI):
             )
         if problem := folder.damage(checkpoint):
             raise UserError(f"{checkpoint} is no complete checkpoint: {problem}")
-        trainer = self._build([], None)
+        trainer = self._build([], None, checkpoint)
         evaluate = getattr(trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
         gzip = getattr(self.datamodule, "gzip_bits_per_byte", None)

@@ -55,7 +55,7 @@ class StageModule(LightningModule):
         schedule: learning rate over tokens.
         seed: seed of the initial weights.
         init_from: a MODEL whose weights the run starts from (a folder that fit wrote, or a Hugging Face one); null:
-            random weights. A run that goes on reads its own checkpoint only.
+            random weights. A run that goes on has its own checkpoint: the program sets this to None then.
         activation_checkpointing: recompute the layers' activations in the backward pass; saves memory, costs a forward.
         compile_layers: compile each layer but the mixtures with torch.compile (CUDA only; elsewhere it is an error).
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
@@ -165,7 +165,7 @@ class StageModule(LightningModule):
         strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
         network.to_empty(device=strategy.root_device)
         network.tie_weights()
-        if self.init_from is None or self.trainer.ckpt_path is not None:
+        if self.init_from is None:
             initialize(network, self.seed)
         else:
             tokenizer = getattr(self.data, "tokenizer_folder", None)

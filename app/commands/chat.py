@@ -164,6 +164,7 @@ def read_lines() -> Iterator[str]:
         try:
             yield input(prompt)
         except EOFError:
+            print(end="\n" if prompt else "")
             return
         except KeyboardInterrupt:
             print(f"\n{HELP}", file=sys.stderr)

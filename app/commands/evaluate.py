@@ -3,7 +3,9 @@
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
+
+from app.errors import UserError
 
 
 def evaluate(
@@ -34,8 +36,8 @@ def evaluate(
 
     Texts begin with BOS only where the tokenizer says so. A text without context (rolling perplexity, an empty prompt)
     follows one prefix token, as in the harness: BOS, or the end-of-text token if there is no BOS. A model of `fit` has
-    seen neither at the beginning of a document, so its first token of each text costs a few bits more than in `score`,
-    which does not count it.
+    seen neither at the beginning of a document: its guess of the first token is nearly uniform, so that each text costs
+    about log2(vocabulary) bits more than in `score`, which does not count first tokens.
 
     Args:
         model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
@@ -59,31 +61,36 @@ def evaluate(
     Raises:
         ValueError: a task, file or option is wrong; the message names it and the mend.
     """
+    for name, number in (
+        ("limit", limit),
+        ("max_length", max_length),
+        ("batch_size", batch_size),
+        ("batch_tokens", batch_tokens),
+    ):
+        if number is not None and number < 1:
+            raise UserError(f"{name}: {number} must be at least 1")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's and datasets' bars; read when tqdm is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the harness and of datasets
     import random
 
     import numpy as np
     import torch
     from lm_eval.evaluator import evaluate as run
 
-    from app.errors import UserError
     from app.evaluation.harness import HarnessModel, prefix_id
     from app.evaluation.report import describe, write_results, write_samples
     from app.evaluation.tasks import load_tasks
-    from app.models import choose_device, open_tokenizer
+    from app.models import choose_device, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
     from modules.checkpoints.load import load_model
-    from modules.checkpoints.source import open_model
 
-    for name, number in (("limit", limit), ("max_length", max_length), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise UserError(f"{name}: {number} must be at least 1")
-    where, source = choose_device(device), open_model(model)
+    where, source = choose_device(device), open_source(model)
     tokenizer = open_tokenizer(source)
     template = ChatTemplate(tokenizer) if apply_chat_template else None
     prefix = prefix_id(tokenizer, prefix_token)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("tasks: name at least one task")
     loaded = load_tasks(names, tasks_path, num_fewshot, seed)
     lm = HarnessModel(
         load_model(source.path, dtype, where).network,
@@ -99,7 +106,7 @@ def evaluate(
     random.seed(0)  # of Python, numpy and torch as the harness's own program: tasks may draw from them
     np.random.seed(1234)
     torch.manual_seed(1234)
-    results = run(
+    found = run(
         lm,
         task_dict=loaded,
         limit=limit,
@@ -107,6 +114,7 @@ def evaluate(
         fewshot_as_multiturn=apply_chat_template,
         system_instruction=system_instruction,
     )
+    results = cast("dict[str, Any]", found)
     settings = {
         "model": str(source.path),
         "tasks": names,

@@ -12,7 +12,7 @@ def export(
     dtype: Literal["auto", "fp32", "bf16"] = "auto",
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a MODEL as a Hugging Face folder: weights, config.json, tokenizer, generation config and a model card.
+    """Write a MODEL as a Hugging Face folder, with tokenizer and model card.
 
     Weights are safetensors under the names of the open Nemotron-H checkpoints, the MTP block's included. Reading the
     folder again gives the same bits. It appears under its name when it is complete.

@@ -54,7 +54,7 @@ def merge(
     limit = parse_size(max_shard_size)
     check_new(output)
     sources = [open_model(path) for path in models]
-    method = "By the weights given, divided by their sum." if weights else "All alike."
+    method = "By the weights given, divided by their sum." if weights else "By equal weights."
     if decay is not None:
         weights, method = _decay_weights(sources, models, steps, minimum_ratio)
     merged = MergedSource(sources, weights or [1.0] * len(sources), method)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from app.errors import UserError
 from app.rows_file import Answers, read_rows
 
 if TYPE_CHECKING:
@@ -56,18 +57,16 @@ def score(
     Raises:
         ValueError: a file, row or option is wrong; the message names it and the mend.
     """
-    from app.errors import UserError
-    from app.models import choose_device
+    from app.models import choose_device, open_source
     from app.scoring.rows import Reader, same_vocabulary
     from app.scoring.summary import describe, summarise
     from modules.checkpoints.load import load_model
-    from modules.checkpoints.source import open_model
 
     if batch_tokens < 1:
         raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")
     where, rows = choose_device(device), read_rows(input)
-    source = open_model(model)
-    other = None if reference is None else open_model(reference)
+    source = open_source(model)
+    other = None if reference is None else open_source(reference)
     if other is not None:
         same_vocabulary(source, other)
     reader = Reader(source)

@@ -2,12 +2,13 @@
 
 It gives the numbers that the harness's own `hf` model gives for the exported weights: texts begin with BOS only where
 the tokenizer says so, the names of special tokens in them become those tokens (chat templates need it), a context and
-its continuation are encoded together and then split, and a text without context follows the prefix token.
+its continuation are encoded together and then split, a text without context follows the prefix token, and completions
+are text without special tokens.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -123,7 +124,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the completion of each context, up to a stop string."""
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, Request]]] = defaultdict(list)
-        for number, (context, settings) in enumerate(request.args for request in requests):
+        for number, request in enumerate(requests):
+            context, settings = cast("tuple[str, dict[str, Any]]", request.args)
             sampling, stop, count = read_settings(settings, self._seed)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             if self._max_length is not None:
@@ -136,9 +138,9 @@ class HarnessModel(TemplateLM):
                     self._network,
                     [request for _, request in numbered],
                     sampling,
-                    eos_ids=self._eos_ids,
-                    decode=self._tokenizer.decode,
-                    stop=stop,
+                    eos_ids=[*self._eos_ids, *self._special(stop).values()],
+                    decode=self._decode,
+                    stop=[text for text in stop if text not in self._special(stop)],
                     batch_size=self._batch_size,
                     prefill_tokens=self._batch_tokens,
                 )
@@ -147,6 +149,16 @@ class HarnessModel(TemplateLM):
                     texts[number] = completion.text
                     progress.advance(1)
         return texts
+
+    def _special(self, stop: Sequence[str]) -> dict[str, int]:
+        """Return the ids of the stop strings that are special tokens: they are not part of the text."""
+        ids = {text: self._tokenizer.encode(text, special_tokens=True) for text in stop}
+        return {
+            text: only[0] for text, only in ids.items() if len(only) == 1 and only[0] in self._tokenizer.special_ids
+        }
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(index for index in ids if index not in self._tokenizer.special_ids)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: object

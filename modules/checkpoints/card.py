@@ -38,12 +38,13 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> 
         "## Architecture",
         _table(_architecture(source.config)),
         "## Parameters",
-        _table(parameter_rows(source.config, tensors)),
+        _table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
     ]
     if "merge" in source.facts:
         parts += ["## Merge", *_merge(source.facts["merge"])]
     if "run" in source.facts:
-        parts += ["## Training", _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
+        title = "## Training of the first model" if "merge" in source.facts else "## Training"
+        parts += [title, _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
     if metrics := source.facts.get("manifest", {}).get("metrics"):
         rows = [
             (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()
@@ -61,7 +62,7 @@ def label(source: Source) -> str:
 
 
 def parameter_rows(config: BackboneConfig, tensors: Mapping[str, TensorInfo]) -> Rows:
-    """Return parameters, those one token uses, and what is on the disk.
+    """Return parameters and those one token uses, a tied matrix counted once.
 
     Router biases are no parameters (no gradient trains them) and are counted by themselves. One token uses K of E
     routed experts; the MTP block is left out of that, as it only drafts.
@@ -82,8 +83,12 @@ def parameter_rows(config: BackboneConfig, tensors: Mapping[str, TensorInfo]) ->
         rows.append(("the same without the input embedding", f"{active - main[EMBEDDING]:,}"))
     if biases:
         rows.append(("router biases, beside these", f"{biases:,}"))
+    return rows
+
+
+def _on_disk(tensors: Mapping[str, TensorInfo]) -> str:
     dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()})
-    return [*rows, ("on the disk", f"{len(tensors):,} tensors, {' and '.join(dtypes)}")]
+    return f"{len(tensors):,} tensors, {' and '.join(dtypes)}"
 
 
 def _front_matter(source: Source) -> str:
@@ -203,14 +208,11 @@ def _use(source: Source, name: str) -> str:
     notes = []
     if source.config.num_nextn_predict_layers:
         notes.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
-    if (
-        "M" in source.config.hybrid_override_pattern
-        and source.config.time_step_min > UNLIMITED
-        and "run" not in source.facts
-    ):
+    least = source.config.time_step_min
+    if "M" in source.config.hybrid_override_pattern and "run" not in source.facts and least > UNLIMITED:
         notes.append(
-            f"transformers raises Mamba's time steps to at least `time_step_min` ({source.config.time_step_min:g}), Superbolt "
-            'does not; `layer.mixer.time_step_limit = (0.0, float("inf"))` on its Mamba layers gives equal numbers.'
+            f"transformers raises Mamba's time steps to at least `time_step_min` ({least:g}), Superbolt does not; "
+            '`layer.mixer.time_step_limit = (0.0, float("inf"))` on its Mamba layers gives equal numbers.'
         )
     if source.tokenizer_folder is None:
         notes.append("The model came without a tokenizer.")

@@ -70,5 +70,6 @@ def _tokenizer_id(folder: Path, kind: str) -> int | None:
         return None
     token = read_json(files[0]).get(kind)
     text = token.get("content") if isinstance(token, dict) else token
-    added = read_json(files[1]).get("added_tokens", [])
-    return next((entry["id"] for entry in added if text is not None and entry["content"] == text), None)
+    tokenizer = read_json(files[1])
+    ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+    return ids.get(text)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
 from modules.checkpoints.config import to_hugging_face
-from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo
+from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import new_folder, write_json, write_tensors
 
@@ -64,7 +64,8 @@ def export(
 ) -> Exported:
     """Write a model as a Hugging Face folder; one tensor (of a fit checkpoint: one stack of experts) is in memory.
 
-    A tied head is written out: transformers (5.23) ties none of this family and would start a head at random.
+    Two kinds of tensors are written beside the model's own, as transformers (5.23) would start them at random: a tied
+    head, which it does not tie, and an all-zero shared expert for mixtures that have none, which it cannot build.
 
     Args:
         source: the model.
@@ -78,13 +79,12 @@ def export(
         ValueError: the output holds files already, or a tensor of the source is damaged.
         OSError: the disk is full; nothing is left behind.
     """
-    tensors = stored_as(source.tensors, dtype)
-    tied = source.config.tie_word_embeddings
-    if tied:
-        tensors[HEAD] = tensors[EMBEDDING]
+    tensors = stored_as(source, dtype)
 
     def read(name: str) -> Tensor:
-        return source.read(EMBEDDING if tied and name == HEAD else name)
+        if name in source.tensors:
+            return source.read(name)
+        return source.read(EMBEDDING) if name == HEAD else torch.zeros(tensors[name].shape)
 
     with new_folder(output) as target:
         write_tensors(target, tensors, read, max_shard_bytes, report)
@@ -97,10 +97,15 @@ def export(
         return Exported(names, len(tensors), sum(path.stat().st_size for path in files))
 
 
-def stored_as(tensors: Mapping[str, TensorInfo], dtype: Literal["auto", "fp32", "bf16"]) -> dict[str, TensorInfo]:
+def stored_as(source: Source, dtype: Literal["auto", "fp32", "bf16"]) -> dict[str, TensorInfo]:
     """Return shape and dtype of each tensor in the folder to write; see `export`."""
+    tensors = dict(source.tensors)
+    main = main_dtype(tensors)
+    tensors |= {name: TensorInfo(shape, main) for name, shape in placeholder_shapes(source.config).items()}
+    if source.config.tie_word_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
     if dtype == "auto":
-        return dict(tensors)
+        return tensors
     return {
         name: TensorInfo(info.shape, torch.float32 if name.endswith(ROUTER_BIAS) else DTYPES[dtype])
         for name, info in tensors.items()
@@ -116,8 +121,8 @@ def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code:
         code: whether the source's own Python files travel along, for transformers without the architecture.
     """
     raw: dict[str, Any] = source.facts.get("config", {})
-    config = to_hugging_face(source.config, main_dtype(tensors), source.generation, kept=raw)
-    del config["time_step_limit"]  # [0, inf] is every reader's default, and JSON has no infinity
+    generation = None if raw else source.generation  # what generation_config.json says stays there
+    config = to_hugging_face(source.config, main_dtype(tensors), generation, kept=raw)
     if code:
         config["auto_map"] = raw["auto_map"]
     if "run" not in source.facts:
@@ -148,15 +153,14 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
 
 def _copy_files(source: Source, target: Path) -> bool:
     """Copy tokenizer, licence and what else belongs to a model; return whether Python files are among them."""
-    if source.tokenizer_folder is not None:
-        for name in TOKENIZER_FILES:
-            path = source.tokenizer_folder / name
-            if path.is_dir():
-                shutil.copytree(path, target / name)
-            elif path.is_file():
-                shutil.copyfile(path, target / name)
+    for name in TOKENIZER_FILES:
+        path = (source.tokenizer_folder or source.path) / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        elif path.is_file():
+            shutil.copyfile(path, target / name)
     code = list(source.path.glob(CODE_FILES)) if "auto_map" in source.facts.get("config", {}) else []
-    legal = [path for pattern in LEGAL_FILES for path in source.path.glob(pattern)]
+    legal = [path for pattern in LEGAL_FILES for path in source.path.glob(pattern) if path.is_file()]
     for path in [*code, *legal]:
         shutil.copyfile(path, target / path.name)
     return bool(code)

@@ -52,16 +52,16 @@ class FitSource:
         self._stacked: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
-        """See `Source.read`; the experts of a layer are read together, and the last layer's are kept."""
+        """See `Source.read`; stacked experts are read together and kept until the next tensor."""
         parameter, expert = self._places[name]
         if expert is None:
             return self._load(parameter)
         if self._stacked is None or self._stacked[0] != parameter:
-            self._stacked = None  # two at a time would double the peak
             self._stacked = parameter, self._load(parameter)
         return self._stacked[1][expert]
 
     def _load(self, parameter: str) -> Tensor:
+        self._stacked = None  # two large tensors at a time would double the peak
         entry = self._reader.metadata.state_dict_metadata[PREFIX + parameter]
         assert isinstance(entry, TensorStorageMetadata)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)

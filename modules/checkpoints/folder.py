@@ -18,6 +18,8 @@ MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
 REMOVED = ".removed"
 CHECKSUM_LIMIT = 256 * 2**20
+BLOCK = 2**20
+"""Bytes read at a time for a checksum."""
 STEP_FOLDER = re.compile(r"step=(\d{8,})")
 
 
@@ -128,4 +130,8 @@ def _fingerprint(path: Path) -> list[int | None]:
     size = path.stat().st_size
     if size > CHECKSUM_LIMIT:
         return [size, None]
-    return [size, zlib.crc32(path.read_bytes())]
+    checksum = 0
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return [size, checksum]

@@ -24,7 +24,7 @@ from modules.checkpoints.safetensors import read_entry, read_folder
 from modules.checkpoints.values import check_finite
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 class HuggingFaceSource:
@@ -46,7 +46,7 @@ class HuggingFaceSource:
         self.config = self._without_placeholders(from_hugging_face(self._told_by_tensors(raw), path / CONFIG))
         self.tensors: Mapping[str, TensorInfo] = self._account()
         self.facts: dict[str, Any] = {"config": raw}
-        self.tokenizer_folder = path if (path / TOKENIZER).exists() else None
+        self.tokenizer_folder = path if any((path / name).exists() for name in TOKENIZERS) else None
         self.generation = read_defaults(path, raw, self.tokenizer_folder)
 
     def read(self, name: str) -> Tensor:
@@ -84,18 +84,31 @@ class HuggingFaceSource:
         self._entries = {name: entry for name, entry in self._entries.items() if name not in shapes}
         return without
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return `public_shapes`, unless the configuration's sizes are beyond any file."""
+        experts = self.config.n_routed_experts
+        if "E" in self.config.hybrid_override_pattern and experts > len(self._entries):
+            raise ValueError(
+                f"{self.path / CONFIG}: n_routed_experts is {experts}, but the weight files hold {len(self._entries)} "
+                "tensors in all; download both again"
+            )
+        try:
+            return public_shapes(self.config)
+        except (RuntimeError, TypeError):  # torch's, for more bytes or rows than an integer holds
+            raise ValueError(f"{self.path / CONFIG}: its sizes are beyond any file; download it again") from None
+
     def _account(self) -> dict[str, TensorInfo]:
         """Check that the tensors in the files are exactly those of the configuration."""
-        shapes = public_shapes(self.config)
-        if missing := [name for name in shapes if name not in self._entries]:
-            raise ValueError(
-                f"{self.path}: {_count(missing)} missing in its weight files ({missing[0]}); {CONFIG} is of another "
-                "network, or a file is missing: download it again"
-            )
+        shapes = self._shapes()
         if unexpected := [name for name in self._entries if name not in shapes]:
             raise ValueError(
                 f"{self._entries[unexpected[0]].file}: {_count(unexpected)} not part of the network that {CONFIG} "
                 f"describes ({unexpected[0]}); {_mend(unexpected[0])}"
+            )
+        if missing := [name for name in shapes if name not in self._entries]:
+            raise ValueError(
+                f"{self.path}: {_count(missing)} missing in its weight files ({missing[0]}); {CONFIG} is of another "
+                "network, or a file is missing: download it again"
             )
         for name, shape in shapes.items():
             file, (stored, _), _ = self._entries[name]
@@ -112,6 +125,8 @@ def _count(names: list[str]) -> str:
 
 
 def _mend(name: str) -> str:
+    if name.startswith("model."):
+        return "the names are those in transformers' memory: save it with save_original_format=True"
     if name.startswith(MTP):
         return "if it is an MTP block, set num_nextn_predict_layers to 1"
     if "scale" in name:

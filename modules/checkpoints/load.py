@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from modules.backbone.initialization import local_rows
@@ -77,10 +78,14 @@ def load_weights(network: Network, source: Source) -> None:
         local = target.to_local() if isinstance(target, DTensor) else target
         rows = local_rows(target)
         if place.expert is None:
-            tensor = source.read(name)
-            local.copy_(tensor if len(rows) == len(tensor) else tensor[rows])
+            _take(local, rows, source.read(name))  # not held by a name here: the next one would be read beside it
         elif place.expert in rows:
             local[rows.index(place.expert)].copy_(source.read(name))
+
+
+def _take(local: Tensor, rows: list[int], tensor: Tensor) -> None:
+    """Copy the rows that this rank holds."""
+    local.copy_(tensor if len(rows) == len(tensor) else tensor[rows])
 
 
 def _set_formats(network: Network, source: Source, chosen: Format | None) -> None:

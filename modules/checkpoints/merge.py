@@ -7,27 +7,16 @@ checkpoints of a run's constant phase stands in for a decay of the learning rate
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modules.backbone.config import BackboneConfig
 from modules.checkpoints.card import label
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.source import Source
-
-WITHOUT_NUMBERS = (
-    "chunk_size",
-    "initializer_range",
-    "rescale_prenorm_residual",
-    "time_step_min",
-    "time_step_max",
-    "time_step_floor",
-)
-"""Fields that change initial weights or speed only."""
+from modules.checkpoints.start import ALWAYS, OF_LETTER
 
 
 class MergedSource:
@@ -95,7 +84,7 @@ def decay_weights(steps: Sequence[int], factor: Callable[[int, int], float]) -> 
 
         c_0 = 1 - w_1,   c_j = w_j - w_{j+1},   c_k = w_k
 
-    (WSM, arXiv 2507.17634, theorem 3.1; Nemotron 3 Super takes minus-sqrt for w, section 2.5). Between checkpoints that
+    (WSM, arXiv 2507.17634; Nemotron 3 Super takes minus-sqrt for w, section 2.5). Between checkpoints that
     are several updates apart the share cannot change: w_j is then the decay's mean over the updates from checkpoint
     j - 1 to j, which moves as far in all as the decay would. What the average cannot have is that a run with a lower
     learning rate would have met other gradients.
@@ -119,15 +108,17 @@ def check_same_network(first: Source, other: Source) -> None:
     """Check that two models can be averaged.
 
     Raises:
-        ValueError: their networks differ; names the fields, or the first tensor.
+        ValueError: their networks differ in fields that change numbers; names these.
     """
-    differences = [
-        f"{field.name} {getattr(first.config, field.name)!r} and {getattr(other.config, field.name)!r}"
-        for field in fields(BackboneConfig)
-        if field.name not in WITHOUT_NUMBERS and getattr(first.config, field.name) != getattr(other.config, field.name)
-    ]
-    if differences:
-        raise ValueError(f"{first.path} and {other.path} are of different architectures: {', '.join(differences)}")
+    patterns = ["hybrid_override_pattern", "num_nextn_predict_layers"]
+    if first.config.num_nextn_predict_layers:
+        patterns.append("mtp_hybrid_override_pattern")
+    letters = {letter for name in patterns for letter in str(getattr(first.config, name))}
+    used = [name for letter, names in OF_LETTER.items() if letter in letters for name in names]
+    pairs = {name: (getattr(first.config, name), getattr(other.config, name)) for name in (*ALWAYS, *patterns, *used)}
+    different = [f"{name} {one!r} and {another!r}" for name, (one, another) in pairs.items() if one != another]
+    if different:
+        raise ValueError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
 
 
 def _different_tokenizers(sources: Sequence[Source]) -> list[str]:

@@ -84,6 +84,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_repetition)
+        if not isinstance(header, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
     header.pop("__metadata__", None)

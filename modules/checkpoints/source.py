@@ -56,7 +56,7 @@ def open_model(path: Path) -> Source:
     """
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {problem}; a MODEL is a folder on this machine")
+        raise ValueError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
     if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
         return FitSource(path)
     if (path / CONFIG).exists():

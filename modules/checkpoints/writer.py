@@ -187,4 +187,4 @@ def _header(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> bytes:
 def _bytes(tensor: Tensor, name: str, info: TensorInfo) -> memoryview:
     assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} read, {info.shape} announced"
     flat = tensor.detach().to(info.dtype).contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

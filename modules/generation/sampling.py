@@ -12,11 +12,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-
-_FEW = 256
-"""Most likely tokens in which the nucleus of top-p is looked for first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +60,9 @@ class Sampling:
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the probabilities that the next token is drawn from.
 
-    Temperature, top-k, top-p and min-p apply in this order, each to the softmax of what the ones before left: the order
-    and the rules of transformers' logits processors. Tokens exactly as likely as the last one that stays do so, too
-    (transformers' top-p leaves out some of them).
+    Temperature, top-k, top-p and min-p apply in this order, each to the normalised rest that the ones before left: the
+    order and the rules of transformers' logits processors. Tokens exactly as likely as the last one that stays do so,
+    too (transformers' top-p leaves out some of them).
 
     Args:
         logits: fp32 [..., V].
@@ -75,34 +73,28 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     assert not sampling.greedy
     scores = logits / sampling.temperature
-    if 0 < sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k).values[..., -1:]
-        scores = scores.masked_fill(scores < least, float("-inf"))
-    if sampling.top_p < 1:
-        probabilities = scores.softmax(-1)
-        scores = scores.masked_fill(probabilities < _least_of_nucleus(probabilities, sampling.top_p), float("-inf"))
     probabilities = scores.softmax(-1)
+    if 0 < sampling.top_k < scores.shape[-1]:
+        probabilities *= scores >= scores.topk(sampling.top_k).values[..., -1:]
+    if sampling.top_p < 1:
+        probabilities *= probabilities >= _least_of_nucleus(probabilities, sampling.top_p)
     if sampling.min_p > 0:
-        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = scores.masked_fill(probabilities < least, float("-inf")).softmax(-1)
-    return probabilities
+        probabilities *= probabilities >= sampling.min_p * probabilities.amax(-1, keepdim=True)
+    return probabilities / probabilities.sum(-1, keepdim=True)
 
 
 def _least_of_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Return [..., 1]: the least probability among the fewest tokens that have `top_p` together.
+    """Return [..., 1]: the least probability among the fewest tokens that have the share `top_p` together.
 
-    They are few as a rule: the most likely ones are sorted first (sorting all costs as much as a small network).
+    Sorting costs more than all layers of a small network; numpy sorts five times as fast as torch on a CPU.
     """
-    vocabulary = probabilities.shape[-1]
-    count = min(_FEW, vocabulary)
-    while True:
-        likely = probabilities.topk(count).values
-        sums = likely.cumsum(-1, dtype=torch.float64)
-        if count == vocabulary or (sums[..., -1] >= top_p).all():
-            break
-        count = min(8 * count, vocabulary)
-    kept = (sums - likely < top_p).sum(-1, keepdim=True)
-    return likely.gather(-1, kept - 1)
+    if probabilities.is_cpu:
+        ascending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
+    else:
+        ascending = probabilities.sort(-1).values
+    sums = ascending.cumsum(-1, dtype=torch.float64)
+    first = torch.searchsorted(sums, (1 - top_p) * sums[..., -1:], right=True)
+    return ascending.gather(-1, first.clamp(max=ascending.shape[-1] - 1))  # 1 - top_p may round to 1
 
 
 def draw(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:

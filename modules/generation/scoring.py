@@ -29,7 +29,7 @@ class Scores(NamedTuple):
     """fp32 [n - 1]: natural log of the probability of the token given those before it."""
     greedy: Tensor
     """bool [n - 1]: whether the token is the most likely one."""
-    kl: Tensor | None
+    kl: Tensor | None = None
     """fp32 [n - 1]: KL(reference || network) of the distributions over the vocabulary, in nats; None: no reference.
     Rounding can make a zero slightly negative."""
 
@@ -78,34 +78,41 @@ def _score_batch(networks: list[Network], rows: list[Sequence[int]], batch_token
     device, length = networks[0].backbone.embeddings.weight.device, counts[0]
     tokens = torch.tensor([[*row, *[0] * (length + 1 - len(row))] for row in rows], device=device)
     valid = torch.arange(length, device=device) < torch.tensor(counts, device=device)[:, None]
-    caches = [network.new_cache(rows=1, capacity=length) if length > batch_tokens else None for network in networks]
-    parts = [Scores(torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0))]
-    for start in range(0, length, batch_tokens):
-        piece = slice(start, min(start + batch_tokens, length))
-        hidden = [
-            network(tokens[:, piece], cache=cache).hidden[valid[:, piece]]
-            for network, cache in zip(networks, caches, strict=True)
-        ]
-        targets = tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]]
-        size = max(LOGITS_AT_ONCE // networks[0].config.vocab_size, 1)
-        for chunk in zip(targets.split(size), *(states.split(size) for states in hidden), strict=True):
-            parts.append(_score_positions(networks, *chunk))
+    nothing = [torch.empty(0), torch.empty(0, dtype=torch.bool), *[torch.empty(0)] * (len(networks) - 1)]
     # Several rows are one piece and one row is one column: either way the positions come row by row.
-    logprobs, greedy = (torch.cat([part[field] for part in parts]).split(counts) for field in (0, 1))
-    kl = (
-        torch.cat([part.kl for part in parts if part.kl is not None]).split(counts)
-        if len(networks) > 1
-        else [None] * len(rows)
-    )
-    if not all(bool(row.isfinite().all()) for row in logprobs):
+    parts = [nothing, *_score_pieces(networks, tokens, valid, batch_tokens)]
+    columns = [torch.cat(column).split(counts) for column in zip(*parts, strict=True)]
+    if not all(bool(row.isfinite().all()) for row in columns[0]):
         raise ValueError(
             "a log-probability is not finite: weights are damaged, or too large for the dtype; try --dtype fp32"
         )
-    return [Scores(*row) for row in zip(logprobs, greedy, kl, strict=True)]
+    return [Scores(*row) for row in zip(*columns, strict=True)]
 
 
-def _score_positions(networks: list[Network], targets: Tensor, *hidden: Tensor) -> Scores:
-    """Return the scores of n positions on the CPU.
+def _score_pieces(networks: list[Network], tokens: Tensor, valid: Tensor, batch_tokens: int) -> Iterator[list[Tensor]]:
+    """Run the networks over pieces of `batch_tokens` columns; yield the fields of `Scores` for some positions.
+
+    Args:
+        networks: the network, and the reference if there is one.
+        tokens: int64 [B, T + 1].
+        valid: bool [B, T]: the positions that a token follows; one row if T is more than a piece.
+        batch_tokens: columns of a piece.
+    """
+    length, size = valid.shape[1], max(LOGITS_AT_ONCE // networks[0].config.vocab_size, 1)
+    caches = [network.new_cache(rows=1, capacity=length) if length > batch_tokens else None for network in networks]
+    for start in range(0, length, batch_tokens):
+        piece = slice(start, min(start + batch_tokens, length))
+        hidden = [
+            network(tokens[:, piece], cache=cache).hidden[valid[:, piece]].split(size)
+            for network, cache in zip(networks, caches, strict=True)
+        ]
+        targets = tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]].split(size)
+        for chunk in zip(targets, *hidden, strict=True):
+            yield _score_positions(networks, *chunk)
+
+
+def _score_positions(networks: list[Network], targets: Tensor, *hidden: Tensor) -> list[Tensor]:
+    """Return the fields of `Scores` for n positions.
 
     Args:
         networks: the network, and the reference if there is one.
@@ -114,6 +121,5 @@ def _score_positions(networks: list[Network], targets: Tensor, *hidden: Tensor) 
     """
     ours, *others = (network.logits(states).log_softmax(-1) for network, states in zip(networks, hidden, strict=True))
     logprobs = ours.gather(-1, targets[:, None]).squeeze(-1)
-    greedy = ours.argmax(-1) == targets
-    kl = [(other.exp() * (other - ours)).sum(-1).cpu() for other in others]
-    return Scores(logprobs.cpu(), greedy.cpu(), kl[0] if kl else None)
+    kl = [(other.exp() * (other - ours)).sum(-1) for other in others]
+    return [values.cpu() for values in (logprobs, ours.argmax(-1) == targets, *kl)]

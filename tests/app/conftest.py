@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.app.helpers import RUN_FILE, Program
+from tests.app.models import write_models
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +13,11 @@ def program(tmp_path_factory):
     started = Program(tmp_path_factory.mktemp("program"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

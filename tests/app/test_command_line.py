@@ -12,7 +12,13 @@ CALLS = []
 
 
 def pack(
-    paths: list[str], *, output: str, also: list[str], workers: int = 2, fraction: float | None = None
+    paths: list[str],
+    *,
+    output: str,
+    also: list[str],
+    but: list[str] | None = None,
+    workers: int = 2,
+    fraction: float | None = None,
 ) -> int | None:
     """Pack files.
 
@@ -22,10 +28,13 @@ def pack(
         paths: Files to pack.
         output: Folder to write.
         also: More.
+        but: Less.
         workers: Processes.
         fraction: Share.
     """
     CALLS.append((paths, output, also, workers, fraction))
+    if but is not None:
+        CALLS.append(but)
     return 3 if workers == 9 else None
 
 
@@ -40,6 +49,24 @@ def command(monkeypatch):
 def test_arguments_reach_the_function():
     assert call("pack", ["a", "b", "--output", "c", "--also", "d", "--also=e", "--fraction=0.5"]) == 0
     assert CALLS == [(["a", "b"], "c", ["d", "e"], 2, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "args", [["--share", "1", "2.5"], ["--share=1", "--share=2.5"], ["--share", "1", "--share=2.5"]]
+)
+def test_a_list_of_numbers_takes_several_values(monkeypatch, args):
+    def weigh(paths: list[str], *, share: list[float] | None = None) -> None:
+        CALLS.append((paths, share))
+
+    monkeypatch.setattr(sys.modules["app.commands.pack"], "pack", weigh)
+    call("pack", ["a", "b", *args])
+    call("pack", ["a"])
+    assert CALLS == [(["a", "b"], [1.0, 2.5]), (["a"], None)]
+
+
+def test_an_option_that_may_come_several_times_may_be_left_out():
+    assert call("pack", ["a", "--output=c", "--also=d", "--but", "x", "--but=-y"]) == 0
+    assert CALLS[1:] == [["x", "-y"]]
 
 
 def test_a_number_is_the_exit_code():

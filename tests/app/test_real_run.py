@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,24 @@ def test_a_checkpoint_stands_alone(whole):
     assert "layer_norm_epsilon" in text, "defaults are written out"
 
 
+def test_a_run_starts_from_another_and_goes_on_without_it(program, run_file, whole, tmp_path):
+    """Its first validation is the other's last; once it has a checkpoint, the other may be gone."""
+    model = tmp_path / "model"
+    shutil.copytree(whole, model)
+    options = (f"--model.init_args.init_from={model}", "--model.init_args.seed=3")
+    result = start(program, run_file, tmp_path, *options, "--trainer.max_steps=2")
+    assert result.code == 0, result.output
+    assert f"weights     {model}/checkpoints/step={STEPS:08d}" in result.output
+    metrics = json.loads((whole / "checkpoints" / f"step={STEPS:08d}" / "checkpoint.json").read_text())["metrics"]
+    bits = scalars(tmp_path / "run", values=True)["validation/bits_per_byte"][0]
+    assert bits == pytest.approx(metrics["validation/bits_per_byte"], rel=1e-6)
+    shutil.rmtree(model)
+    result = start(program, run_file, tmp_path, *options, "--trainer.max_steps=4")
+    assert result.code == 0, result.output
+    assert "goes on after step 2" in result.output
+    assert "weights  " not in result.output
+
+
 def test_every_chart_of_the_dashboard_finds_its_curves(whole):
     tags = scalars(whole)
     missing = [
@@ -182,6 +201,7 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
         ("--model.init_args.optimizer.learning_rate=-1", "model.optimizer.learning_rate: -1"),
         ("--model.init_args.mtp_depths=0", "model.mtp_depths: 0"),
         ("--model.init_args.schedule.warmup_tokens=100000", "model.schedule: warmup_tokens + decay_tokens"),
+        ("--model.init_args.init_from=nowhere", "model.init_from: nowhere does not exist"),
         ("--model.init_args.optimizer.learnin_rate=1", "unknown key model.init_args.optimizer.learnin_rate"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from datamodules.tokenizer import Tokenizer
 from tests.modules.checkpoints.helpers import their_model
 
@@ -14,14 +12,12 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Folders of two models with one tokenizer, and of one with a smaller vocabulary."""
+def write_models(folder: Path) -> dict[str, Path]:
+    """Write two models with one tokenizer, and one with a smaller vocabulary."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    folder = tmp_path_factory.mktemp("models")
     tokenizer = Tokenizer.train(TEXTS, 320)
     size = tokenizer.vocab_size + 5
     for name, seed, vocab_size in (("first", 0, size), ("second", 1, size), ("smaller", 0, size - 5)):
