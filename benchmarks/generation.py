@@ -78,7 +78,7 @@ def main() -> None:
                         if part == "model":
                             prompts = [held_out[row % len(held_out)] for row in range(batch)]
                         name = str(options.model) if part == "model" else "random weights"
-                        print(f"\n{name}, {parameters(folder) / 1e6:.1f}M parameters")
+                        print(f"\n{name}, {parameters(folder) / 1e6:.1f}M weights")
                         compare(folder, prompts, options.new_tokens, precision, threads, options.rounds)
 
 
@@ -114,7 +114,7 @@ def staged(model: Path | None, precision: str) -> Iterator[Path]:
 
 
 def parameters(folder: Path) -> int:
-    """Return the number of parameters of a MODEL, without those of its MTP block."""
+    """Return the number of weights of a MODEL (router biases included), without those of its MTP block."""
     tensors = open_model(folder).tensors
     return sum(math.prod(info.shape) for name, info in tensors.items() if not name.startswith("mtp."))
 

@@ -13,11 +13,10 @@ of a completion, taken inside the decoder.
 
 import itertools
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +25,7 @@ from benchmarks.side import Side, timed
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
 from modules.generation.decoding import Decoding, PlainDecoder
-from modules.generation.engine import Request, generate, new_row
+from modules.generation.engine import Completion, Request, generate, new_row
 from modules.generation.sampling import Sampling
 from modules.generation.speculative import SpeculativeDecoder
 
@@ -36,6 +35,10 @@ PERIOD, SPAN, LEAST = 32, 16, 16
 """Longest cycle looked for, tokens that its repetitions fill, tokens of a continuation that counts."""
 ASKED = 1.15
 """Measured ratio asked for."""
+
+
+Seconds = tuple[float, float]
+"""CPU and wall seconds."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,21 @@ class Turn:
 class Written(NamedTuple):
     """A completion."""
 
-    wall: float
-    """Seconds."""
+    whole: Seconds
+    """What it took."""
+    prompt: Seconds
+    """What the prompt and the first token alone take."""
     tokens: list[int]
     accepted: list[int]
     """Drafts kept in each round, the last one left out: it may run past the end."""
+
+
+class Costs(NamedTuple):
+    """Median wall seconds of a round; a round of plain decoding is a step."""
+
+    drafts: float
+    verification: float
+    """All but the drafts."""
 
 
 def serve(connection: Connection, model: Path, prompts: list[list[int]], threads: int) -> None:
@@ -76,16 +89,20 @@ def serve(connection: Connection, model: Path, prompts: list[list[int]], threads
 
 def write(network: Network, prompts: list[list[int]], turn: Turn) -> Written:
     """Write a completion."""
-    request = Request(tokens=prompts[turn.prompt], max_new_tokens=turn.tokens, key=(turn.prompt,))
     sampling = Sampling(temperature=turn.temperature, seed=turn.seed)
-    completions = []
-    _, wall = timed(lambda: completions.extend(generate(network, [request], sampling, draft_tokens=turn.drafts)))
-    return Written(wall, completions[0].tokens, completions[0].accepted[:-1])
+    completions: list[Completion] = []
+
+    def run(tokens: int) -> None:
+        request = Request(tokens=prompts[turn.prompt], max_new_tokens=tokens, key=(turn.prompt,))
+        completions.extend(generate(network, [request], sampling, draft_tokens=turn.drafts))
+
+    whole, prompt = timed(lambda: run(turn.tokens)), timed(lambda: run(1))
+    return Written(whole, prompt, completions[0].tokens, completions[0].accepted[:-1])
 
 
 @torch.inference_mode()
-def costs(network: Network, prompts: list[list[int]], turn: Turn) -> tuple[float, float]:
-    """Return the median seconds of a round's drafts (0 in plain decoding) and of the rest of it."""
+def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Costs:
+    """Return what a round of a completion costs."""
     prompt, sampling = prompts[turn.prompt], Sampling(temperature=turn.temperature, seed=turn.seed)
     decoding = Decoding(sampling=sampling, draft_tokens=turn.drafts)
     capacity = len(prompt) + turn.tokens + turn.drafts
@@ -110,7 +127,7 @@ def costs(network: Network, prompts: list[list[int]], turn: Turn) -> tuple[float
         rounds.append((drafting[-1], wall - drafting[-1]))
         row.extend(steps[0].tokens[0], [])
     drafts, rest = zip(*rounds[1:], strict=True)  # the first token comes with the prompt
-    return statistics.median(drafts), statistics.median(rest)
+    return Costs(statistics.median(drafts), statistics.median(rest))
 
 
 def loop_start(tokens: list[int]) -> int | None:
@@ -164,46 +181,31 @@ def _compare_at(side: Side, temperature: float, prompts: int, new_tokens: int, r
     lengths = dict.fromkeys(range(prompts), new_tokens)
     if not temperature:
         lengths = _cut(side, lengths)
-    seconds: dict[tuple[int, int], float] = defaultdict(float)  # by (round, draft length)
-    prompt_seconds: dict[tuple[int, int], float] = defaultdict(float)
-    kept: dict[int, list[int]] = defaultdict(list)
-    equal: dict[int, int] = defaultdict(int)
-    loops = 0
-    for number in range(rounds):
-        for prompt, length in lengths.items():
-            turns = [Turn(prompt, length, drafts, temperature, seed=number) for drafts in DRAFTS]
-            written = [side.ask(turn) for turn in turns]
-            if temperature and any(loop_start(one.tokens) is not None for one in written):
-                loops += 1
-                continue
-            for drafts, one in zip(DRAFTS, written, strict=True):
-                seconds[number, drafts] += one.wall
-                prompt_seconds[number, drafts] += side.ask(Turn(prompt, 1, drafts, temperature, number)).wall
-                kept[drafts] += one.accepted
-                equal[drafts] += one.tokens == written[0].tokens
+    written = [_write_all(side, lengths, temperature, seed) for seed in range(rounds)]
     if temperature:
-        print(f"{len(lengths) * rounds - loops} continuations of {new_tokens} tokens count, {loops} repeat themselves")
-    inside = {drafts: _costs(side, lengths, drafts, temperature) for drafts in DRAFTS}
-    plain = inside[0][1]
-    rates = acceptance(kept[DRAFTS[-1]], DRAFTS[-1])
+        count = sum(map(len, written))
+        print(f"{count} continuations of {new_tokens} tokens count, {len(lengths) * rounds - count} repeat themselves")
+    inside = [_ask_all(side, prompt, length, temperature, 0, costs=True) for prompt, length in lengths.items()]
+    plain = statistics.median(costs[0].verification for costs in inside)
+    rates = acceptance([kept for row in written for one in row for kept in one[DRAFTS[-1]].accepted], DRAFTS[-1])
     print(f"a plain step: {plain * 1e3:.3f} ms")
     print(
-        f"{'drafts':>6}{'kept at it':>12}{'tokens/round':>14}{'drafts ms':>11}{'verify ms':>11}"
-        f"{'predicted':>11}{'decode':>9}{'whole':>9}{'same text':>11}"
+        f"{'drafts':>6}{'kept':>8}{'tokens/round':>14}{'drafts ms':>11}{'verify ms':>11}{'predicted':>11}"
+        f"{'decode':>9}{'whole':>9}{'by CPU':>9}{'same text':>11}"
     )
     predicted, measured = {}, {}
     for drafts in DRAFTS[1:]:
-        predicted[drafts] = expected_tokens(rates, drafts) * plain / sum(inside[drafts])
-        runs = range(rounds)
-        measured[drafts] = statistics.median(seconds[n, 0] / seconds[n, drafts] for n in runs)
-        decode = statistics.median(
-            (seconds[n, 0] - prompt_seconds[n, 0]) / (seconds[n, drafts] - prompt_seconds[n, drafts]) for n in runs
-        )
-        tokens = 1 + statistics.mean(kept[drafts])
-        same = f"{equal[drafts] / (len(lengths) * rounds):11.1%}" if not temperature else f"{'-':>11}"
+        share = statistics.median(costs[0].verification / sum(costs[drafts]) for costs in inside)
+        predicted[drafts] = expected_tokens(rates, drafts) * share
+        measured[drafts] = _ratio(written, drafts, 1)
+        tokens = 1 + statistics.mean(kept for row in written for one in row for kept in one[drafts].accepted)
+        same = statistics.mean(one[drafts].tokens == one[0].tokens for row in written for one in row)
+        draft, verification = (statistics.median(costs[drafts][part] for costs in inside) * 1e3 for part in range(2))
+        decode, by_cpu = _ratio(written, drafts, 1, prompt=False), _ratio(written, drafts, 0)
         print(
-            f"{drafts:6}{rates[drafts - 1]:12.1%}{tokens:14.2f}{inside[drafts][0] * 1e3:11.3f}"
-            f"{inside[drafts][1] * 1e3:11.3f}{predicted[drafts]:10.2f}x{decode:8.2f}x{measured[drafts]:8.2f}x{same}",
+            f"{drafts:6}{rates[drafts - 1]:8.1%}{tokens:14.2f}{draft:11.3f}{verification:11.3f}"
+            f"{predicted[drafts]:10.2f}x{decode:8.2f}x{measured[drafts]:8.2f}x{by_cpu:8.2f}x"
+            f"{'-' if temperature else f'{same:.1%}':>11}",
             flush=True,
         )
     best = max(predicted, key=lambda drafts: predicted[drafts])
@@ -211,14 +213,40 @@ def _compare_at(side: Side, temperature: float, prompts: int, new_tokens: int, r
     print(f"chosen draft length: {best}; asked: {ASKED}x; whole completions {measured[best]:.2f}x: {verdict}")
 
 
+def _ask_all(
+    side: Side, prompt: int, length: int, temperature: float, seed: int, costs: bool = False
+) -> dict[int, Any]:
+    """Return the answers to a turn at each draft length."""
+    return {drafts: side.ask(Turn(prompt, length, drafts, temperature, seed, costs)) for drafts in DRAFTS}
+
+
+def _write_all(side: Side, lengths: dict[int, int], temperature: float, seed: int) -> list[dict[int, Written]]:
+    """Return the completions of each prompt at each draft length, without sampled ones of which one repeats itself."""
+    found = [_ask_all(side, prompt, length, temperature, seed) for prompt, length in lengths.items()]
+    if not temperature:
+        return found  # they are cut
+    return [one for one in found if all(loop_start(written.tokens) is None for written in one.values())]
+
+
+def _ratio(rounds: list[list[dict[int, Written]]], drafts: int, column: int, prompt: bool = True) -> float:
+    """Return the median over rounds of the seconds of plain decoding by those with drafts, with or without prompts."""
+
+    def seconds(row: list[dict[int, Written]], length: int) -> float:
+        return sum(one[length].whole[column] - (not prompt) * one[length].prompt[column] for one in row)
+
+    return statistics.median(seconds(row, 0) / seconds(row, drafts) for row in rounds if row)
+
+
 def _cut(side: Side, lengths: dict[int, int]) -> dict[int, int]:
-    """Return the tokens of each greedy continuation before it repeats itself, of those with enough of them."""
+    """Return the tokens of each greedy continuation before it repeats itself, of those with enough of them.
+
+    Raises:
+        SystemExit: none has.
+    """
     starts = {
         prompt: loop_start(side.ask(Turn(prompt, length, 0, 0.0, 0)).tokens) for prompt, length in lengths.items()
     }
-    cut = {
-        prompt: length if starts[prompt] is None else min(length, starts[prompt]) for prompt, length in lengths.items()
-    }
+    cut = {prompt: length if starts[prompt] is None else starts[prompt] or 0 for prompt, length in lengths.items()}
     counted = {prompt: length for prompt, length in cut.items() if length >= LEAST}
     repeating = sum(start is not None for start in starts.values())
     print(
@@ -228,10 +256,3 @@ def _cut(side: Side, lengths: dict[int, int]) -> dict[int, int]:
     if not counted:
         raise SystemExit(f"every continuation repeats itself within {LEAST} tokens; take a model trained for longer")
     return counted
-
-
-def _costs(side: Side, lengths: dict[int, int], drafts: int, temperature: float) -> tuple[float, float]:
-    """Return the median over the prompts of the seconds of drafts and of the rest of a round."""
-    turns = [Turn(prompt, length, drafts, temperature, 0, costs=True) for prompt, length in lengths.items()]
-    found = [side.ask(turn) for turn in turns]
-    return statistics.median(pair[0] for pair in found), statistics.median(pair[1] for pair in found)
