@@ -1,9 +1,9 @@
 """What the model writes by now: continuations of fixed prompts, as text in TensorBoard and on the console at the end.
 
 A loss says little to a person; three lines of text show at once whether a model has learnt its language.
-A model with an MTP block drafts while it writes. So the same pass shows what its drafts are worth, on the model's own
-text and at the samples' temperature, as `generate` would find it; a network that knows nothing yet keeps most of them,
-for it thinks all tokens equally likely, and so does one that repeats itself.
+A model with an MTP block drafts while it writes, so the same pass shows what its drafts are worth: on the model's own
+text and at the samples' temperature, as `generate` would find it. A model that has learnt no more than which tokens are
+frequent keeps many drafts, and so does one that repeats itself.
 """
 
 import torch

@@ -20,6 +20,7 @@ typedef uint32_t u16 __attribute__((vector_size(64)));
 
 #define LANES 16
 #define FEW_ROWS 4              /* rows that share a loaded weight as dot products */
+#define QUAD 4                  /* rows and outputs computed at once where rows lie side by side in four lanes each */
 #define MANY_ROWS 9             /* rows from which they go side by side in lanes */
 #define BLOCK 8                 /* outputs computed at once in lanes */
 #define PARALLEL_WORK (1 << 21) /* multiply-adds from which threads pay */
@@ -132,18 +133,60 @@ static inline __attribute__((always_inline)) void dot_block(const float *const *
         for (int o = 0; o < outs; o++) {
             v16 w = load(weight, places[o] + i, bf16);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) sums[o * rows + r] += w * values[r];
+            for (int r = 0; r < rows; r++) sums[r * outs + o] += w * values[r];
         }
     }
     for (; i < in; i++)
         for (int o = 0; o < outs; o++)
-            for (int r = 0; r < rows; r++) sums[o * rows + r][0] += element(weight, places[o] + i, bf16) * vectors[r][i];
+            for (int r = 0; r < rows; r++) sums[r * outs + o][0] += element(weight, places[o] + i, bf16) * vectors[r][i];
 #pragma GCC unroll 4
     for (int step = 1; step < LANES; step *= 2)
 #pragma GCC unroll 8
         for (int j = 0; j < LANES; j += 2 * step) sums[j] = merge(sums[j], sums[j + step]);
-    for (int o = 0; o < outs && first + o <= last; o++)
-        for (int r = 0; r < rows; r++) y[r][first + o] = sums[0][o * rows + r];
+    const float *results = (const float *)sums;
+    if (first + outs - 1 <= last)
+        for (int r = 0; r < rows; r++) memcpy(y[r] + first, results + r * outs, outs * sizeof(float));
+    else
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; first + o <= last; o++) y[r][first + o] = results[r * outs + o];
+}
+
+/* Sums neighbours within each four lanes: two of a, then two of b. */
+static inline v16 pairs(v16 a, v16 b) {
+    const i16 even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+
+/* Products of weight rows [first, end), whole blocks of QUAD, with QUAD rows of x, `in` a multiple of LANES. Lane
+ * 4 r + j of side[i] is x[r][4 i + j]: every four lanes take the same four weights, and four outputs are summed by three
+ * additions of neighbours instead of the fifteen of dot_block. */
+static inline __attribute__((always_inline)) void quad_block(const v16 *side, int rows, const void *weight, i64 bf16,
+                                                             i64 in, i64 first, i64 end, float *const *y) {
+    const i16 quarter = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    for (; first < end; first += QUAD) {
+        v16 sums[QUAD] = {{0}};
+        for (i64 i = 0; i < in; i += LANES) {
+            const v16 *x = side + i / QUAD;
+#pragma GCC unroll 4
+            for (int o = 0; o < QUAD; o++) {
+                v16 w = load(weight, (first + o) * in + i, bf16);
+                sums[o] += __builtin_shuffle(w, quarter) * x[0];
+                sums[o] += __builtin_shuffle(w, quarter + 4) * x[1];
+                sums[o] += __builtin_shuffle(w, quarter + 8) * x[2];
+                sums[o] += __builtin_shuffle(w, quarter + 12) * x[3];
+            }
+        }
+        v16 all = pairs(pairs(sums[0], sums[1]), pairs(sums[2], sums[3]));
+        for (int r = 0; r < rows; r++) memcpy(y[r] + first, (const float *)&all + QUAD * r, QUAD * sizeof(float));
+    }
+}
+
+static void quad_rows(const v16 *side, int rows, const void *weight, i64 bf16, i64 in, i64 first, i64 end,
+                      float *const *y) {
+    if (bf16)
+        quad_block(side, rows, weight, 1, in, first, end, y);
+    else
+        quad_block(side, rows, weight, 0, in, first, end, y);
 }
 
 /* Dot products of weight rows [first, end) with up to FEW_ROWS rows of x. */
@@ -161,7 +204,7 @@ static void dot_rows(const float *const *x, int rows, const void *weight, i64 bf
     } else if (rows == 2) {
         FORMATS(2, 8);
     } else if (rows == 3) {
-        FORMATS(3, 4);
+        FORMATS(3, 5);
     } else {
         FORMATS(4, 4);
     }
@@ -198,10 +241,18 @@ static void multiply_rows(const float *const *x, float *const *y, i64 rows, cons
         int part = (int)(rows - start < LANES ? rows - start : LANES);
         if (part < MANY_ROWS) {
             part = part < FEW_ROWS ? part : FEW_ROWS;
+            v16 *side = part > 2 && in % LANES == 0 ? aligned_alloc(64, (size_t)(in / QUAD) * sizeof(v16)) : NULL;
+            if (side)
+                for (i64 i = 0; i < in; i++)
+                    for (int r = 0; r < QUAD; r++)
+                        ((float *)side)[i / QUAD * LANES + QUAD * r + i % QUAD] = r < part ? x[start + r][i] : 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-            for (i64 block = 0; block < (out + 63) / 64; block++)
-                dot_rows(x + start, part, weight, bf16, in, block * 64, block * 64 + 64 < out ? block * 64 + 64 : out,
-                         y + start);
+            for (i64 block = 0; block < (out + 63) / 64; block++) {
+                i64 first = block * 64, end = first + 64 < out ? first + 64 : out, whole = side ? end / QUAD * QUAD : first;
+                if (side) quad_rows(side, part, weight, bf16, in, first, whole, y + start);
+                dot_rows(x + start, part, weight, bf16, in, whole, end, y + start);
+            }
+            free(side);
         } else {
             v16 *side = aligned_alloc(64, (size_t)in * sizeof(v16));
             for (i64 i = 0; i < in; i++)

@@ -9,7 +9,8 @@ import torch
 
 from app.__main__ import main
 from datamodules.tokenizer import Tokenizer
-from tests.modules.checkpoints.helpers import made_comparable, their_model
+from tests.modules.checkpoints.helpers import made_comparable, their_model, write_fit_folder
+from tests.modules.helpers import make_network, tiny_config
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "import os\n\nfor name in os.environ:\n    print(name, 'naïve')\n"]
 ROWS = [
@@ -178,6 +179,22 @@ def test_a_model_without_a_tokenizer_takes_token_ids(model, expected, tmp_path, 
     assert row["completion"] is None
     assert main(["generate", str(bare), "--prompt", "text"]) == 2
     assert "brings no tokenizer" in capsys.readouterr().err
+
+
+def test_drafts_and_half_precision_states(tmp_path, capsys) -> None:
+    tokenizer = Tokenizer.train(TEXTS, 320)
+    model = tmp_path / "fit"
+    write_fit_folder(model, make_network(tiny_config(vocab_size=tokenizer.vocab_size)))
+    plain = write_rows(
+        tmp_path / "ids.jsonl", [{"prompt_ids": tokenizer.encode(text)} for text in ("def", "import os")]
+    )
+    rows = generate(model, plain, tmp_path / "plain.jsonl")
+    assert capsys.readouterr().err.count("speculative") == 0
+    assert generate(model, plain, tmp_path / "drafted.jsonl", "--draft_tokens", "3") == rows
+    assert "speculative decoding: " in capsys.readouterr().err
+    half = generate(model, plain, tmp_path / "half.jsonl", "--state_dtype", "fp16")
+    assert half == generate(model, plain, tmp_path / "again.jsonl", "--state_dtype", "fp16")
+    assert half[0]["completion_ids"][:2] == rows[0]["completion_ids"][:2]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def test_batches_hold_every_request_once_and_similar_lengths() -> None:
     positions = sum(max(lengths[number] for number in batch) * len(batch) for batch in batches)
     in_order = sum(max(lengths[start : start + 8]) * len(lengths[start : start + 8]) for start in range(0, 203, 8))
     assert sum(lengths) < positions < sum(lengths) + 0.3 * (in_order - sum(lengths))
+    firsts = [min(batch) for batch in batches]
+    assert firsts == sorted(firsts), "what comes first is not kept waiting"
     for place, batch in enumerate(batches):  # nothing waits longer than its window
         assert all(number < (place // 4 + 1) * 32 for number in batch)
 
