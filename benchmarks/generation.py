@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -136,7 +137,7 @@ def theirs(folder: Path, prompts: Prompts, implementation: str) -> Generate:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model: Any = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype="auto").eval()
     model.set_experts_implementation(implementation)
     model.generation_config.eos_token_id = None
     for layer in model.model.layers:

@@ -44,7 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for command in ("generate", "score"):
             least = peak(command, options.model, text_of(SHORT, tokenizer), Path(folder))
-            rows = []
+            rows: list[tuple[int, int]] = []
+            ratios = (1.0, 1.0)
             for length in sorted(options.lengths):
                 text = text_of(length, tokenizer)
                 tokens = len(tokenizer.encode(text))
