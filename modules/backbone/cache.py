@@ -212,16 +212,12 @@ class NativePass(Protocol):
         """Return whether it runs passes of B rows and T positions."""
         ...
 
-    def run(self, x: Tensor, cache: "Cache") -> Tensor:
-        """Map the residual stream [B, T, D] to normalised hidden states [B, T, D]; the cache's pass has begun."""
+    def run(self, tokens: Tensor, cache: "Cache", hidden: Tensor | None = None) -> Tensor:
+        """Map tokens [B, T] (for an MTP block with hidden states [B, T, D]) to normalised hidden states [B, T, D]."""
         ...
 
-    def join(self, embedded: Tensor, hidden: Tensor, enorm: Tensor, hnorm: Tensor, weight: Tensor) -> Tensor:
-        """Map both inputs of an MTP block [B, T, D] to what its layers start from."""
-        ...
-
-    def advance(self, counts: list[int], length: int) -> None:
-        """Take over the first `counts` [B] of T held positions."""
+    def advance(self, counts: list[int]) -> None:
+        """Take over the first `counts` [B] of the held positions."""
         ...
 
 
@@ -313,7 +309,7 @@ class Cache:
         assert all(0 <= count <= self.step.length for count in counts), (counts, self.step.length)
         native = self.native_pass
         if native is not None:
-            native.advance(counts, self.step.length)
+            native.advance(counts)
         else:
             for state in self.states:
                 if state is not None:

@@ -145,7 +145,10 @@ class Network(nn.Module):
         """
         assert self.mtp is not None, "the network has an MTP block"
         cache.begin(tokens.shape[1], counts, hold)
-        drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
+        if (native := cache.native_pass) is not None:
+            drafted = native.run(tokens, cache, hidden)
+        else:
+            drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
         cache.end()
         return drafted
 
@@ -157,7 +160,8 @@ class Network(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Cache:
         """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`."""
-        return self._cache_of(self.backbone.layers, self.backbone.norm_f, rows, capacity, state_dtype, generator)
+        layers, final = self.backbone.layers, self.backbone.norm_f
+        return self._cache_of(layers, final, None, rows, capacity, state_dtype, generator)
 
     def new_mtp_cache(
         self,
@@ -168,8 +172,9 @@ class Network(nn.Module):
     ) -> Cache:
         """Return an empty cache of the MTP block; see `Cache`."""
         assert self.mtp is not None, "the network has an MTP block"
-        final = self.mtp.layers[-1].get_submodule("final_layernorm")
-        return self._cache_of(self.mtp.layers, final, rows, capacity, state_dtype, generator)
+        layers, final = self.mtp.layers, self.mtp.layers[-1].get_submodule("final_layernorm")
+        join = [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
+        return self._cache_of(layers, final, join, rows, capacity, state_dtype, generator)
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""
@@ -213,10 +218,10 @@ class Network(nn.Module):
 
     def _continue(self, tokens: Tensor, cache: Cache, counts: list[int] | None, hold: bool) -> Output:
         cache.begin(tokens.shape[1], counts, hold)
-        x = self.backbone.embeddings(tokens)
-        if cache.native_pass is not None:
-            hidden = cache.native_pass.run(x, cache)
+        if (native := cache.native_pass) is not None:
+            hidden = native.run(tokens, cache)
         else:
+            x = self.backbone.embeddings(tokens)
             for layer, state in zip(self.backbone.layers, cache.states, strict=True):
                 x, _ = layer(x, None, state, True)
             hidden = self.backbone.norm_f(x)
@@ -227,23 +232,25 @@ class Network(nn.Module):
         self,
         layers: nn.ModuleList,
         final: nn.Module,
+        join: list[nn.Module] | None,
         rows: int,
         capacity: int,
         state_dtype: torch.dtype,
         generator: torch.Generator | None,
     ) -> Cache:
-        stack = [cast(Layer, layer) for layer in layers]
+        stack, embedding = [cast(Layer, layer) for layer in layers], self.backbone.embeddings
         cache = Cache(
             self.config,
             [(layer.letter, layer.state_dtype) for layer in stack],
             rows=rows,
             capacity=capacity,
             state_dtype=state_dtype,
-            device=self.backbone.embeddings.weight.device,
+            device=embedding.weight.device,
             generator=generator,
         )
-        if NativeLayers.fits([*stack, final], state_dtype):
-            cache.native = NativeLayers(self.config, stack, cast(Tensor, final.weight))
+        if NativeLayers.fits([*stack, embedding, final], state_dtype):
+            weights = [cast(Tensor, module.weight) for module in [final, *(join or [])]]
+            cache.native = NativeLayers(self.config, stack, embedding, *weights)
         return cache
 
     def _run_mtp(

@@ -5,8 +5,6 @@ the backbone's hidden state after its final norm. Sharing the block exposes it t
 applied further than it was trained. Embedding and head are the backbone's.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -54,9 +52,6 @@ class MTPBlock(nn.Module):
             (normalised hidden state [B, T, D], `Routing` of each mixture layer).
         """
         enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
-        if cache is not None and (native := cache.native_pass) is not None:
-            weights = (cast(Tensor, module.weight) for module in (enorm, hnorm, eh_proj))
-            return native.run(native.join(embedded, hidden, *weights), cache), []
         x = eh_proj(torch.cat([enorm(embedded), hnorm(hidden)], dim=-1)).to(hidden.dtype)
         routings = []
         for number, layer in enumerate(self.layers):

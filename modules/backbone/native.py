@@ -20,44 +20,70 @@ from modules.backbone.layer import Layer
 from modules.backbone.mamba import Mamba2
 from modules.backbone.mlp import MLP
 from modules.ops import native
-from modules.precision.linear import FormattedModule
+from modules.precision.linear import Embedding, FormattedModule
 
 _MOST_POSITIONS = 16
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
 
 
 class NativeLayers:
-    """Layers and the norm behind them, described to the C code. It is valid as long as the weights stay where they are.
+    """Layers, with the embedding before and the norm behind them, described to the C code.
+
+    It is valid as long as the weights stay where they are.
 
     Args:
         config: the backbone's configuration.
-        layers: the layers; `NativeLayers.fits` holds.
-        final: weight [D] of the norm behind them.
+        layers: the layers; `NativeLayers.fits` holds for them, the embedding and the norm.
+        embedding: the embedding.
+        final: weight [D] of the norm behind the layers.
+        enorm: weight [D] of the norm of an MTP block's embeddings; None, as the next two: this is no MTP block.
+        hnorm: weight [D] of the norm of its hidden states.
+        eh_proj: weight [D, 2D] of the product that joins both.
     """
 
-    def __init__(self, config: BackboneConfig, layers: list[Layer], final: Tensor) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        layers: list[Layer],
+        embedding: Embedding,
+        final: Tensor,
+        enorm: Tensor | None = None,
+        hnorm: Tensor | None = None,
+        eh_proj: Tensor | None = None,
+    ) -> None:
         self.config = config
-        self.final = final
-        self.dtype = _dtype_of(layers)
+        self.dtype = embedding.compute_dtype
         self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
+        self.given = native.PassArguments(
+            hidden=config.hidden_size,
+            bf16=self.dtype == torch.bfloat16,
+            layers=len(layers),
+            epsilon=config.layer_norm_epsilon,
+            embedding=embedding.weight.data_ptr(),
+            final=final.data_ptr(),
+        )
+        if enorm is not None and hnorm is not None and eh_proj is not None:
+            self.given.enorm, self.given.hnorm = enorm.data_ptr(), hnorm.data_ptr()
+            self.given.join = _linear(eh_proj)
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._enough: tuple[int, int, int] = (0, 0, 0)
         self._held: list[Tensor] = []
 
     @staticmethod
-    def fits(layers: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
-        """Return whether the C code can run these layers."""
-        modules = [module for layer in layers for module in layer.modules()]
-        formatted = [module for module in modules if isinstance(module, FormattedModule)]
+    def fits(modules: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
+        """Return whether the C code can run these modules: layers, embedding, norms, join."""
+        parts = [part for module in modules for part in module.modules()]
+        formatted = [part for part in parts if isinstance(part, FormattedModule)]
         return (
             state_dtype == torch.float32
-            and len({module.format for module in formatted}) == 1
-            and all(module.weight.dtype == module.compute_dtype for module in formatted)
+            and len({part.format for part in formatted}) == 1
+            and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
                 type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
-                for module in modules
-                for parameter in module.parameters(recurse=False)
+                for part in parts
+                for parameter in part.parameters(recurse=False)
             )
-            and all(type(module.dispatcher) is LocalDispatcher for module in modules if isinstance(module, LatentMoE))
+            and all(type(part.dispatcher) is LocalDispatcher for part in parts if isinstance(part, LatentMoE))
             and native.load()[0] is not None
         )
 
@@ -65,93 +91,69 @@ class NativeLayers:
         """Return whether a pass of B rows and T new positions is one for this code."""
         return length <= _MOST_POSITIONS and rows * length <= native.MOST_ROWS and not torch.is_grad_enabled()
 
-    def run(self, x: Tensor, cache: Cache) -> Tensor:
-        """Run the layers and the norm behind them.
+    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None) -> Tensor:
+        """Run embedding, layers and norm.
 
         Args:
-            x: [B, T, D], the residual stream.
+            tokens: int64 [B, T].
             cache: its pass has begun.
+            hidden: [B, T, D] of the positions, for an MTP block.
 
         Returns:
-            [B, T, D] in the dtype of `x`.
+            [B, T, D] in the compute dtype.
         """
         library, _ = native.load()
         assert library is not None
-        out = x.float() if x.dtype != torch.float32 else x.clone()
-        rows, length, _ = x.shape
-        starts = (ctypes.c_int64 * rows)(*cache.lengths)
-        given = self._pass(rows, length, cache.step.hold, cache.capacity, starts)
-        self._point_to_states(cache, rows, length)
+        step, tokens = cache.step, tokens.contiguous()
+        rows, length = tokens.shape
+        assert rows == len(step.starts), f"{rows} rows of tokens in a cache of {len(step.starts)}"
+        starts = (ctypes.c_int64 * rows)(*step.starts)
+        given = self.given
+        given.rows, given.length, given.hold, given.capacity = rows, length, step.hold, cache.capacity
+        given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(starts)
+        self._point_to_states(cache)
         memory = self._scratch(rows, length, cache.capacity)
-        failed = library.superbolt_layers(
-            ctypes.byref(given), self.arguments, self.final.data_ptr(), out.data_ptr(), memory.data_ptr(), len(memory)
-        )
-        assert not failed, "the C code has enough memory"
-        return out.to(x.dtype)
-
-    def join(self, embedded: Tensor, hidden: Tensor, enorm: Tensor, hnorm: Tensor, weight: Tensor) -> Tensor:
-        """Return what the MTP block starts from, [B, T, D]: the product of both normalised inputs with `eh_proj`."""
-        library, _ = native.load()
-        assert library is not None
-        rows, length, _ = embedded.shape
-        out = torch.empty(embedded.shape)
-        first, second = embedded.float().contiguous(), hidden.float().contiguous()
-        memory = self._scratch(rows, length, 0)
-        failed = library.superbolt_join(
-            ctypes.byref(self._pass(rows, length, False, 0, None)),
-            first.data_ptr(),
-            second.data_ptr(),
-            enorm.data_ptr(),
-            hnorm.data_ptr(),
-            ctypes.byref(_linear(weight)),
+        out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
+        if hidden is not None:
+            hidden = hidden.contiguous()
+        failed = library.superbolt_forward(
+            ctypes.byref(given),
+            self.arguments,
+            tokens.data_ptr(),
+            None if hidden is None else hidden.data_ptr(),
             out.data_ptr(),
             memory.data_ptr(),
             len(memory),
         )
         assert not failed, "the C code has enough memory"
-        return out.to(embedded.dtype)
+        return out
 
-    def advance(self, counts: list[int], length: int) -> None:
-        """Take over the first `counts` [B] of the T positions that the pass before held."""
+    def advance(self, counts: list[int]) -> None:
+        """Take over the first `counts` [B] of the positions that the pass before held."""
         library, _ = native.load()
         assert library is not None
-        given = self._pass(len(counts), length, True, 0, None)
-        library.superbolt_advance(ctypes.byref(given), self.arguments, (ctypes.c_int64 * len(counts))(*counts))
+        library.superbolt_advance(ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts))
         self._held = []
 
-    def _pass(
-        self, rows: int, length: int, hold: bool, capacity: int, starts: ctypes.Array | None
-    ) -> native.PassArguments:
-        return native.PassArguments(
-            hidden=self.config.hidden_size,
-            rows=rows,
-            length=length,
-            bf16=self.dtype == torch.bfloat16,
-            hold=hold,
-            capacity=capacity,
-            threads=torch.get_num_threads(),
-            layers=len(self.arguments),
-            epsilon=self.config.layer_norm_epsilon,
-            starts=None if starts is None else ctypes.addressof(starts),
-        )
-
-    def _point_to_states(self, cache: Cache, rows: int, length: int) -> None:
+    def _point_to_states(self, cache: Cache) -> None:
         self._held = []
-        config = self.config
-        kept = config.mamba_inner_size + config.n_groups * config.ssm_state_size + config.mamba_num_heads
+        config, step = self.config, cache.step
         for described, state in zip(self.arguments, cache.states, strict=True):
             if isinstance(state, AttentionState):
-                described.states[:] = state.keys.data_ptr(), state.values.data_ptr()
+                described.states[0], described.states[1] = state.keys.data_ptr(), state.values.data_ptr()
             elif isinstance(state, MambaState):
                 state.window = state.window.contiguous()
-                described.states[:] = state.window.data_ptr(), state.ssm.data_ptr()
-                if cache.step.hold:
-                    held = [torch.empty(rows, length, size) for size in (config.mamba_conv_size, kept)]
-                    described.held[:] = held[0].data_ptr(), held[1].data_ptr()
-                    self._held += held
+                described.states[0], described.states[1] = state.window.data_ptr(), state.ssm.data_ptr()
+                if step.hold:
+                    kept = config.mamba_inner_size + config.n_groups * config.ssm_state_size + config.mamba_num_heads
+                    for place, size in enumerate((config.mamba_conv_size, kept)):
+                        self._held.append(torch.empty(len(step.starts), step.length, size))
+                        described.held[place] = self._held[-1].data_ptr()
 
     def _scratch(self, rows: int, length: int, capacity: int) -> Tensor:
         """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""
+        if (rows, length, capacity) == self._enough:
+            return self._memory
         config, count = self.config, rows * length
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
         mamba = count * (2 * inner + channels + config.mamba_num_heads)
@@ -162,16 +164,13 @@ class NativeLayers:
         mixture += 2 * config.n_routed_experts + count * (
             config.hidden_size + config.moe_shared_expert_intermediate_size
         )
-        most = 2 * count * config.hidden_size + max(mamba, attention, mixture, count * config.intermediate_size)
+        join = 3 * count * config.hidden_size
+        most = 3 * count * config.hidden_size + max(mamba, attention, mixture, join, count * config.intermediate_size)
         size = 4 * (most + 16 * 32)
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
+        self._enough = rows, length, capacity
         return self._memory
-
-
-def _dtype_of(layers: Iterable[nn.Module]) -> torch.dtype:
-    modules = (module for layer in layers for module in layer.modules())
-    return next(module.compute_dtype for module in modules if isinstance(module, FormattedModule))
 
 
 def _linear(weight: Tensor) -> native.LinearArguments:

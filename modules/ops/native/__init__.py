@@ -53,7 +53,8 @@ class PassArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
         *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
         ("epsilon", ctypes.c_float),
-        ("starts", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("starts", "embedding", "final", "enorm", "hnorm")),
+        ("join", LinearArguments),
     )
 
 
@@ -71,8 +72,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
     library.superbolt_linear.restype = None
-    library.superbolt_layers.argtypes = [pointer, pointer, pointer, pointer, pointer, whole]
-    library.superbolt_join.argtypes = [*[pointer] * 8, whole]
+    library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
     return library, "active"

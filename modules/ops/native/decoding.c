@@ -47,7 +47,11 @@ typedef struct {
 typedef struct {
     i64 hidden, rows, length, bf16, hold, capacity, threads, layers;
     float epsilon;
-    const i64 *starts; /* [B] positions before */
+    const i64 *starts;         /* [B] positions before */
+    const void *embedding;     /* [V, D] in the compute dtype */
+    const float *final;        /* [D], weight of the norm behind the layers */
+    const float *enorm, *hnorm; /* [D], of an MTP block */
+    linear join;               /* [D, 2 D], of an MTP block, else NULL */
 } pass;
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
@@ -132,6 +136,7 @@ static inline __attribute__((always_inline)) void dot_block(const float *const *
 #pragma GCC unroll 16
         for (int o = 0; o < outs; o++) {
             v16 w = load(weight, places[o] + i, bf16);
+            __builtin_prefetch((const char *)weight + (places[o] + i + 2048) * (bf16 ? 2 : 4));
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) sums[r * outs + o] += w * values[r];
         }
@@ -170,6 +175,7 @@ static inline __attribute__((always_inline)) void quad_block(const v16 *side, in
 #pragma GCC unroll 4
             for (int o = 0; o < QUAD; o++) {
                 v16 w = load(weight, (first + o) * in + i, bf16);
+                __builtin_prefetch((const char *)weight + ((first + o) * in + i + 2048) * (bf16 ? 2 : 4));
                 sums[o] += __builtin_shuffle(w, quarter) * x[0];
                 sums[o] += __builtin_shuffle(w, quarter + 4) * x[1];
                 sums[o] += __builtin_shuffle(w, quarter + 8) * x[2];
@@ -563,45 +569,52 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
     return 0;
 }
 
-/* Runs layers over x [n, D], the residual stream, in place, then normalises it with `final` [D].
+/* What the layers start from, x [n, D]: the tokens' embeddings, or for an MTP block their product, normalised and joined
+ * with the hidden states, with join [D, 2 D]. */
+static int begin(const pass *p, const i64 *tokens, const void *hidden, float *x, arena memory) {
+    i64 rows = p->rows * p->length, size = p->hidden;
+    for (i64 r = 0; r < rows; r++)
+        for (i64 i = 0; i < size; i++) x[r * size + i] = element(p->embedding, tokens[r] * size + i, p->bf16);
+    if (!p->join.weight) return 0;
+    float *both = take(&memory, rows * 2 * size), *wide = take(&memory, rows * size);
+    if (!both || !wide) return 1;
+    for (i64 i = 0; i < rows * size; i++) wide[i] = element(hidden, i, p->bf16);
+    rms_norm(x, rows, p->enorm, both, 2 * size, p);
+    rms_norm(wide, rows, p->hnorm, both + size, 2 * size, p);
+    multiply(both, rows, &p->join, x, p);
+    return 0;
+}
+
+/* Runs the layers and the norm behind them.
+ * tokens [B, T]; hidden [n, D] in the compute dtype, of an MTP block; out [n, D] in the compute dtype.
  * Returns 0, or 1 if `size` bytes of memory are too few. */
-int superbolt_layers(const pass *p, const layer *layers, const float *final, float *x, void *start, i64 size) {
+int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, const void *hidden, void *out, void *start,
+                      i64 size) {
     arena memory = {start, 0, (size_t)size};
     i64 rows = p->rows * p->length, count = rows * p->hidden;
-    float *normed = take(&memory, count), *out = take(&memory, count);
-    if (!normed || !out) return 1;
+    float *x = take(&memory, count), *normed = take(&memory, count), *mixed = take(&memory, count);
+    if (!x || !normed || !mixed || begin(p, tokens, hidden, x, memory)) return 1;
     for (i64 i = 0; i < p->layers; i++) {
         const layer *l = &layers[i];
         int failed;
         rms_norm(x, rows, l->norm, normed, p->hidden, p);
         if (l->kind == 'M')
-            failed = mamba(l, normed, out, p, memory);
+            failed = mamba(l, normed, mixed, p, memory);
         else if (l->kind == '*')
-            failed = attention(l, normed, out, p, memory);
+            failed = attention(l, normed, mixed, p, memory);
         else if (l->kind == 'E')
-            failed = mixture(l, normed, out, p, memory);
+            failed = mixture(l, normed, mixed, p, memory);
         else
-            failed = mlp(&l->products[0], &l->products[1], normed, rows, out, p, memory);
+            failed = mlp(&l->products[0], &l->products[1], normed, rows, mixed, p, memory);
         if (failed) return 1;
-        for (i64 j = 0; j < count; j++) x[j] += out[j];
+        for (i64 j = 0; j < count; j++) x[j] += mixed[j];
         round_all(x, count, p->bf16);
     }
-    rms_norm(x, rows, final, normed, p->hidden, p);
-    memcpy(x, normed, (size_t)count * sizeof(float));
-    return 0;
-}
-
-/* What the MTP block starts from: x [n, D] = join [D, 2 D] of both inputs [n, D], each normalised.
- * Returns 0, or 1 if `size` bytes of memory are too few. */
-int superbolt_join(const pass *p, const float *embedded, const float *hidden, const float *enorm, const float *hnorm,
-                   const linear *join, float *x, void *start, i64 size) {
-    arena memory = {start, 0, (size_t)size};
-    i64 rows = p->rows * p->length;
-    float *both = take(&memory, rows * 2 * p->hidden);
-    if (!both) return 1;
-    rms_norm(embedded, rows, enorm, both, 2 * p->hidden, p);
-    rms_norm(hidden, rows, hnorm, both + p->hidden, 2 * p->hidden, p);
-    multiply(both, rows, join, x, p);
+    rms_norm(x, rows, p->final, normed, p->hidden, p);
+    if (p->bf16)
+        for (i64 i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bf16(normed[i]);
+    else
+        memcpy(out, normed, (size_t)count * sizeof(float));
     return 0;
 }
 
