@@ -95,6 +95,7 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     fields = {
         name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))
     }
