@@ -31,6 +31,7 @@ from modules.backbone.model import Network
 from modules.backbone.native_round import NativeRounds
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
 from modules.generation.sampling import distribution, draw
+from modules.ops import native
 
 DRAFTED_SHARE = 4
 """Drafts come from the first V / DRAFTED_SHARE ids ..."""
@@ -54,7 +55,7 @@ def verify_greedily(drafts: Tensor, logits: Tensor) -> Verdict:
         drafts: int64 [B, k].
         logits: [B, k + 1, V], of the network after the newest token and after each draft.
     """
-    tokens = logits.argmax(-1)
+    tokens = native.largest(logits)
     return Verdict(tokens, (tokens[:, :-1] == drafts).cumprod(1).sum(1))
 
 
@@ -191,7 +192,7 @@ class SpeculativeDecoder(PlainDecoder):
                 hidden = network.draft(drafts[-1], hidden, self.mtp_cache, hold=True)
             logits = network.logits(hidden, self._drafted)
             if sampling.greedy:
-                drafts.append(logits.argmax(-1))
+                drafts.append(native.largest(logits))
             else:
                 proposals.append(distribution(logits, sampling))
                 drafts.append(draw(proposals[-1][:, 0], [numbers[place] for numbers in uniforms]).unsqueeze(1))
