@@ -13,6 +13,7 @@ of a completion, taken inside the decoder.
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -109,14 +110,10 @@ def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Costs:
     decoder = (SpeculativeDecoder if turn.drafts else PlainDecoder)(network, 1, capacity, decoding)
     drafting = [0.0]
     if isinstance(decoder, SpeculativeDecoder):
-        draft = decoder._draft
-
-        def draft_and_time(*arguments: list[list[float]]) -> object:
-            result = []
-            drafting.append(timed(lambda: result.append(draft(*arguments)))[1])
-            return result[0]
-
-        decoder._draft = draft_and_time  # type: ignore[method-assign]
+        # In C code or in Python: the one that is not used is not called.
+        drafters = [(decoder, "_draft"), *([(decoder._native, "draft")] if decoder._native else [])]
+        for owner, name in drafters:
+            setattr(owner, name, _timing(getattr(owner, name), drafting))
     request = Request(tokens=prompt, max_new_tokens=turn.tokens)
     row = new_row(request, sampling, eos_ids=(), decode=None, stop=(), streams=False)
     decoder.prefill([prompt])
@@ -128,6 +125,17 @@ def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Costs:
         row.extend(steps[0].tokens[0], [])
     drafts, rest = zip(*rounds[1:], strict=True)  # the first token comes with the prompt
     return Costs(statistics.median(drafts), statistics.median(rest))
+
+
+def _timing(function: Callable[..., object], seconds: list[float]) -> Callable[..., object]:
+    """Return `function` that adds the seconds of each call to a list."""
+
+    def call(*arguments: object) -> object:
+        result: list[object] = []
+        seconds.append(timed(lambda: result.append(function(*arguments)))[1])
+        return result[0]
+
+    return call
 
 
 def loop_start(tokens: list[int]) -> int | None:
