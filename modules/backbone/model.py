@@ -17,6 +17,7 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
 from modules.backbone.native import NativeLayers
+from modules.backbone.native_round import NativeRounds
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
 from modules.ops.documents import DocumentLayout
@@ -152,6 +153,16 @@ class Network(nn.Module):
         cache.end()
         return drafted
 
+    def remember(self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None) -> None:
+        """Do what `draft` does to the cache, where its result is not wanted: half the work for a prompt."""
+        assert self.mtp is not None, "the network has an MTP block"
+        cache.begin(tokens.shape[1], counts, False)
+        if (native := cache.native_pass) is not None:
+            native.run(tokens, cache, hidden, self.mtp.remembering)
+        else:
+            self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
+        cache.end()
+
     def new_cache(
         self,
         rows: int,
@@ -175,6 +186,14 @@ class Network(nn.Module):
         layers, final = self.mtp.layers, self.mtp.layers[-1].get_submodule("final_layernorm")
         join = [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
         return self._cache_of(layers, final, join, rows, capacity, state_dtype, generator)
+
+    def native_rounds(
+        self, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int, temperature: float
+    ) -> NativeRounds | None:
+        """Return the C code for rounds of speculative decoding on these caches; None: it does not apply."""
+        if not NativeRounds.fits(self.lm_head, cache, mtp_cache, drafts):
+            return None
+        return NativeRounds(self.lm_head, cache, mtp_cache, drafts, vocabulary, temperature)
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""

@@ -30,7 +30,10 @@ class MTPBlock(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         size, epsilon = config.hidden_size, config.layer_norm_epsilon
-        self.layers = nn.ModuleList(Layer(config, letter) for letter in config.mtp_hybrid_override_pattern)
+        pattern = config.mtp_hybrid_override_pattern
+        self.layers = nn.ModuleList(Layer(config, letter) for letter in pattern)
+        self.remembering = 1 + max(pattern.rfind("*"), pattern.rfind("M"))
+        """How many of the first layers a cache needs: none behind them remembers anything."""
         self.observer: Observer | None = None
         self.layers[0].add_module("enorm", RMSNorm(size, epsilon))
         self.layers[0].add_module("hnorm", RMSNorm(size, epsilon))
@@ -38,7 +41,12 @@ class MTPBlock(nn.Module):
         self.layers[-1].add_module("final_layernorm", RMSNorm(size, epsilon))
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, documents: DocumentLayout | None, cache: Cache | None = None
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        documents: DocumentLayout | None,
+        cache: Cache | None = None,
+        whole: bool = True,
     ) -> tuple[Tensor, list[Routing]]:
         """Apply the block at one depth.
 
@@ -47,6 +55,8 @@ class MTPBlock(nn.Module):
             hidden: [B, T, D], normalised hidden state of the depth before.
             documents: borders of the documents.
             cache: what the block remembers of the positions before, begun; no `Routing` is then worked out.
+            whole: with a cache, whether a result is wanted; else the layers behind the last that remembers are left
+                out, and what is returned has no meaning.
 
         Returns:
             (normalised hidden state [B, T, D], `Routing` of each mixture layer).
@@ -54,7 +64,7 @@ class MTPBlock(nn.Module):
         enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
         x = eh_proj(torch.cat([enorm(embedded), hnorm(hidden)], dim=-1)).to(hidden.dtype)
         routings = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers if whole else self.layers[: self.remembering]):
             state = None if cache is None else cache.states[number]
             x, routing = layer(x, documents, state, cache is not None)
             if self.observer is not None and cache is None:

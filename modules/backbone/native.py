@@ -22,7 +22,7 @@ from modules.backbone.mlp import MLP
 from modules.ops import native
 from modules.precision.linear import Embedding, FormattedModule
 
-_MOST_POSITIONS = 16
+_MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
 
 
@@ -65,10 +65,12 @@ class NativeLayers:
         )
         if enorm is not None and hnorm is not None and eh_proj is not None:
             self.given.enorm, self.given.hnorm = enorm.data_ptr(), hnorm.data_ptr()
-            self.given.join = _linear(eh_proj)
+            self.given.join = describe_linear(eh_proj)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._enough: tuple[int, int, int] = (0, 0, 0)
         self._held: list[Tensor] = []
+        self.starts = (ctypes.c_int64 * 0)()
+        """Positions before those of a pass, by row."""
 
     @staticmethod
     def fits(modules: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
@@ -100,13 +102,14 @@ class NativeLayers:
             and self.embedding.weight.data_ptr() == self.given.embedding
         )
 
-    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None) -> Tensor:
+    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
         """Run embedding, layers and norm.
 
         Args:
             tokens: int64 [B, T].
             cache: its pass has begun.
             hidden: [B, T, D] of the positions, for an MTP block.
+            layers: how many of the first layers to run; None: all. What is returned has a meaning only after all.
 
         Returns:
             [B, T, D] in the compute dtype.
@@ -116,18 +119,16 @@ class NativeLayers:
         step, tokens = cache.step, tokens.contiguous()
         rows, length = tokens.shape
         assert rows == len(step.starts), f"{rows} rows of tokens in a cache of {len(step.starts)}"
-        starts = (ctypes.c_int64 * rows)(*step.starts)
-        given = self.given
-        given.rows, given.length, given.hold, given.capacity = rows, length, step.hold, cache.capacity
-        given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(starts)
-        self._point_to_states(cache)
-        memory = self._scratch(rows, length, cache.capacity)
+        self.prepare(cache, length, step.hold)
+        if layers is not None:
+            self.given.layers = layers
+        memory = self.scratch(rows, length, cache.capacity)
         out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
         if hidden is not None:
             assert hidden.dtype == self.dtype, f"hidden states in {hidden.dtype}, layers in {self.dtype}"
             hidden = hidden.contiguous()
         failed = library.superbolt_forward(
-            ctypes.byref(given),
+            ctypes.byref(self.given),
             self.arguments,
             tokens.data_ptr(),
             None if hidden is None else hidden.data_ptr(),
@@ -138,6 +139,15 @@ class NativeLayers:
         assert not failed, "the C code has enough memory"
         return out
 
+    def prepare(self, cache: Cache, length: int, hold: bool) -> None:
+        """Describe a pass of T positions that may be held to the C code."""
+        rows, given = len(cache.lengths), self.given
+        self.starts = (ctypes.c_int64 * rows)(*cache.lengths)
+        given.rows, given.length, given.hold, given.capacity = rows, length, hold, cache.capacity
+        given.layers = len(self.arguments)
+        given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(self.starts)
+        self._point_to_states(cache, rows, length, hold)
+
     def advance(self, counts: list[int]) -> None:
         """Take over the first `counts` [B] of the positions that the pass before held."""
         library, _ = native.load()
@@ -145,22 +155,22 @@ class NativeLayers:
         library.superbolt_advance(ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts))
         self._held = []
 
-    def _point_to_states(self, cache: Cache) -> None:
+    def _point_to_states(self, cache: Cache, rows: int, length: int, hold: bool) -> None:
         self._held = []
-        config, step = self.config, cache.step
+        config = self.config
         for described, state in zip(self.arguments, cache.states, strict=True):
             if isinstance(state, AttentionState):
                 described.states[0], described.states[1] = state.keys.data_ptr(), state.values.data_ptr()
             elif isinstance(state, MambaState):
                 state.window = state.window.contiguous()
                 described.states[0], described.states[1] = state.window.data_ptr(), state.ssm.data_ptr()
-                if step.hold:
+                if hold:
                     kept = config.mamba_inner_size + config.n_groups * config.ssm_state_size + config.mamba_num_heads
                     for place, size in enumerate((config.mamba_conv_size, kept)):
-                        self._held.append(torch.empty(len(step.starts), step.length, size))
+                        self._held.append(torch.empty(rows, length, size))
                         described.held[place] = self._held[-1].data_ptr()
 
-    def _scratch(self, rows: int, length: int, capacity: int) -> Tensor:
+    def scratch(self, rows: int, length: int, capacity: int) -> Tensor:
         """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""
         if (rows, length, capacity) == self._enough:
             return self._memory
@@ -183,7 +193,8 @@ class NativeLayers:
         return self._memory
 
 
-def _linear(weight: Tensor) -> native.LinearArguments:
+def describe_linear(weight: Tensor) -> native.LinearArguments:
+    """Return a weight [O, I], or one for each expert [E, O, I], as the C code knows it."""
     return native.LinearArguments(weight.data_ptr(), *weight.shape[-2:])
 
 
@@ -217,7 +228,7 @@ def _describe(layer: Layer, config: BackboneConfig) -> native.LayerArguments:
     )
     for place, weight in enumerate(products):
         if weight is not None:
-            arguments.products[place] = _linear(weight)
+            arguments.products[place] = describe_linear(weight)
     for place, table in enumerate(tables):
         arguments.tables[place] = None if table is None else table.data_ptr()
     for place, size in enumerate(sizes):

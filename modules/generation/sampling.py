@@ -52,6 +52,11 @@ class Sampling:
         """Whether the most likely token is taken, without a draw."""
         return self.temperature == 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether every token can be drawn: no top-k, top-p or min-p."""
+        return not self.top_k and self.top_p == 1 and not self.min_p
+
     def stream(self, key: tuple[int, ...]) -> random.Random:
         """Return the random numbers of the row that `key` names."""
         return random.Random(f"{self.seed} {key}")  # of a text: all its bits count (SHA-512)

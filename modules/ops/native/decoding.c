@@ -312,20 +312,27 @@ static void squared_relu(float *x, i64 count, i64 bf16) {
     round_all(x, count, bf16);
 }
 
-/* The state of heads [first, last) of one row brought over one position; y [P] per head unless NULL. */
-static void scan_heads(const layer *l, float *state, const float *x, const float *B, const float *C, const float *dt,
-                       i64 first, i64 last, float *y) {
+/* The state of heads [first, last) of one row brought from `before` over one position, to another place or the same;
+ * y [P] per head unless NULL. */
+static void scan_heads(const layer *l, const float *before, float *state, const float *x, const float *B,
+                       const float *C, const float *dt, i64 first, i64 last, float *y) {
     i64 heads = l->sizes[0], width = l->sizes[1], groups = l->sizes[2], size = l->sizes[3];
     for (i64 h = first; h < last; h++) {
         float decay = expf(-dt[h] * expf(l->tables[2][h])), skip = l->tables[3][h];
         const float *b = B + h / (heads / groups) * size, *c = C ? C + h / (heads / groups) * size : NULL;
         for (i64 p = 0; p < width; p++) {
+            const float *s0 = before + (h * width + p) * size;
             float *s = state + (h * width + p) * size, u = dt[h] * x[h * width + p], sum = 0;
             if (c) {
-                for (i64 i = 0; i < size; i++) s[i] = s[i] * decay + u * b[i], sum += s[i] * c[i];
+#pragma GCC ivdep
+                for (i64 i = 0; i < size; i++) {
+                    float value = s0[i] * decay + u * b[i];
+                    s[i] = value, sum += value * c[i];
+                }
                 y[h * width + p] = sum + skip * x[h * width + p];
             } else
-                for (i64 i = 0; i < size; i++) s[i] = s[i] * decay + u * b[i];
+#pragma GCC ivdep
+                for (i64 i = 0; i < size; i++) s[i] = s0[i] * decay + u * b[i];
         }
     }
 }
@@ -343,8 +350,7 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
     multiply(x, rows, &l->products[0], projected, p);
     int threads = inner * size >= PARALLEL_WORK / 4 ? (int)p->threads : 1;
     for (i64 b = 0; b < p->rows; b++) {
-        float *state = (float *)l->states[1] + b * inner * size;
-        if (p->hold) state = memcpy(scratch, state, (size_t)(inner * size) * sizeof(float));
+        float *before = (float *)l->states[1] + b * inner * size, *state = p->hold ? scratch : before;
         for (i64 i = 0; i < (taps - 1) * channels; i++)
             window[i] = element(l->states[0], b * (taps - 1) * channels + i, bf16);
         for (i64 t = 0; t < p->length; t++) {
@@ -369,7 +375,8 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
             }
 #pragma omp parallel for num_threads(threads) if (threads > 1)
             for (i64 h = 0; h < heads; h++)
-                scan_heads(l, state, mixed, mixed + inner, mixed + inner + states, dt, h, h + 1, y + r * inner);
+                scan_heads(l, before, state, mixed, mixed + inner, mixed + inner + states, dt, h, h + 1, y + r * inner);
+            before = state;
             round_all(y + r * inner, inner, bf16);
             i64 part = inner / groups;
             for (i64 g = 0; g < groups; g++) {
@@ -618,6 +625,126 @@ int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, con
     return 0;
 }
 
+static i64 largest(const float *values, i64 count) {
+    float most = values[0];
+    for (i64 i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
+    i64 place = 0;
+    while (place < count - 1 && values[place] != most) place++;
+    return place;
+}
+
+/* The most likely token of each row of scores [rows, count]. */
+void superbolt_largest(const float *scores, i64 rows, i64 count, i64 *out) {
+    for (i64 r = 0; r < rows; r++) out[r] = largest(scores + r * count, count);
+}
+
+/* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype; with a temperature
+ * above 0, the probabilities that it makes of them. */
+static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, float temperature, const pass *p,
+                    float *wide, float *scores) {
+    linear part = {head->weight, vocabulary, head->in};
+    for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
+    multiply(wide, rows, &part, scores, p);
+    if (temperature > 0) {
+        for (i64 i = 0; i < rows * vocabulary; i++) scores[i] /= temperature;
+        for (i64 r = 0; r < rows; r++) softmax(scores + r * vocabulary, vocabulary);
+    }
+}
+
+/* The token that a uniform number in [0, 1) draws from probabilities of any sum, by inverse CDF. */
+static i64 draw(const float *probabilities, i64 count, double uniform) {
+    double total = 0, before = 0;
+    for (i64 i = 0; i < count; i++) total += probabilities[i];
+    double point = uniform * total;
+    i64 place = 0, last = 0;
+    for (; place + 64 <= count; place += 64) { /* the block first: a chain of additions is slow */
+        double sum = 0;
+        for (i64 i = place; i < place + 64; i++) sum += probabilities[i];
+        if (before + sum > point) break;
+        before += sum;
+    }
+    for (; place < count; place++) {
+        before += probabilities[place];
+        if (probabilities[place] > 0) last = place;
+        if (before > point) return place;
+    }
+    while (!last && count) /* rounding: the last token that can be drawn */
+        if (probabilities[--count] > 0) last = count;
+    return last;
+}
+
+/* Drafts of a round of speculative decoding of one row, by the MTP block (p, block), among the `drafted` lowest ids.
+ * tokens [seen], which the block has not seen, the newest last; states [seen, D] in the compute dtype, the hidden states
+ * of the positions before them. With a temperature above 0, uniforms [drafts] draw the drafts, from proposals
+ * [drafts, drafted], which are filled. Fills proposed [drafts + 1]: the newest token and the drafts. The block then
+ * remembers `seen` positions more. Returns 0, or 1 if `size` bytes of memory are too few. */
+int superbolt_draft(const pass *given, const layer *block, const linear *head, i64 drafted, const i64 *tokens, i64 seen,
+                    const void *states, i64 drafts, float temperature, const double *uniforms, float *proposals,
+                    i64 *proposed, void *start, i64 size) {
+    arena memory = {start, 0, (size_t)size};
+    i64 starts = given->starts[0];
+    float *wide = take(&memory, head->in);
+    char *state = (char *)take(&memory, seen * head->in);
+    if (!wide || !state) return 1;
+    pass p = *given;
+    p.starts = &starts, p.length = seen, p.hold = 0;
+    proposed[0] = tokens[seen - 1];
+    for (i64 k = 0; k < drafts; k++) {
+        if (superbolt_forward(&p, block, k ? proposed + k : tokens, states, state, memory.start + memory.used,
+                              size - (i64)memory.used))
+            return 1;
+        if (!k) { /* the last position gives the first draft; what follows leaves nothing behind */
+            state += (seen - 1) * head->in * (p.bf16 ? 2 : 4);
+            states = state, starts += seen, p.length = p.hold = 1;
+        }
+        float *scores = proposals + k * drafted;
+        predict(state, 1, head, drafted, temperature, &p, wide, scores);
+        proposed[k + 1] = temperature > 0 ? draw(scores, drafted, uniforms[k]) : largest(scores, drafted);
+    }
+    return 0;
+}
+
+/* The verification of those drafts by the network (p, layers), which then holds drafts + 1 positions: fills own with the
+ * drafts kept and one token of the network's own, hidden [drafts + 1, D] in the compute dtype. With a temperature above
+ * 0, uniforms [drafts + 1] decide about each draft and draw the network's own token. Returns the number of drafts kept,
+ * or -1 if `size` bytes of memory are too few. */
+i64 superbolt_verify(const pass *given, const layer *layers, const linear *head, i64 drafted, i64 drafts,
+                     float temperature, const double *uniforms, const float *proposals, const i64 *proposed, i64 *own,
+                     void *hidden, void *start, i64 size) {
+    arena memory = {start, 0, (size_t)size};
+    i64 length = drafts + 1, vocabulary = head->out, kept = 0;
+    float *wide = take(&memory, length * head->in), *scores = take(&memory, length * vocabulary);
+    if (!wide || !scores) return -1;
+    pass p = *given;
+    p.length = length, p.hold = 1;
+    if (superbolt_forward(&p, layers, proposed, NULL, hidden, memory.start + memory.used, size - (i64)memory.used))
+        return -1;
+    predict(hidden, length, head, vocabulary, temperature, &p, wide, scores);
+    if (temperature <= 0) {
+        for (;; kept++) {
+            own[kept] = largest(scores + kept * vocabulary, vocabulary);
+            if (kept == drafts || own[kept] != proposed[kept + 1]) return kept;
+        }
+    }
+    for (; kept < drafts; kept++) {
+        i64 token = own[kept] = proposed[kept + 1];
+        if (!(uniforms[kept] * proposals[kept * drafted + token] < scores[kept * vocabulary + token])) break;
+    }
+    float *target = scores + kept * vocabulary;
+    if (kept < drafts) { /* what is left of the target; nothing, where both differ by rounding only: then all of it */
+        const float *proposal = proposals + kept * drafted;
+        float sum = 0;
+        for (i64 i = 0; i < vocabulary; i++) {
+            float left = target[i] - (i < drafted ? proposal[i] : 0);
+            sum += (left > 0 ? left : 0);
+        }
+        if (sum > 0)
+            for (i64 i = 0; i < drafted; i++) target[i] = target[i] > proposal[i] ? target[i] - proposal[i] : 0;
+    }
+    own[kept] = draw(target, vocabulary, uniforms[drafts]);
+    return kept;
+}
+
 /* Takes over the first counts [B] of the T held positions of each Mamba-2 layer. */
 void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
     for (i64 i = 0; i < p->layers; i++) {
@@ -632,7 +759,7 @@ void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
                 const float *x = l->held[1] + (b * p->length + t) * kept;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
                 for (i64 h = 0; h < heads; h++)
-                    scan_heads(l, state, x, x + inner, NULL, x + inner + states, h, h + 1, NULL);
+                    scan_heads(l, state, state, x, x + inner, NULL, x + inner + states, h, h + 1, NULL);
             }
             for (i64 k = 0; k < taps - 1; k++) { /* position counts + k of the window followed by the held inputs */
                 i64 from = counts[b] + k, size = p->bf16 ? 2 : 4;

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.backbone.native_round import NativeRounds
 from modules.generation import speculative
+from modules.generation.decoding import Decoding, Row
 from modules.generation.engine import Completion, Request, generate
 from modules.generation.sampling import Sampling, distribution
-from modules.generation.speculative import Verdict, verify_by_rejection
-from tests.modules.helpers import make_network, tiny_config
+from modules.generation.speculative import SpeculativeDecoder, Verdict, verify_by_rejection
+from modules.ops import native
+from modules.precision.linear import FormattedModule
+from tests.modules.helpers import BF16, FP32, make_network, tiny_config
 
 GREEDY = Sampling()
 NETWORKS = [
@@ -311,3 +315,60 @@ def test_half_precision_states() -> None:
     network = make("MM", "ME")
     found = list(generate(network, ask(prompts(3, seed=5), 12), GREEDY, draft_tokens=3, state_dtype=torch.float16))
     assert [len(completion.tokens) for completion in found] == [12, 12, 12]
+
+
+# ------------------------------------------------------------------------------------------------------------ C code
+
+
+needs_compiler = pytest.mark.skipif(native.load()[0] is None, reason="no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("pattern", "mtp", "seed"), NETWORKS)
+@pytest.mark.parametrize("recipe", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, seed=5)], ids=["greedy", "sampled"])
+def test_rounds_in_c_are_those_in_python(
+    pattern: str, mtp: str, seed: int, recipe, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(vocab_size=VOCABULARY, hybrid_override_pattern=pattern, mtp_hybrid_override_pattern=mtp)
+    network = make_network(config, recipe, seed).eval()
+    if recipe is BF16:
+        for module in network.modules():
+            if isinstance(module, FormattedModule):
+                module.weight = torch.nn.Parameter(module.weight.bfloat16(), requires_grad=False)
+    monkeypatch.setattr(speculative, "DRAFTED_LEAST", 2)
+    work, counts = ask(prompts(4, seed=len(pattern)), 14), Counter()
+    verify = NativeRounds.verify
+
+    def count(self: NativeRounds, uniforms: list[float]) -> int:
+        counts["rounds"] += 1
+        return verify(self, uniforms)
+
+    monkeypatch.setattr(NativeRounds, "verify", count)
+    for length in (1, 4):
+        fast = list(generate(network, work, sampling, batch_size=1, draft_tokens=length))
+        assert counts["rounds"] == sum(len(one.accepted) for one in fast)
+        counts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Network, "native_rounds", lambda *arguments: None)
+            slow = list(generate(network, work, sampling, batch_size=1, draft_tokens=length))
+        assert not counts
+        assert [(one.tokens, one.accepted) for one in fast] == [(one.tokens, one.accepted) for one in slow]
+
+
+@needs_compiler
+def test_rounds_in_c_hand_over_to_rounds_in_python() -> None:
+    """A decoder of one row that is made several."""
+    network, prompt = make(), [1, 2, 0]
+    decoder = SpeculativeDecoder(network, 1, 60, Decoding(sampling=GREEDY, draft_tokens=3))
+    rows = [Row(limit=20, eos_ids=frozenset(), random=random.Random(0)) for _ in range(2)]
+    with torch.inference_mode():
+        decoder.prefill([prompt])
+        for _ in range(4):
+            rows[0].extend(decoder.step(rows[:1]).tokens[0], [])
+        rows[1].tokens = list(rows[0].tokens)
+        decoder.select([0, 0])
+        while rows[0].finish is None:
+            for row, tokens in zip(rows, decoder.step(rows).tokens, strict=True):
+                row.extend(tokens, [])
+    assert rows[0].tokens == rows[1].tokens == greedy(network, prompt, 20)

@@ -1,0 +1,150 @@
+"""Rounds of speculative decoding of one row in C code; see `modules.generation.speculative`.
+
+At batch 1 a small network computes a draft in less time than Python takes to ask for it. So everything between two
+rounds stays in memory that the C code knows: tokens and hidden states that a round leaves are where the next one looks.
+Shapes: T positions the MTP block has not seen, k drafts, D hidden, V vocabulary, N drafted vocabulary.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from modules.backbone.cache import Cache
+from modules.backbone.native import NativeLayers, describe_linear
+from modules.ops import native
+from modules.precision.linear import Head
+
+
+class NativeRounds:
+    """Rounds of one row on the network's cache and the MTP block's; nothing else may change these in between.
+
+    Args:
+        head: the output head; with the caches, `NativeRounds.fits` holds.
+        cache: the network's cache.
+        mtp_cache: the MTP block's cache.
+        drafts: k, drafts of a round.
+        vocabulary: N, drafts are among this many lowest ids.
+        temperature: divides the logits before tokens are drawn; 0 takes the most likely ones.
+    """
+
+    def __init__(
+        self, head: Head, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int, temperature: float
+    ) -> None:
+        assert isinstance(cache.native, NativeLayers)
+        assert isinstance(mtp_cache.native, NativeLayers)
+        self._caches, self._layers = (cache, mtp_cache), (cache.native, mtp_cache.native)
+        self._head, self._vocabulary, self._temperature = describe_linear(head.weight), vocabulary, temperature
+        self._drafts = drafts
+        self._own, self._proposed = ((ctypes.c_int64 * (drafts + 1))() for _ in range(2))
+        self._proposals = torch.empty(drafts, vocabulary)
+        size, width = head.weight.shape
+        self._states = torch.empty(drafts + 1, width, dtype=head.compute_dtype)
+        passes = max(
+            len(layers.scratch(1, drafts + 1, one.capacity))
+            for layers, one in zip(self._layers, self._caches, strict=True)
+        )
+        self._memory = torch.empty(passes + 4 * (drafts + 1) * (2 * width + size) + 3 * 64, dtype=torch.uint8)
+        self.seen = 0
+        """T, tokens that the MTP block has not seen yet; 0: `begin` comes first."""
+
+    @staticmethod
+    def fits(head: Head, cache: Cache, mtp_cache: Cache, drafts: int) -> bool:
+        """Return whether the C code can run rounds of k drafts on these caches."""
+        layers = [one.native for one in (cache, mtp_cache)]
+        return (
+            all(isinstance(one, NativeLayers) and one.takes(1, drafts + 1) for one in layers)
+            and type(head.weight) is torch.nn.Parameter
+            and {one.dtype for one in layers if isinstance(one, NativeLayers)} == {head.weight.dtype}
+            and head.compute_dtype == head.weight.dtype
+            and head.weight.is_contiguous()
+        )
+
+    def begin(self, tokens: list[int], states: Tensor) -> None:
+        """Start from what other code has left.
+
+        Args:
+            tokens: T that the MTP block has not seen, the newest last, which the network has not seen either.
+            states: [T, D] in the compute dtype, the network's hidden states at the positions before them.
+        """
+        self.seen = len(tokens)
+        self._own[: self.seen] = tokens
+        self._states[: self.seen] = states
+        for layers, cache in zip(self._layers, self._caches, strict=True):
+            layers.prepare(cache, self._drafts + 1, hold=True)
+
+    def draft(self, uniforms: list[float]) -> None:
+        """Draft k tokens: the MTP block's cache takes over T tokens.
+
+        Args:
+            uniforms: k numbers in [0, 1) that draw the drafts; empty for the most likely ones.
+        """
+        library, _ = native.load()
+        assert library is not None
+        layers, cache, seen = self._layers[1], self._caches[1], self.seen
+        assert cache.lengths[0] + seen < cache.capacity
+        layers.starts[0] = cache.lengths[0]
+        failed = library.superbolt_draft(
+            ctypes.byref(layers.given),
+            layers.arguments,
+            ctypes.byref(self._head),
+            self._vocabulary,
+            self._own,
+            seen,
+            self._states.data_ptr(),
+            self._drafts,
+            self._temperature,
+            (ctypes.c_double * len(uniforms))(*uniforms),
+            self._proposals.data_ptr(),
+            self._proposed,
+            self._memory.data_ptr(),
+            len(self._memory),
+        )
+        assert not failed, "the C code has enough memory"
+        cache.lengths[0] += seen
+
+    def verify(self, uniforms: list[float]) -> int:
+        """Run the network over newest token and drafts; its cache takes over the newest and the drafts kept.
+
+        Args:
+            uniforms: k + 1 numbers in [0, 1): one for each draft, the last for the network's own token; empty for the
+                most likely tokens.
+
+        Returns:
+            Number of drafts kept; those and the network's own token are `tokens` then.
+        """
+        library, _ = native.load()
+        assert library is not None
+        layers, cache = self._layers[0], self._caches[0]
+        assert cache.lengths[0] + self._drafts < cache.capacity
+        layers.starts[0] = cache.lengths[0]
+        kept = library.superbolt_verify(
+            ctypes.byref(layers.given),
+            layers.arguments,
+            ctypes.byref(self._head),
+            self._vocabulary,
+            self._drafts,
+            self._temperature,
+            (ctypes.c_double * len(uniforms))(*uniforms),
+            self._proposals.data_ptr(),
+            self._proposed,
+            self._own,
+            self._states.data_ptr(),
+            self._memory.data_ptr(),
+            len(self._memory),
+        )
+        assert kept >= 0, "the C code has enough memory"
+        self.seen = kept + 1
+        library.superbolt_advance(ctypes.byref(layers.given), layers.arguments, (ctypes.c_int64 * 1)(self.seen))
+        cache.lengths[0] += self.seen
+        return kept
+
+    @property
+    def tokens(self) -> list[int]:
+        """T tokens that the MTP block has not seen yet: what the newest round yielded."""
+        return self._own[: self.seen]
+
+    @property
+    def states(self) -> Tensor:
+        """[T, D] in the compute dtype, the network's hidden states at the positions before `tokens`."""
+        return self._states[: self.seen]
