@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
+from app.options import Device, Dtype, StateDtype, short_state_dtype
 from app.terminal import write_text
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ def chat(
     top_p: float | None = None,
     min_p: float = 0.0,
     seed: int = 0,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    state_dtype: Literal["fp32", "fp16"] = "fp32",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    state_dtype: StateDtype = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Talk with a model, a line a turn; replies come as they are written.
 
@@ -84,7 +85,7 @@ def chat(
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,
-        torch.float16 if state_dtype == "fp16" else torch.float32,
+        torch.float16 if short_state_dtype(state_dtype) == "fp16" else torch.float32,
     )
     variables = {} if thinking is None else {"enable_thinking": thinking}
     talk = Conversation(session, template, tokenizer, variables, system)

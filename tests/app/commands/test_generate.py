@@ -193,7 +193,7 @@ def test_drafts_and_half_precision_states(tmp_path, capsys) -> None:
     assert generate(model, plain, tmp_path / "drafted.jsonl", "--draft_tokens", "3") == rows
     assert "speculative decoding: " in capsys.readouterr().err
     half = generate(model, plain, tmp_path / "half.jsonl", "--state_dtype", "fp16")
-    assert half == generate(model, plain, tmp_path / "again.jsonl", "--state_dtype", "fp16")
+    assert half == generate(model, plain, tmp_path / "again.jsonl", "--state_dtype", "float16")
     assert half[0]["completion_ids"][:2] == rows[0]["completion_ids"][:2]
 
 
