@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
 from app.options import Device, Dtype, StateDtype, short_state_dtype
-from app.terminal import write_text
+from app.terminal import read_text, write_text
 
 if TYPE_CHECKING:
     from datamodules.chat_template import ChatTemplate, Message
@@ -88,7 +88,7 @@ def chat(
         torch.float16 if short_state_dtype(state_dtype) == "fp16" else torch.float32,
     )
     variables = {} if thinking is None else {"enable_thinking": thinking}
-    talk = Conversation(session, template, tokenizer, variables, system)
+    talk = Conversation(session, template, tokenizer, variables, None if system is None else read_text(system))
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     for line in read_lines():
@@ -163,7 +163,7 @@ def read_lines() -> Iterator[str]:
         prompt = "> "
     while True:
         try:
-            yield input(prompt)
+            yield read_text(input(prompt))
         except EOFError:
             print(end="\n" if prompt else "")
             return

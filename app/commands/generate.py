@@ -80,7 +80,7 @@ def generate(
     import torch
 
     from app.models import choose_device, open_source, open_tokenizer
-    from app.rows_file import Answers, read_rows
+    from app.rows_file import Answers, read_rows, text_of
     from app.scoring.rows import Reader
     from modules.checkpoints.load import load_model
     from modules.generation import engine
@@ -90,6 +90,8 @@ def generate(
     where, rows = choose_device(device), [{"prompt": prompt}] if prompts is None else read_rows(prompts)
     source = open_source(model)
     tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
+    for text in stop or []:
+        text_of({"stop": text}, "stop", "--stop")
     if stop and tokenizer is None:
         raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
     reader = Reader(source)
