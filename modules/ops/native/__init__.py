@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parent / "decoding.c"
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp")
 """Linked without -ffast-math, which would set the whole process to flush subnormal numbers to zero."""
-MOST_ROWS = 64
+MOST_ROWS = 2048
 """Rows up to which these products beat the machine's library of large ones."""
 
 
@@ -87,6 +87,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     ]
     library.superbolt_verify.argtypes = [*[pointer] * 3, whole, whole, number, *[pointer] * 6, whole]
     library.superbolt_verify.restype = whole
+    library.superbolt_largest.argtypes = [pointer, whole, whole, pointer]
+    library.superbolt_largest.restype = None
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
     return library, "active"
@@ -157,4 +159,17 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
         out.data_ptr(),
     )
+    return out
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Return int64 [...]: the place of the largest of each row of fp32 [..., N], the first of equals.
+
+    torch's own takes a tenth of the time of a decoding step of 16 rows.
+    """
+    library, _ = load()
+    if library is None or scores.device.type != "cpu" or scores.dtype != torch.float32 or not scores.is_contiguous():
+        return scores.argmax(-1)
+    out = torch.empty(scores.shape[:-1], dtype=torch.int64)
+    library.superbolt_largest(scores.data_ptr(), out.numel(), scores.shape[-1], out.data_ptr())
     return out

@@ -27,6 +27,14 @@ def test_product_of_few_rows(rows, size, dtype):
     assert_close(native.few_rows_linear(x, weight), exact.to(dtype), 1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 100), (16, 8192)], ids=str)
+def test_largest_is_argmax(shape):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(native.largest(scores), scores.argmax(-1))
+    scores[..., shape[-1] // 2 :] = scores.amax(-1, keepdim=True)
+    assert torch.equal(native.largest(scores), (scores == scores.amax(-1, keepdim=True)).int().argmax(-1))
+
+
 def test_many_threads_give_the_same_product():
     weight, x = torch.nn.Parameter(torch.randn(4096, 256)), torch.randn(24, 256)
     threads = torch.get_num_threads()
