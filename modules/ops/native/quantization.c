@@ -76,6 +76,7 @@ static inline v16 encode_factor(v16 scale, v16 encode) {
 /* E2M1 of numbers times a factor; a NaN becomes 6. `uniform`: k / 256, or NULL: to the nearest. */
 static inline v16 round_e2m1(v16 value, v16 factor, const v16 *uniform) {
     v16 size = magnitude(value * factor), rounded;
+    u16 sign = (u16)value & (u16)(size == size) & SIGN;
     size = pick(size <= 6.0f, size, all(6.0f));
     if (uniform) {
         v16 step = pick(size < 2.0f, all(0.5f), pick(size < 4.0f, all(1.0f), all(2.0f)));
@@ -88,7 +89,7 @@ static inline v16 round_e2m1(v16 value, v16 factor, const v16 *uniform) {
         v16 large = power * 0x1.8p22f; /* its neighbours are one step apart */
         rounded = (size + large) - large;
     }
-    return (v16)((u16)rounded | ((u16)value & SIGN));
+    return (v16)((u16)rounded | sign);
 }
 
 static inline u16 code_of(v16 value) {
