@@ -69,7 +69,7 @@ def functions_of(side: str) -> dict[str, Function]:
         return {use: functools.partial(nvfp4.quantize_dequantize, **options) for use, options in every.items()}
     if side == COPY:
         return {"": torch.clone}
-    return {"": torch.compile(torchao_function()) if side == COMPILED else torchao_function()}
+    return {"": torch.compile(torchao_function(), dynamic=False) if side == COMPILED else torchao_function()}
 
 
 def matrix(precision: str, size: int) -> Tensor:

@@ -17,7 +17,7 @@ typedef uint8_t b16 __attribute__((vector_size(16)));
 #define SIGN 0x80000000u
 #define NOT_A_NUMBER 0x7fc00000u
 #define FLOAT_MAX 3.40282347e38f
-#define PARALLEL_WORK (1 << 15) /* numbers from which threads pay */
+#define PARALLEL_WORK (1 << 16) /* numbers from which threads pay */
 
 enum { MAXIMUM, FOUR_SQUARES, FOUR_ABSOLUTE, SEARCH, GIVEN };
 enum { FLOAT32, BFLOAT16, CODES, NOTHING };
