@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modules.ops import native
+from modules.ops.native import library
 from tests.modules.helpers import assert_close
 
 
@@ -62,13 +63,13 @@ def test_the_process_keeps_its_subnormal_numbers():
 
 
 def test_without_a_compiler_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     assert native.load.__wrapped__() == (None, "no C compiler")
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "COMPILE", ("--no-such-option",))
-    library, reason = native.load.__wrapped__()
-    assert library is None
+    loaded, reason = native.load.__wrapped__()
+    assert loaded is None
     assert "failed" in reason
