@@ -1,0 +1,44 @@
+"""The 16x16 random Hadamard transform that NVFP4 training applies to both operands of the weight gradient.
+
+It spreads an outlier over the 16 tokens of its block. Both operands are turned by the same orthogonal matrix along the
+axis their product sums over, so the product stays what it was. One sign vector serves all layers and the whole run,
+the one of Transformer Engine.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+"""The fixed random signs."""
+
+
+def hadamard_matrix(device: torch.device | str | None = None) -> Tensor:
+    """Return fp32 [16, 16]: diag(SIGNS) H16 / 4 with Sylvester's H16; its transpose is its inverse."""
+    matrix = torch.ones(1, 1, device=device)
+    for _ in range(4):
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.tensor(SIGNS, device=device).unsqueeze(1) * matrix / 4
+
+
+def rotate(x: Tensor, axis: int = -1) -> Tensor:
+    """Multiply every 16 numbers along an axis by `hadamard_matrix()` from the right.
+
+    Sums are fp32, in the order of the fast transform, and the result is rounded to the dtype of `x` (bf16 as a rule, as
+    the hardware path does before it quantises).
+
+    Args:
+        x: any floating dtype, length of the axis divisible by 16.
+        axis: -1 or -2.
+
+    Returns:
+        Like `x`.
+    """
+    signs = torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
+    turned = x.transpose(axis, -1)
+    sums = turned.float().unflatten(-1, (-1, BLOCK)) * signs
+    for half in (1, 2, 4, 8):
+        pairs = sums.unflatten(-1, (-1, 2, half))
+        first, second = pairs.unbind(-2)
+        sums = torch.stack((first + second, first - second), -2).flatten(-3)
+    return (sums * 0.25).flatten(-2).to(x.dtype).transpose(axis, -1)

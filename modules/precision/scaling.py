@@ -1,0 +1,23 @@
+"""What the scaled formats share: the largest magnitude of a tensor, and how its scale meets the tensor's axes."""
+
+import torch
+from torch import Tensor
+
+
+def tensor_amax(x: Tensor, stacked: bool = False) -> Tensor:
+    """Return the largest magnitude as fp32: a scalar, or [E] for each leading index. NaN where there is a NaN."""
+    low, high = torch.aminmax(x.detach().flatten(1), dim=1) if stacked else torch.aminmax(x.detach())
+    return torch.maximum(-low, high).float()
+
+
+def broadcast_scale(scale: Tensor, dimensions: int) -> Tensor:
+    """Return a scale of some leading axes as a view that broadcasts with a tensor of `dimensions` axes."""
+    return scale.reshape(scale.shape + (1,) * (dimensions - scale.ndim))
+
+
+def check_blocks(length: int, block: int, name: str) -> None:
+    """Raise a ValueError unless an axis consists of whole blocks."""
+    if length % block:
+        raise ValueError(
+            f"{name} needs a length divisible by {block} along its blocks, not {length}; take another format"
+        )
