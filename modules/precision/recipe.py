@@ -5,8 +5,10 @@ Every module with a format must be matched, and every rule of the user must matc
 error would otherwise change numbers silently.
 """
 
+import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,12 +19,17 @@ from torch import nn
 from modules.precision.backends import BackendName, choose
 from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
-from modules.precision.quantization import Products, Quantization
+from modules.precision.scheme import Arithmetic, Products, Scheme
 
 RecipeName = Literal["super", "bf16", "fp32"]
 Part = Literal["all", "forward", "backward"]
 TAIL = "bf16_tail"
 """What stands for a pattern in the table where the tail decided."""
+
+
+def _check_format(chosen: str, known: Sequence[str] | dict) -> None:
+    if chosen not in known:
+        raise ValueError(f"model.precision: unknown format {chosen!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class FormatSwitch:
         if self.at_tokens < 0:
             raise ValueError(f"model.precision.switches: at_tokens {self.at_tokens} must not be negative")
         if self.products not in get_args(Part):
-            raise ValueError(f"model.precision.switches: products {self.products!r} must be one of all, forward, backward")
+            raise ValueError(f"model.precision.switches: products {self.products!r}: say all, forward or backward")
 
     def change(self, products: Products) -> Products:
         """Return the formats of a module's products after the change."""
@@ -153,12 +160,13 @@ class Assignment(NamedTuple):
     """Pattern of the rule that decided, or `TAIL`."""
 
 
-def apply(config: PrecisionConfig, network: nn.Module) -> list[Assignment]:
+def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu") -> list[Assignment]:
     """Set the format of every module of `network` that has one. Call it before sharding and weight loading.
 
     Args:
         config: the recipe.
         network: a network built of `precision.linear` modules.
+        device_type: where it will compute, cpu or cuda.
 
     Returns:
         One row per module, in module order.
@@ -180,29 +188,67 @@ def apply(config: PrecisionConfig, network: nn.Module) -> list[Assignment]:
             raise ValueError(
                 f"model.precision.switches: pattern {switch.pattern!r} matches no module in a quantised format"
             )
-    for row in table:
-        modules[row.name].format = row.format
-        _check_kind(row, modules[row.name])
-    quantization = Quantization(
-        stochastic_rounding=config.stochastic_rounding,
-        hadamard=config.hadamard,
-        two_dimensional_weights=config.two_dimensional_weights,
-    )
+    arithmetic = Arithmetic(config.stochastic_rounding, config.hadamard, config.two_dimensional_weights)
     for row in table:
         module = modules[row.name]
-        if isinstance(module, Linear | GroupedLinear) and row.format in QUANTIZED:
-            module.quantize(quantization, Products(row.format, row.format, row.format))
-    choose(config.backend, quantized, quantization)
+        module.format, module.scheme = row.format, None
+        if row.format in QUANTIZED:
+            _check_kind(row, module)
+            products = Products(row.format, row.format, row.format)
+            backend = choose(config.backend, row.name, products, module.weight.shape, device_type)
+            module.scheme = Scheme(products, arithmetic, backend)
     return table
 
 
-def quantized_modules(network: nn.Module) -> dict[str, Linear | GroupedLinear]:
-    """Return the modules that the recipe gives a quantised format, by name."""
+class FormatSchedule:
+    """Carries out the format switches of a run, and seeds its random rounding.
+
+    Args:
+        config: the recipe that `apply` was called with.
+        network: the network.
+    """
+
+    def __init__(self, config: PrecisionConfig, network: nn.Module) -> None:
+        self._switches = config.switches
+        self._schemes = quantized_schemes(network)
+
+    def switch(self, tokens: int) -> list[str]:
+        """Set the formats that hold after a number of tokens; return a line for the user per format that changed."""
+        before = {name: scheme.products for name, scheme in self._schemes.items()}
+        for name, scheme in self._schemes.items():
+            products = scheme.planned
+            for switch in self._switches:
+                if tokens >= switch.at_tokens and fnmatchcase(name, switch.pattern):
+                    products = switch.change(products)
+            scheme.products = products
+        changes = Counter(
+            (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
+        )
+        return [
+            f"{count} modules compute in {_describe(new)} from {tokens:,} tokens on ({_describe(old)} before)"
+            for (old, new), count in changes.items()
+        ]
+
+    def reseed(self, *numbers: int) -> None:
+        """Begin the random numbers anew, with a seed made of these (the run's, the rank's, the micro-batch's)."""
+        digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+        for arithmetic in {scheme.arithmetic for scheme in self._schemes.values()}:
+            arithmetic.reseed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:
+    """Return the schemes of the modules to which the recipe gave a quantised format, by module name."""
     return {
-        name: module
+        name: module.scheme
         for name, module in network.named_modules()
-        if isinstance(module, Linear | GroupedLinear) and module.quantization is not None
+        if isinstance(module, FormattedModule) and module.scheme is not None
     }
+
+
+def _describe(products: Products) -> str:
+    if len(set(products)) == 1:
+        return products.fprop
+    return ", ".join(f"{chosen} {product}" for product, chosen in products._asdict().items())
 
 
 def _assign(name: str, rules: Sequence[PrecisionRule], in_tail: bool) -> Assignment:
@@ -226,11 +272,6 @@ def _tail(names: Sequence[str], share: float) -> set[str]:
 def _check_kind(row: Assignment, module: FormattedModule) -> None:
     if row.format in QUANTIZED and (isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear)):
         raise ValueError(
-            f"model.precision: {row.name} computes in fp32 or bf16 only, but pattern {row.pattern!r} says {row.format}; "
-            f"put a rule for {row.name} before it"
+            f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
+            f"{row.pattern!r} says; put a rule for it before that one"
         )
-
-
-def _check_format(chosen: str, known: Sequence[str] | dict) -> None:
-    if chosen not in known:
-        raise ValueError(f"model.precision: unknown format {chosen!r}; choose one of {', '.join(known)}")

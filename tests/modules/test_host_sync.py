@@ -100,7 +100,7 @@ def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretr
     known = [document_boundaries(batch.document_ids) if known_boundaries else None for batch in data.batches]
     with FakeTensorMode() as mode:
         data.batches = [fake(batch, boundaries, mode) for batch, boundaries in zip(data.batches, known, strict=True)]
-        module = make_module(precision=list(recipe), **module_changes)
+        module = make_module(precision=recipe, **module_changes)
         module.network = Network(module.backbone_config)
         apply(recipe, module.network)
         if module.activation_checkpointing:

@@ -60,7 +60,7 @@ def stage(case: str) -> tuple[Pretraining, list[list[int]]]:
     changes, recipe, checkpointed, documents = CASES[case]
     config = tiny_config(**SIZES | changes)
     depths = 2 * config.num_nextn_predict_layers
-    options = {"precision": list(recipe), "activation_checkpointing": checkpointed, "mtp_depths": depths}
+    options = {"precision": recipe, "activation_checkpointing": checkpointed, "mtp_depths": depths}
     return make_module(config, **options), documents
 
 

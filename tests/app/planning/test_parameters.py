@@ -9,7 +9,7 @@ import yaml
 from app.planning.parameters import Count, count_parts, parameter_lines, precision_lines
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
 
 ROOT = Path(__file__).parent.parent.parent.parent
 TINY = {
@@ -126,7 +126,7 @@ def test_every_parameter_is_counted():
 
 
 def test_a_recipe_with_two_formats_shows_both():
-    recipe = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*", format="bf16")]
+    recipe = PrecisionConfig(recipe="bf16", rules=[PrecisionRule(pattern="lm_head", format="fp32")])
     lines = precision_lines(apply(recipe, build(**TINY)))
     assert sum(line.split()[:2] == ["lm_head", "fp32"] for line in lines) == 1
     assert sum(line.split()[0] == "backbone.embeddings" and line.split()[1] == "bf16" for line in lines) == 1
