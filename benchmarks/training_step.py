@@ -13,11 +13,8 @@ Beside it: the step's matrix products over what large products reach here, the m
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from app.__main__ import settle_process
+from benchmarks.side import Side, timed
 from modules.backbone.config import BackboneConfig
 from modules.backbone.flops import training_flops_per_token
 from modules.backbone.initialization import initialize
@@ -97,6 +95,7 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     fields = {
         name: value for name, value in dataclasses.asdict(CONFIG).items() if not name.startswith(("num_next", "mtp_"))
     }
@@ -166,13 +165,6 @@ def serve(connection: Connection, side: str, precision: str, rows: int, length: 
             connection.send(expensive_operations(step))
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Return the CPU and wall seconds that a call takes."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    function()
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
 def matmul_peak(precision: str) -> tuple[float, float]:
     """Return FLOP per CPU second and per wall second of a large matrix product, best of five."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -192,65 +184,28 @@ def expensive_operations(step: Step, count: int = 10) -> list[tuple[str, float]]
     return rows[:count]
 
 
-class Side:
-    """A side's process.
-
-    Args:
-        name: one of the names above.
-        arguments: what `serve` takes behind it.
-    """
-
-    def __init__(self, name: str, *arguments: Any) -> None:  # noqa: ANN401
-        context = multiprocessing.get_context("spawn")
-        self.name, self.times = name, []
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, name, *arguments), daemon=True)
-        self._process.start()
-        self.losses: list[float] = self._connection.recv()
-
-    def ask(self, request: str) -> Any:  # noqa: ANN401
-        """Return the process's answer."""
-        try:
-            self._connection.send(request)
-            return self._connection.recv()
-        except (BrokenPipeError, ConnectionResetError, EOFError):
-            raise SystemExit(f"the process of {self.name} was killed (out of memory? take fewer --sides)") from None
-
-    def step(self) -> None:
-        """Take a step and keep its (CPU, wall) seconds."""
-        self.times.append(self.ask("step"))
-
-    def median(self, column: int) -> float:
-        """Return the median of the CPU (0) or wall (1) seconds."""
-        return statistics.median(times[column] for times in self.times)
-
-    def close(self) -> None:
-        """End the process."""
-        self._connection.send(None)
-        self._process.join()
-
-
 def compare(names: list[str], precision: str, rows: int, length: int, threads: int, rounds: int) -> None:
     """Print the table of one precision and number of threads."""
     names = [name for name in names if precision == "bf16" or name != PURE]
-    sides = [Side(name, precision, rows, length, threads) for name in names]
+    sides = [Side(name, serve, name, precision, rows, length, threads) for name in names]
     for _ in range(rounds):
         for side in sides:
-            side.step()
+            side.turn("step")
     ours = sides[0]
     print(f"\n{precision}, {rows} x {length} tokens, {threads} thread(s), median of {rounds} rounds")
     print(f"{'':<28}{'CPU s':>8}{'wall s':>8}{'CPU ratio':>11}{'wall ratio':>12}{'peak GiB':>10}  first losses")
     for side in sides:
-        ratios = [statistics.median(t[c] / o[c] for t, o in zip(side.times, ours.times, strict=True)) for c in range(2)]
-        losses = ", ".join(f"{loss:.4f}" for loss in side.losses)
+        ratios = [side.ratio(ours, "step", column) for column in range(2)]
+        losses = ", ".join(f"{loss:.4f}" for loss in side.ready)
+        cpu, wall = (side.median("step", column) for column in range(2))
         print(
-            f"{side.name:<28}{side.median(0):8.3f}{side.median(1):8.3f}{ratios[0]:10.2f}x{ratios[1]:11.2f}x"
+            f"{side.name:<28}{cpu:8.3f}{wall:8.3f}{ratios[0]:10.2f}x{ratios[1]:11.2f}x"
             f"{side.ask('memory'):10.2f}  {losses}",
             flush=True,
         )
     flops = training_flops_per_token(CONFIG, length, 0) * rows * length
     peaks = ours.ask("peak")
-    shares = [flops / ours.median(column) / peaks[column] for column in range(2)]
+    shares = [flops / ours.median("step", column) / peaks[column] for column in range(2)]
     print(
         f"matrix products of a step of ours: {flops / 1e9:.1f} GFLOP, {shares[0]:.0%} of the peak by CPU time, "
         f"{shares[1]:.0%} by wall time (peak: {peaks[1] / 1e9:.0f} GFLOP/s)"

@@ -212,8 +212,11 @@ class NativePass(Protocol):
         """Return whether it runs passes of B rows and T positions."""
         ...
 
-    def run(self, tokens: Tensor, cache: "Cache", hidden: Tensor | None = None) -> Tensor:
-        """Map tokens [B, T] (for an MTP block with hidden states [B, T, D]) to normalised hidden states [B, T, D]."""
+    def run(self, tokens: Tensor, cache: "Cache", hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
+        """Map tokens [B, T] (for an MTP block with hidden states [B, T, D]) to normalised hidden states [B, T, D].
+
+        With `layers`, run only that many of the first ones; what is returned then has no meaning.
+        """
         ...
 
     def advance(self, counts: list[int]) -> None:
@@ -279,6 +282,8 @@ class Cache:
 
     def begin(self, length: int, counts: list[int] | None, hold: bool) -> None:
         """Prepare a forward pass of T = `length` new positions; what a pass before held is forgotten."""
+        if counts is not None and min(counts) == length:
+            counts = None
         step = Step(list(self.lengths), length, counts, hold, self.device)
         end = max(step.starts if step.start is None else [step.start]) + length
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"

@@ -157,7 +157,10 @@ class Network(nn.Module):
         """Do what `draft` does to the cache, where its result is not wanted: half the work for a prompt."""
         assert self.mtp is not None, "the network has an MTP block"
         cache.begin(tokens.shape[1], counts, False)
-        self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
+        if (native := cache.native_pass) is not None:
+            native.run(tokens, cache, hidden, self.mtp.remembering)
+        else:
+            self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
         cache.end()
 
     def new_cache(

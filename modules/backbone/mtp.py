@@ -32,7 +32,8 @@ class MTPBlock(nn.Module):
         size, epsilon = config.hidden_size, config.layer_norm_epsilon
         pattern = config.mtp_hybrid_override_pattern
         self.layers = nn.ModuleList(Layer(config, letter) for letter in pattern)
-        self._remembering = 1 + max(pattern.rfind("*"), pattern.rfind("M"))
+        self.remembering = 1 + max(pattern.rfind("*"), pattern.rfind("M"))
+        """How many of the first layers a cache needs: none behind them remembers anything."""
         self.observer: Observer | None = None
         self.layers[0].add_module("enorm", RMSNorm(size, epsilon))
         self.layers[0].add_module("hnorm", RMSNorm(size, epsilon))
@@ -63,7 +64,7 @@ class MTPBlock(nn.Module):
         enorm, hnorm, eh_proj = (self.layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj"))
         x = eh_proj(torch.cat([enorm(embedded), hnorm(hidden)], dim=-1)).to(hidden.dtype)
         routings = []
-        for number, layer in enumerate(self.layers if whole else self.layers[: self._remembering]):
+        for number, layer in enumerate(self.layers if whole else self.layers[: self.remembering]):
             state = None if cache is None else cache.states[number]
             x, routing = layer(x, documents, state, cache is not None)
             if self.observer is not None and cache is None:

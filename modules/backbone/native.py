@@ -22,7 +22,7 @@ from modules.backbone.mlp import MLP
 from modules.ops import native
 from modules.precision.linear import Embedding, FormattedModule
 
-_MOST_POSITIONS = 16
+_MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
 
 
@@ -94,13 +94,14 @@ class NativeLayers:
         """Return whether a pass of B rows and T new positions is one for this code."""
         return length <= _MOST_POSITIONS and rows * length <= native.MOST_ROWS and not torch.is_grad_enabled()
 
-    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None) -> Tensor:
+    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
         """Run embedding, layers and norm.
 
         Args:
             tokens: int64 [B, T].
             cache: its pass has begun.
             hidden: [B, T, D] of the positions, for an MTP block.
+            layers: how many of the first layers to run; None: all. What is returned has a meaning only after all.
 
         Returns:
             [B, T, D] in the compute dtype.
@@ -111,6 +112,8 @@ class NativeLayers:
         rows, length = tokens.shape
         assert rows == len(step.starts), f"{rows} rows of tokens in a cache of {len(step.starts)}"
         self.prepare(cache, length, step.hold)
+        if layers is not None:
+            self.given.layers = layers
         memory = self.scratch(rows, length, cache.capacity)
         out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
         if hidden is not None:
@@ -132,6 +135,7 @@ class NativeLayers:
         rows, given = len(cache.lengths), self.given
         self.starts = (ctypes.c_int64 * rows)(*cache.lengths)
         given.rows, given.length, given.hold, given.capacity = rows, length, hold, cache.capacity
+        given.layers = len(self.arguments)
         given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(self.starts)
         self._point_to_states(cache, rows, length, hold)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from modules.backbone.model import Network
 from modules.generation.sampling import Sampling, distribution, draw
 from modules.generation.stopping import TextStream
+from modules.ops import native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class PlainDecoder:
     def _choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
         sampling = self.decoding.sampling
         if sampling.greedy:
-            chosen = logits.argmax(-1)
+            chosen = native.largest(logits)
         else:
             chosen = draw(distribution(logits, sampling), [row.random.random() for row in rows])
         self._agree(chosen)

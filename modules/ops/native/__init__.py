@@ -6,22 +6,16 @@ a C compiler everything runs on the portable ones; `load` says which it is.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modules.ops.native.library import load_library
+
 SOURCE = Path(__file__).parent / "decoding.c"
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
-LINK = ("-shared", "-fopenmp")
-"""Linked without -ffast-math, which would set the whole process to flush subnormal numbers to zero."""
-MOST_ROWS = 64
+COMPILE = ("-O3", "-ffast-math")
+MOST_ROWS = 2048
 """Rows up to which these products beat the machine's library of large ones."""
 
 
@@ -61,14 +55,9 @@ class PassArguments(ctypes.Structure):
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        return None, "no C compiler"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        output = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else [str(error)]
-        return None, f"{Path(compiler).name} failed: {output[0] if output else 'without a message'}"
+    library, status = load_library(SOURCE, COMPILE)
+    if library is None:
+        return None, status
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
     library.superbolt_linear.restype = None
@@ -87,37 +76,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     ]
     library.superbolt_verify.argtypes = [*[pointer] * 3, whole, whole, number, *[pointer] * 6, whole]
     library.superbolt_verify.restype = whole
+    library.superbolt_largest.argtypes = [pointer, whole, whole, pointer]
+    library.superbolt_largest.restype = None
     library.superbolt_advance.argtypes = [pointer, pointer, pointer]
     library.superbolt_advance.restype = None
-    return library, "active"
-
-
-def _compiled(compiler: str) -> Path:
-    """Return the library's file, from the user's cache or compiled into it (2 s)."""
-    key = hashlib.sha256(SOURCE.read_bytes())
-    key.update(repr((compiler, COMPILE, LINK, platform.machine(), _processor())).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superbolt"
-    target = cache / f"decoding-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when complete: others may compile it too
-            code, library = Path(folder) / "decoding.o", Path(folder) / "decoding.so"
-            for command in (
-                [compiler, *COMPILE, str(SOURCE), "-o", str(code)],
-                [compiler, *LINK, str(code), "-o", str(library), "-lm"],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True)
-            library.replace(target)
-    return target
-
-
-def _processor() -> str:
-    """Return what this processor can do, as far as the system tells: a library for another one would crash."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return library, status
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
@@ -157,4 +120,17 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
         out.data_ptr(),
     )
+    return out
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Return int64 [...]: the place of the largest of each row of fp32 [..., N], the first of equals.
+
+    torch's own takes a tenth of the time of a decoding step of 16 rows.
+    """
+    library, _ = load()
+    if library is None or scores.device.type != "cpu" or scores.dtype != torch.float32 or not scores.is_contiguous():
+        return scores.argmax(-1)
+    out = torch.empty(scores.shape[:-1], dtype=torch.int64)
+    library.superbolt_largest(scores.data_ptr(), out.numel(), scores.shape[-1], out.data_ptr())
     return out

@@ -626,6 +626,11 @@ static i64 largest(const float *values, i64 count) {
     return place;
 }
 
+/* The most likely token of each row of scores [rows, count]. */
+void superbolt_largest(const float *scores, i64 rows, i64 count, i64 *out) {
+    for (i64 r = 0; r < rows; r++) out[r] = largest(scores + r * count, count);
+}
+
 /* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype; with a temperature
  * above 0, the probabilities that it makes of them. */
 static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, float temperature, const pass *p,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modules.ops import native
+from modules.ops.native import library
 from tests.modules.helpers import assert_close
 
 
@@ -25,6 +26,14 @@ def test_product_of_few_rows(rows, size, dtype):
     assert native.applies(x, weight)
     exact = x.double() @ weight.double().T
     assert_close(native.few_rows_linear(x, weight), exact.to(dtype), 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 100), (16, 8192)], ids=str)
+def test_largest_is_argmax(shape):
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(native.largest(scores), scores.argmax(-1))
+    scores[..., shape[-1] // 2 :] = scores.amax(-1, keepdim=True)
+    assert torch.equal(native.largest(scores), (scores == scores.amax(-1, keepdim=True)).int().argmax(-1))
 
 
 def test_many_threads_give_the_same_product():
@@ -54,13 +63,13 @@ def test_the_process_keeps_its_subnormal_numbers():
 
 
 def test_without_a_compiler_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
     assert native.load.__wrapped__() == (None, "no C compiler")
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "COMPILE", ("--no-such-option",))
-    library, reason = native.load.__wrapped__()
-    assert library is None
+    loaded, reason = native.load.__wrapped__()
+    assert loaded is None
     assert "failed" in reason

@@ -1,0 +1,158 @@
+"""NVFP4 rounding in C (quantization.c): one pass over memory where the portable operations make thirty.
+
+Bit for bit what `modules/precision/blocks.py` computes; its callers there take it wherever `applies` allows.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modules.ops.native.library import load_library
+
+SOURCE = Path(__file__).parent / "quantization.c"
+COMPILE = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+BLOCK = 16
+Choice = Literal["maximum", "mse", "mae", "search", "given"]
+CHOICES: tuple[Choice, ...] = ("maximum", "mse", "mae", "search", "given")
+"""How a block comes to its scale, in the order of quantization.c."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, None: 3}
+"""What is written for every number: what it stands for, in a dtype, or its code (uint8), or nothing."""
+
+
+class Job(ctypes.Structure):
+    """`job` of quantization.c."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bf16", "matrices", "rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("along_rows", "hadamard", "tiles", "choice")),
+        ("denominator", ctypes.c_float),
+        ("rows_per_scale", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("encode", "amax", "bits", "given", "out")),
+        *((name, ctypes.c_int64) for name in ("kind", "unscaled")),
+        ("scales", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return (the library or None, "active" or the reason there is none)."""
+    library, status = load_library(SOURCE, COMPILE)
+    if library is not None:
+        library.superbolt_quantize.argtypes = [ctypes.c_void_p]
+        library.superbolt_quantize.restype = None
+        library.superbolt_amax.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.superbolt_amax.restype = None
+    return library, status
+
+
+def applies(x: Tensor) -> bool:
+    """Return whether `quantize` and `amax` take this tensor."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.ndim > 0
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and load()[0] is not None
+    )
+
+
+def _job(x: Tensor, axis: int, hadamard: bool) -> Job:
+    """Return a job that says where the numbers of contiguous `x` lie."""
+    rows = x.shape[-2] if x.ndim > 1 else 1
+    return Job(
+        x=x.data_ptr(),
+        bf16=x.dtype == torch.bfloat16,
+        matrices=x.numel() // (rows * x.shape[-1]),
+        rows=rows,
+        columns=x.shape[-1],
+        along_rows=axis == -2,
+        hadamard=hadamard,
+        threads=torch.get_num_threads(),
+    )
+
+
+def amax(x: Tensor, *, axis: int = -1, hadamard: bool = False, stacked: bool = False) -> Tensor:
+    """Return the largest magnitude, after the Hadamard transform where that is asked for; NaN where there is one.
+
+    Args:
+        x: [..., R, K], fp32 or bf16.
+        axis: -1 or -2, of the transform.
+        hadamard: whether to transform.
+        stacked: one for each leading index.
+
+    Returns:
+        fp32 scalar, or [E].
+    """
+    library, _ = load()
+    assert library is not None
+    x = x.detach().contiguous()
+    job = _job(x, axis, hadamard)
+    strips = torch.empty(job.matrices, (job.rows + BLOCK - 1) // BLOCK)
+    library.superbolt_amax(ctypes.byref(job), strips.data_ptr())
+    return strips.view(len(x), -1).amax(1) if stacked else strips.amax()
+
+
+def quantize(
+    x: Tensor,
+    encode: Tensor,
+    largest: Tensor,
+    *,
+    kind: torch.dtype | None,
+    choice: Choice = "maximum",
+    bound: float = 448.0,
+    axis: int = -1,
+    hadamard: bool = False,
+    tiles: bool = False,
+    bits: Tensor | None = None,
+    given: Tensor | None = None,
+    unscaled: bool = False,
+    keep_scales: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Round a tensor to NVFP4.
+
+    Args:
+        x: [..., R, K], fp32 or bf16.
+        encode: fp32 S, a scalar or of the shape of leading axes of `x` (not of R where axis is -2).
+        largest: fp32 largest magnitude that S belongs to, like `encode`.
+        kind: what to return of every number, see KINDS.
+        choice: how a block comes to its scale; "mse" and "mae" are four-over-six.
+        bound: largest block scale S was made for.
+        axis: along which blocks lie: -1 or -2.
+        hadamard: transform blocks first.
+        tiles: one scale for 16 neighbouring blocks.
+        bits: uint8 like `x`: round stochastically.
+        given: fp32 scales, laid out as those returned, for choice "given".
+        unscaled: leave S out of the numbers returned.
+        keep_scales: return the scales.
+
+    Returns:
+        (numbers or codes laid out as `x`, or None; fp32 scales [..., R, K/16], or [..., K, R/16] where axis is -2, or
+        None).
+    """
+    library, _ = load()
+    assert library is not None
+    x = x.detach().contiguous()
+    encode, largest = encode.contiguous(), largest.expand_as(encode).contiguous()
+    job = _job(x, axis, hadamard)
+    out = None if kind is None else torch.empty_like(x, dtype=kind)
+    blocks, lanes = (job.rows, job.columns) if axis == -2 else (job.columns, job.rows)
+    leading = (*x.shape[:-2], lanes) if x.ndim > 1 else ()
+    scales = torch.empty(*leading, blocks // BLOCK) if keep_scales else None
+    bits = None if bits is None else bits.contiguous()
+    given = None if given is None else given.contiguous()
+    job.encode, job.amax = encode.data_ptr(), largest.data_ptr()
+    job.rows_per_scale = job.matrices * job.rows // encode.numel()
+    job.tiles, job.choice, job.denominator = tiles, CHOICES.index(choice), 6 * bound
+    job.kind, job.unscaled = KINDS[kind], unscaled
+    for name, tensor in (("bits", bits), ("given", given), ("out", out), ("scales", scales)):
+        setattr(job, name, None if tensor is None else tensor.data_ptr())
+    library.superbolt_quantize(ctypes.byref(job))
+    return out, scales
