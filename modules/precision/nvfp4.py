@@ -89,6 +89,14 @@ def encode_scale(amax: Tensor, bound: float = E4M3_MAX) -> Tensor:
     return torch.where((amax == 0) | (scale == 0), torch.ones_like(scale), scale)
 
 
+@torch.no_grad()
+def largest_magnitude(x: Tensor, axis: int = -1, hadamard: bool = False, stacked: bool = False) -> Tensor:
+    """Return the fp32 amax that `Options` speak of: of a tensor [..., R, K], or one for each leading index."""
+    if native.applies(x) and (x.ndim > 2 or not stacked):
+        return native.amax(x, axis=axis, hadamard=hadamard, stacked=stacked)
+    return tensor_amax(rotate(x, axis) if hadamard else x, stacked)
+
+
 def random_bits(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw a uniform uint8 for every element of `x`: eight from each 64-bit number of the generator."""
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
@@ -122,10 +130,8 @@ class _Request:
         self.bound = FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX
         if amax is not None:
             self.amax = amax.detach().float()
-        elif self.native:
-            self.amax = native.amax(x, axis=axis, hadamard=hadamard, stacked=stacked)
         else:
-            self.amax = tensor_amax(rotate(x, axis) if hadamard else x, stacked)
+            self.amax = largest_magnitude(x, axis, hadamard, stacked)
         self.encode = encode_scale(self.amax, self.bound)
 
     def run_native(

@@ -148,7 +148,7 @@ def _quantize_rows(scheme: Scheme, product: str, kind: Kind, x: Tensor, offsets:
     chosen = getattr(scheme.products, product)
     x = _pad(x, -1, _BLOCKS.get(chosen, 1))
     experts = row_experts(len(x), offsets)
-    amax = _expert_amax(x, experts, len(offsets))
+    amax = _expert_amax(tensor_amax(x, stacked=True), experts, len(offsets))
     operand = _round(scheme, product, kind, x, -1, amax[experts])
     return operand._replace(scale=_tensor_scale(chosen, kind, amax[:-1]))
 
@@ -160,17 +160,14 @@ def _quantize_columns(scheme: Scheme, kind: Kind, x: Tensor, places: Tensor, end
     """
     chosen, count = scheme.products.wgrad, -(-(len(x) + len(ends) * (block - 1)) // block)
     blocks = x.new_zeros(count * block, x.shape[1]).index_copy_(0, places, x).unflatten(0, (count, block))
-    if rotated := chosen == "nvfp4" and scheme.arithmetic.hadamard:
-        blocks = rotate(blocks, -2)
     experts = row_experts(count, ends // block)
-    amax = _expert_amax(blocks, experts, len(ends))
-    operand = _round(scheme, "wgrad", kind, blocks, -2, amax[experts], rotated)
+    hadamard = chosen == "nvfp4" and scheme.arithmetic.hadamard
+    amax = _expert_amax(nvfp4.largest_magnitude(blocks, -2, hadamard, stacked=True), experts, len(ends))
+    operand = _round(scheme, "wgrad", kind, blocks, -2, amax[experts])
     return Operand(operand.values.flatten(0, 1), _tensor_scale(chosen, kind, amax[:-1]))
 
 
-def _round(
-    scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax: Tensor | None, rotated: bool = False
-) -> Operand:
+def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax: Tensor | None) -> Operand:
     """Round an operand in the format of its product, and show it to the observer.
 
     Args:
@@ -179,11 +176,10 @@ def _round(
         kind: which tensor.
         x: bf16 [..., R, K], whole blocks along the axis.
         axis: of the sum, -1 or -2.
-        amax: fp32, largest magnitudes of leading indices; None: of the tensor, of each expert of a stack.
-        rotated: whether it is rotated already where it should be.
+        amax: fp32, largest magnitudes of leading indices (rotated); None: of the tensor, or of each expert of a stack.
     """
     arithmetic, chosen, stacked = scheme.arithmetic, getattr(scheme.products, product), x.ndim == 3 and amax is None
-    hadamard = chosen == "nvfp4" and product == "wgrad" and arithmetic.hadamard and not rotated
+    hadamard = chosen == "nvfp4" and product == "wgrad" and arithmetic.hadamard
     if chosen == "nvfp4":
         stochastic = kind == "g" and arithmetic.stochastic_rounding
         operand = Operand(
@@ -223,10 +219,9 @@ def _one(x: Tensor) -> Tensor:
     return torch.ones((), device=x.device)
 
 
-def _expert_amax(rows: Tensor, experts: Tensor, count: int) -> Tensor:
-    """Return fp32 [E + 1], the largest magnitude in the rows [R, ...] of each expert; the last of rows of none."""
-    amax = torch.zeros(count + 1, device=rows.device)
-    return amax.scatter_reduce_(0, experts, tensor_amax(rows, stacked=True), "amax")
+def _expert_amax(amax: Tensor, experts: Tensor, count: int) -> Tensor:
+    """Return fp32 [E + 1], the largest of the rows [R] of each expert; the last is of rows of none."""
+    return amax.new_zeros(count + 1).scatter_reduce_(0, experts, amax, "amax")
 
 
 def _pad(x: Tensor, axis: int, multiple: int) -> Tensor:
