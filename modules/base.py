@@ -254,10 +254,11 @@ class StageModule(LightningModule):
         checkpoint["step_guard"] = self.step_guard.saved_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it; a checkpoint from before there was one starts with an empty window."""
+        """Restore it (a checkpoint from before there was one starts with an empty window), and the formats."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
-        self._switch_formats(checkpoint["global_step"])
+        if self._formats is not None:
+            self._switch_formats(checkpoint["global_step"])
 
     def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""

@@ -125,7 +125,7 @@ def test_a_measured_speed_is_that_of_the_devices_it_was_measured_on(tmp_path: Pa
     ("part", "change", "key"),
     [
         ("data", {"sequence_length": 128}, "data.init_args.sequence_length"),
-        ("model", {"precision": [{"pattern": "*", "format": "bf16"}]}, "model.init_args.precision"),
+        ("model", {"precision": {"recipe": "bf16"}}, "model.init_args.precision"),
         ("backbone", {"hidden_size": 64}, "model.init_args.backbone"),
         ("model", {"mtp_depths": 1}, "model.init_args.mtp_depths"),
     ],
