@@ -213,7 +213,7 @@ class FormatSchedule:
         self._schemes = quantized_schemes(network)
 
     def switch(self, tokens: int) -> list[str]:
-        """Set the formats that hold after a number of tokens; return a line for the user per format that changed."""
+        """Set the formats that hold after a number of tokens; return lines for the user on what changed."""
         before = {name: scheme.products for name, scheme in self._schemes.items()}
         for name, scheme in self._schemes.items():
             products = scheme.planned
@@ -225,7 +225,7 @@ class FormatSchedule:
             (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
         )
         return [
-            f"{count} modules compute in {_describe(new)} from {tokens:,} tokens on ({_describe(old)} before)"
+            f"from {tokens:,} tokens on: {_describe(new)} instead of {_describe(old)} (modules: {count})"
             for (old, new), count in changes.items()
         ]
 
