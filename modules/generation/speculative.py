@@ -21,7 +21,7 @@ greedy drafts as all (65.7% against 65.9%) and 69% against 76% of sampled ones, 
 
 One row on a CPU runs its rounds in C (`modules.backbone.native_round`): in Python, the way to the operations is more
 than half of a round, and nothing would be gained. There a second position costs a third of a pass, so one draft is best
-for that model: 1.3 times plain decoding greedily, 1.4 times at temperature 1 (benchmarks/generation.py).
+for that model: 1.2 times plain decoding greedily, 1.4 times at temperature 1 (benchmarks/generation.py).
 
 Shapes: B rows, T positions, k drafts, D hidden, V vocabulary, N drafted vocabulary.
 """

@@ -312,20 +312,27 @@ static void squared_relu(float *x, i64 count, i64 bf16) {
     round_all(x, count, bf16);
 }
 
-/* The state of heads [first, last) of one row brought over one position; y [P] per head unless NULL. */
-static void scan_heads(const layer *l, float *state, const float *x, const float *B, const float *C, const float *dt,
-                       i64 first, i64 last, float *y) {
+/* The state of heads [first, last) of one row brought from `before` over one position, to another place or the same;
+ * y [P] per head unless NULL. */
+static void scan_heads(const layer *l, const float *before, float *state, const float *x, const float *B,
+                       const float *C, const float *dt, i64 first, i64 last, float *y) {
     i64 heads = l->sizes[0], width = l->sizes[1], groups = l->sizes[2], size = l->sizes[3];
     for (i64 h = first; h < last; h++) {
         float decay = expf(-dt[h] * expf(l->tables[2][h])), skip = l->tables[3][h];
         const float *b = B + h / (heads / groups) * size, *c = C ? C + h / (heads / groups) * size : NULL;
         for (i64 p = 0; p < width; p++) {
+            const float *s0 = before + (h * width + p) * size;
             float *s = state + (h * width + p) * size, u = dt[h] * x[h * width + p], sum = 0;
             if (c) {
-                for (i64 i = 0; i < size; i++) s[i] = s[i] * decay + u * b[i], sum += s[i] * c[i];
+#pragma GCC ivdep
+                for (i64 i = 0; i < size; i++) {
+                    float value = s0[i] * decay + u * b[i];
+                    s[i] = value, sum += value * c[i];
+                }
                 y[h * width + p] = sum + skip * x[h * width + p];
             } else
-                for (i64 i = 0; i < size; i++) s[i] = s[i] * decay + u * b[i];
+#pragma GCC ivdep
+                for (i64 i = 0; i < size; i++) s[i] = s0[i] * decay + u * b[i];
         }
     }
 }
@@ -343,8 +350,7 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
     multiply(x, rows, &l->products[0], projected, p);
     int threads = inner * size >= PARALLEL_WORK / 4 ? (int)p->threads : 1;
     for (i64 b = 0; b < p->rows; b++) {
-        float *state = (float *)l->states[1] + b * inner * size;
-        if (p->hold) state = memcpy(scratch, state, (size_t)(inner * size) * sizeof(float));
+        float *before = (float *)l->states[1] + b * inner * size, *state = p->hold ? scratch : before;
         for (i64 i = 0; i < (taps - 1) * channels; i++)
             window[i] = element(l->states[0], b * (taps - 1) * channels + i, bf16);
         for (i64 t = 0; t < p->length; t++) {
@@ -369,7 +375,8 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
             }
 #pragma omp parallel for num_threads(threads) if (threads > 1)
             for (i64 h = 0; h < heads; h++)
-                scan_heads(l, state, mixed, mixed + inner, mixed + inner + states, dt, h, h + 1, y + r * inner);
+                scan_heads(l, before, state, mixed, mixed + inner, mixed + inner + states, dt, h, h + 1, y + r * inner);
+            before = state;
             round_all(y + r * inner, inner, bf16);
             i64 part = inner / groups;
             for (i64 g = 0; g < groups; g++) {
@@ -752,7 +759,7 @@ void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
                 const float *x = l->held[1] + (b * p->length + t) * kept;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
                 for (i64 h = 0; h < heads; h++)
-                    scan_heads(l, state, x, x + inner, NULL, x + inner + states, h, h + 1, NULL);
+                    scan_heads(l, state, state, x, x + inner, NULL, x + inner + states, h, h + 1, NULL);
             }
             for (i64 k = 0; k < taps - 1; k++) { /* position counts + k of the window followed by the held inputs */
                 i64 from = counts[b] + k, size = p->bf16 ? 2 : 4;

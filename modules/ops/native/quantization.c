@@ -43,11 +43,39 @@ typedef struct {
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
 
-static inline v16 pick(i16 mask, v16 a, v16 b) { return (v16)((mask & (i16)a) | (~mask & (i16)b)); }
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i16){__VA_ARGS__})
+#endif
+
 static inline v16 all(float value) { return value - (v16){0}; }
 static inline v16 magnitude(v16 value) { return (v16)((u16)value & ~SIGN); }
-/* Of magnitudes: their bits are in the order of the numbers, with NaN above all. */
+
+/* Where compilers do not find the one instruction for it. `less`: a < b ? c : d. `least`: b where a is NaN. `larger`: of
+ * magnitudes, whose bits are in the order of the numbers, with NaN above all. */
+#ifdef __AVX512F__
+#include <immintrin.h>
+static inline v16 less(v16 a, v16 b, v16 c, v16 d) {
+    __mmask16 mask = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+    return (v16)_mm512_mask_blend_ps(mask, (__m512)d, (__m512)c);
+}
+static inline v16 least(v16 a, v16 b) { return (v16)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline v16 larger(v16 a, v16 b) { return (v16)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+static inline h16 halves(u16 value) { return (h16)_mm512_cvtepi32_epi16((__m512i)value); }
+static inline b16 bytes(u16 value) { return (b16)_mm512_cvtepi32_epi8((__m512i)value); }
+static inline v16 numbers(b16 value) {
+    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)value));
+}
+#else
+static inline v16 pick(i16 mask, v16 a, v16 b) { return (v16)((mask & (i16)a) | (~mask & (i16)b)); }
+static inline v16 less(v16 a, v16 b, v16 c, v16 d) { return pick(a < b, c, d); }
+static inline v16 least(v16 a, v16 b) { return pick(a < b, a, b); }
 static inline v16 larger(v16 a, v16 b) { return pick((i16)a > (i16)b, a, b); }
+static inline h16 halves(u16 value) { return __builtin_convertvector(value, h16); }
+static inline b16 bytes(u16 value) { return __builtin_convertvector(value, b16); }
+static inline v16 numbers(b16 value) { return __builtin_convertvector(__builtin_convertvector(value, i16), v16); }
+#endif
 
 static inline u16 bf16_bits(v16 value) {
     u16 bits = (u16)value;
@@ -59,53 +87,47 @@ static inline v16 round_e4m3(v16 value) {
     u16 bits = (u16)value;
     v16 normal = (v16)((bits + 0x7ffff + ((bits >> 20) & 1)) & ~0xfffffu);
     v16 subnormal = (value + 0x1.8p14f) - 0x1.8p14f;
-    return pick(value < 0x1p-6f, subnormal, normal);
+    return less(value, all(0x1p-6f), subnormal, normal);
 }
 
+/* The scale of a block whose maximum this number comes from; a NaN, of any bits, stays one. */
 static inline v16 scale_of(v16 value) {
-    v16 clamped = pick(value > 448.0f, all(448.0f), value);
-    return pick((i16)magnitude(value) > 0x7f800000, (v16)(NOT_A_NUMBER - (u16){0}), round_e4m3(clamped));
+    v16 scale = round_e4m3(least(value, all(448.0f)));
+    u16 broken = (u16)(value != value) & NOT_A_NUMBER;
+    return (v16)((u16)scale | broken);
 }
 
 /* What numbers are multiplied by before they are rounded. */
 static inline v16 encode_factor(v16 scale, v16 encode) {
     v16 factor = 1.0f / (scale * (1.0f / encode));
-    return pick(factor > FLOAT_MAX, all(FLOAT_MAX), factor);
+    return less(all(FLOAT_MAX), factor, all(FLOAT_MAX), factor);
 }
 
 /* E2M1 of numbers times a factor; a NaN becomes 6. `uniform`: k / 256, or NULL: to the nearest. */
 static inline v16 round_e2m1(v16 value, v16 factor, const v16 *uniform) {
-    v16 size = magnitude(value * factor), rounded;
-    u16 sign = (u16)value & (u16)(size == size) & SIGN;
-    size = pick(size <= 6.0f, size, all(6.0f));
+    v16 product = value * factor, size = least(magnitude(product), all(6.0f)), rounded;
     if (uniform) {
-        v16 step = pick(size < 2.0f, all(0.5f), pick(size < 4.0f, all(1.0f), all(2.0f)));
+        v16 step = less(size, all(2.0f), all(0.5f), less(size, all(4.0f), all(1.0f), all(2.0f)));
         v16 moved = size + *uniform * step;
         v16 cut = (v16)((u16)moved & 0xffc00000u); /* one bit behind the point */
-        v16 small = pick(moved < 0.5f, (v16){0}, all(0.5f));
-        rounded = pick(moved < 1.0f, small, cut);
+        rounded = less(moved, all(1.0f), less(moved, all(0.5f), (v16){0}, all(0.5f)), cut);
     } else {
-        v16 power = (v16)((u16)pick(size > 1.0f, size, all(1.0f)) & 0x7f800000u);
+        v16 power = (v16)((u16)larger(size, all(1.0f)) & 0x7f800000u);
         v16 large = power * 0x1.8p22f; /* its neighbours are one step apart */
         rounded = (size + large) - large;
     }
-    return (v16)((u16)rounded | sign);
+    return (v16)((u16)rounded | ((u16)value & (u16)(product == product) & SIGN));
 }
 
 static inline u16 code_of(v16 value) {
-    u16 bits = (u16)value, sign = bits >> 31 << 3;
-    u16 shifted = ((bits & ~SIGN) >> 22) - 252; /* exponent and first bit behind the point: 0.5 is 0, 1 is 2, 6 is 7 */
-    u16 place = (u16)pick(magnitude(value) < 1.0f, (v16)((u16)(magnitude(value) > 0.0f) & 1), (v16)shifted);
-    return place | sign;
+    v16 size = magnitude(value);
+    v16 place = (v16)(((u16)size >> 22) - 252); /* exponent and first bit behind the point: of 1 it is 2, of 6 it is 7 */
+    v16 first = (v16)((u16)(size > 0.0f) & 1);
+    return (u16)less(size, all(1.0f), first, place) | (u16)value >> 31 << 3;
 }
 
 /* ------------------------------------------------------------------------------------------------------- patches */
 
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i16){__VA_ARGS__})
-#endif
 #define EXCHANGE(distance, low, high)                                   \
     for (int i = 0; i < N; i++)                                         \
         if (!(i & distance)) {                                          \
@@ -132,63 +154,76 @@ static inline void transpose(v16 *x) {
     EXCHANGE(1, LOW1, HIGH1)
 }
 
-/* A patch's place: its first number, and how many rows and columns of it there are. */
+/* A patch's place: its first number, how many rows and columns of it there are, where it lies in its matrix. */
 typedef struct {
     i64 first, rows, columns, row, column, matrix;
 } place;
 
-static inline place locate(const job *j, i64 strip, i64 column) {
-    i64 strips = (j->rows + N - 1) / N, row = strip % strips * N, matrix = strip / strips;
-    place p = {(matrix * j->rows + row) * j->columns + column, j->rows - row, j->columns - column, row, column, matrix};
-    if (p.rows > N) p.rows = N;
-    if (p.columns > N) p.columns = N;
-    return p;
+/* The first patch of a strip of 16 rows; `step` goes to the next one. */
+static place locate(const job *j, i64 strip) {
+    i64 strips = (j->rows + N - 1) / N, row = strip % strips * N, matrix = strip / strips, rows = j->rows - row;
+    i64 columns = j->columns;
+    return (place){(matrix * j->rows + row) * columns, rows < N ? rows : N, columns < N ? columns : N, row, 0, matrix};
 }
 
-static void load_patch(const job *j, const place *p, v16 *x) {
-    for (i64 r = 0; r < N; r++) {
-        x[r] = (v16){0};
-        if (r >= p->rows) continue;
+static inline void step(const job *j, place *p) {
+    p->first += N, p->column += N;
+    if (j->columns - p->column < N) p->columns = j->columns - p->column;
+}
+
+/* Copies `count` of the 16 numbers of `size` bytes. */
+static inline __attribute__((always_inline)) void copy(void *to, const void *from, i64 count, i64 size) {
+    if (count == N)
+        memcpy(to, from, N * size);
+    else
+        memcpy(to, from, count * size);
+}
+
+static inline __attribute__((always_inline)) void load_rows(const job *j, const place *p, v16 *x, int bf16) {
+    for (i64 r = 0; r < p->rows; r++) {
         i64 at = p->first + r * j->columns;
-        if (j->bf16) {
+        if (bf16) {
             h16 half = {0};
-            if (p->columns == N)
-                memcpy(&half, (const uint16_t *)j->x + at, sizeof half);
-            else
-                memcpy(&half, (const uint16_t *)j->x + at, 2 * p->columns);
+            copy(&half, (const uint16_t *)j->x + at, p->columns, 2);
             x[r] = (v16)(__builtin_convertvector(half, u16) << 16);
-        } else if (p->columns == N)
-            memcpy(x + r, (const float *)j->x + at, sizeof x[r]);
-        else
-            memcpy(x + r, (const float *)j->x + at, 4 * p->columns);
+        } else {
+            v16 row = {0};
+            copy(&row, (const float *)j->x + at, p->columns, 4);
+            x[r] = row;
+        }
     }
-    if (!j->along_rows) transpose(x);
+    for (i64 r = p->rows; r < N; r++) x[r] = (v16){0};
 }
 
-static void load_uniform(const job *j, const place *p, v16 *uniform) {
+static inline void load_patch(const job *j, const place *p, v16 *x, i64 turn) {
+    if (j->bf16)
+        load_rows(j, p, x, 1);
+    else
+        load_rows(j, p, x, 0);
+    if (turn) transpose(x);
+}
+
+static inline void load_uniform(const job *j, const place *p, v16 *uniform) {
     for (i64 r = 0; r < N; r++) {
-        b16 bytes = {0};
-        if (r < p->rows) memcpy(&bytes, j->bits + p->first + r * j->columns, p->columns);
-        uniform[r] = __builtin_convertvector(__builtin_convertvector(bytes, i16), v16) * 0x1p-8f;
+        b16 random = {0};
+        if (r < p->rows) copy(&random, j->bits + p->first + r * j->columns, p->columns, 1);
+        uniform[r] = numbers(random) * 0x1p-8f;
     }
     if (!j->along_rows) transpose(uniform);
 }
 
-static void store_patch(const job *j, const place *p, v16 *y) {
+static inline void store_patch(const job *j, const place *p, v16 *y) {
     if (!j->along_rows) transpose(y);
     for (i64 r = 0; r < p->rows; r++) {
         i64 at = p->first + r * j->columns;
         if (j->kind == FLOAT32)
-            memcpy((float *)j->out + at, y + r, 4 * p->columns);
+            copy((float *)j->out + at, y + r, p->columns, 4);
         else if (j->kind == BFLOAT16) {
-            h16 half = __builtin_convertvector(bf16_bits(y[r]), h16);
-            if (p->columns == N)
-                memcpy((uint16_t *)j->out + at, &half, sizeof half);
-            else
-                memcpy((uint16_t *)j->out + at, &half, 2 * p->columns);
+            h16 half = halves(bf16_bits(y[r]));
+            copy((uint16_t *)j->out + at, &half, p->columns, 2);
         } else {
-            b16 bytes = __builtin_convertvector(code_of(y[r]), b16);
-            memcpy((uint8_t *)j->out + at, &bytes, p->columns);
+            b16 codes = bytes(code_of(y[r]));
+            copy((uint8_t *)j->out + at, &codes, p->columns, 1);
         }
     }
 }
@@ -215,18 +250,18 @@ static inline v16 maximum(const v16 *x) {
     return largest;
 }
 
-/* Gives every lane the largest, or the sum in the order of a tree. */
-static v16 over_lanes(v16 value, int sum) {
-    float lanes[N], other[N];
-    memcpy(lanes, &value, sizeof lanes);
-    for (int half = N / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) {
-            memcpy(other, lanes, sizeof other);
-            uint32_t a, b;
-            memcpy(&a, lanes + i, 4), memcpy(&b, lanes + i + half, 4);
-            lanes[i] = sum ? other[i] + other[i + half] : a > b ? other[i] : other[i + half];
-        }
-    return all(lanes[0]);
+/* Gives every lane the largest, or the sum of sums of the farthest. */
+static inline v16 over_lanes(v16 value, int sum) {
+#define FOLD(...)                                             \
+    {                                                         \
+        v16 other = SHUFFLE(value, value, __VA_ARGS__);       \
+        value = sum ? value + other : larger(value, other);   \
+    }
+    FOLD(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+    FOLD(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+    FOLD(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+    FOLD(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+    return value;
 }
 
 /* -------------------------------------------------------------------------------------------------------- blocks */
@@ -250,7 +285,7 @@ static v16 four_error(const job *j, const v16 *x, const v16 *q, v16 scale, v16 a
 }
 
 static v16 search(const v16 *x, v16 best, v16 encode) {
-    v16 least = {0};
+    v16 smallest = {0};
     for (int byte = 0; byte < 127; byte++) { /* 0 stands for the scale of the maximum */
         float value = byte < 8 ? byte * 0x1p-9f : (8 + (byte & 7)) * 0x1p-10f * (1 << (byte >> 3));
         v16 scale = byte ? all(value) : best, factor = encode_factor(scale, encode), decode = scale / encode;
@@ -260,29 +295,32 @@ static v16 search(const v16 *x, v16 best, v16 encode) {
             sum += difference * difference;
         }
         if (!byte)
-            least = sum;
+            smallest = sum;
         else {
-            best = pick(sum < least, scale, best);
-            least = pick(sum < least, sum, least);
+            best = less(sum, smallest, scale, best);
+            smallest = less(sum, smallest, sum, smallest);
         }
     }
     return best;
 }
 
-static void quantize_patch(const job *j, const place *p) {
+static void quantize_patch(const job *j, const place *p, int same) {
     v16 x[N], q[N], uniform[N], encode = all(1), amax = {0}, given = {0};
     i64 lanes = j->along_rows ? p->columns : p->rows;
     i64 blocks = (j->along_rows ? j->rows : j->columns) / N, block = (j->along_rows ? p->row : p->column) / N;
     i64 lane = p->matrix * (j->along_rows ? j->columns : j->rows) + (j->along_rows ? p->column : p->row);
     i64 row = p->matrix * j->rows + p->row;
-    int same = j->along_rows || j->rows_per_scale % j->rows == 0;
-    i64 group = row / j->rows_per_scale;
-    if (same) encode = all(j->encode[group]), amax = all(j->amax[group]);
-    for (i64 i = 0; i < lanes; i++) {
-        if (!same) group = (row + i) / j->rows_per_scale, encode[i] = j->encode[group], amax[i] = j->amax[group];
-        if (j->choice == GIVEN) given[i] = j->given[(lane + i) * blocks + block];
-    }
-    load_patch(j, p, x);
+    if (same) {
+        i64 group = row / j->rows_per_scale;
+        encode = all(j->encode[group]), amax = all(j->amax[group]);
+    } else
+        for (i64 i = 0; i < lanes; i++) {
+            i64 group = (row + i) / j->rows_per_scale;
+            encode[i] = j->encode[group], amax[i] = j->amax[group];
+        }
+    if (j->choice == GIVEN)
+        for (i64 i = 0; i < lanes; i++) given[i] = j->given[(lane + i) * blocks + block];
+    load_patch(j, p, x, !j->along_rows);
     if (j->hadamard) rotate(x, j->bf16);
     if (j->bits) load_uniform(j, p, uniform);
     const v16 *random = j->bits ? uniform : NULL;
@@ -302,9 +340,8 @@ static void quantize_patch(const job *j, const place *p) {
         round_block(x, random, four, encode, others);
         v16 mine = four_error(j, x, q, scale, amax), theirs = four_error(j, x, others, four, amax);
         if (j->tiles) mine = over_lanes(mine, 1), theirs = over_lanes(theirs, 1);
-        i16 better = theirs < mine;
-        for (int i = 0; i < N; i++) q[i] = pick(better, others[i], q[i]);
-        scale = pick(better, four, scale);
+        for (int i = 0; i < N; i++) q[i] = less(theirs, mine, others[i], q[i]);
+        scale = less(theirs, mine, four, scale);
     }
 
     if (j->scales)
@@ -319,12 +356,10 @@ static void quantize_patch(const job *j, const place *p) {
 
 void superbolt_quantize(const job *j) {
     i64 strips = j->matrices * ((j->rows + N - 1) / N);
+    int same = j->along_rows || j->rows_per_scale % j->rows == 0; /* one S for all lanes of a patch */
 #pragma omp parallel for num_threads(j->threads) if (j->matrices * j->rows * j->columns >= PARALLEL_WORK)
     for (i64 strip = 0; strip < strips; strip++)
-        for (i64 column = 0; column < j->columns; column += N) {
-            place p = locate(j, strip, column);
-            quantize_patch(j, &p);
-        }
+        for (place p = locate(j, strip); p.column < j->columns; step(j, &p)) quantize_patch(j, &p, same);
 }
 
 /* The largest magnitude of each strip of 16 rows, NaN where there is one: [matrices, strips]. */
@@ -332,13 +367,9 @@ void superbolt_amax(const job *j, float *out) {
     i64 strips = j->matrices * ((j->rows + N - 1) / N);
 #pragma omp parallel for num_threads(j->threads) if (j->matrices * j->rows * j->columns >= PARALLEL_WORK)
     for (i64 strip = 0; strip < strips; strip++) {
-        v16 largest = {0};
-        for (i64 column = 0; column < j->columns; column += N) {
-            v16 x[N];
-            place p = locate(j, strip, column);
-            job straight = *j;
-            straight.along_rows = j->along_rows || !j->hadamard; /* the order does not matter without a rotation */
-            load_patch(&straight, &p, x);
+        v16 largest = {0}, x[N];
+        for (place p = locate(j, strip); p.column < j->columns; step(j, &p)) {
+            load_patch(j, &p, x, j->hadamard && !j->along_rows); /* without a rotation any order will do */
             if (j->hadamard) rotate(x, j->bf16);
             largest = larger(largest, maximum(x));
         }
