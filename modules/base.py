@@ -7,6 +7,7 @@ Shapes: M MTP depths, E experts.
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -90,7 +91,6 @@ class StageModule(LightningModule):
             raise ValueError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
         self.network: Network | None = None
         self.precision_table: list[Assignment] = []
-        self._formats: FormatSchedule | None = None
         self.metrics: dict[str, Tensor] = {}
         """Values of the last finished step by TensorBoard name; read by callbacks, written at the logging interval."""
         self.skipped_steps: Tensor
@@ -176,7 +176,6 @@ class StageModule(LightningModule):
             tokenizer = getattr(self.data, "tokenizer_folder", None)
             self.initial_weights = start_from(network, self.init_from, tokenizer)
         self.network = network
-        self._formats = FormatSchedule(self.precision, network)
 
     def configure_optimizers(self) -> Optimizer:
         """Return the one optimiser."""
@@ -192,7 +191,6 @@ class StageModule(LightningModule):
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Set the formats of this step, and the random numbers of this micro-batch."""
         self._switch_formats(self.trainer.global_step)
-        assert self._formats is not None
         self._formats.reseed(torch.initial_seed(), self.global_rank, batch_idx)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -257,7 +255,7 @@ class StageModule(LightningModule):
         """Restore it (a checkpoint from before there was one starts with an empty window), and the formats."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
-        if self._formats is not None:
+        if self.network is not None:
             self._switch_formats(checkpoint["global_step"])
 
     def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
@@ -268,9 +266,12 @@ class StageModule(LightningModule):
             ).tolist()
             self.trainer.logger.log_metrics(dict(zip(metrics, values, strict=True)), self.trainer.global_step)
 
+    @cached_property
+    def _formats(self) -> FormatSchedule:
+        return FormatSchedule(self.precision, self.built_network)
+
     def _switch_formats(self, step: int) -> None:
         """Set the formats that hold after a number of finished steps, and say what changes."""
-        assert self._formats is not None, "configure_model has not run"
         for line in self._formats.switch(self.data.tokens_at(step)):
             rank_zero_info(line)
 

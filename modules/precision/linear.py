@@ -49,7 +49,7 @@ class Linear(FormattedModule):
         x, weight = x.to(dtype), self.weight.to(dtype)
         if scheme is None or scheme.products.plain:
             return F.linear(x, weight)
-        return scheme.backend.linear(x.flatten(0, -2), weight, scheme).unflatten(0, x.shape[:-1])
+        return scheme.backend.linear(x, weight, scheme)
 
 
 class GroupedLinear(FormattedModule):

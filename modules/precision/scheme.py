@@ -97,7 +97,7 @@ class Backend(Protocol):
         ...
 
     def linear(self, x: Tensor, weight: Tensor, scheme: "Scheme") -> Tensor:
-        """Map bf16 [N, I] by bf16 [O, I] to bf16 [N, O]."""
+        """Map bf16 [..., I] by bf16 [O, I] to bf16 [..., O]; no view, which FSDP2 cannot hook into."""
         ...
 
     def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor, scheme: "Scheme") -> Tensor:

@@ -22,7 +22,7 @@ from modules.backbone.model import Network
 from modules.batch import PackedBatch
 from modules.ops import kernels
 from modules.ops.documents import document_boundaries
-from modules.precision.recipe import apply
+from modules.precision.recipe import PrecisionConfig, apply
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
     BF16,
@@ -114,6 +114,11 @@ CASES = {
     "bf16": (BF16, {}),
     "bf16, checkpointed": (BF16, {"activation_checkpointing": True}),
     "bf16, odd widths": (BF16, {"config": tiny_config(moe_intermediate_size=13, moe_latent_size=11)}),
+    # Random bits come from a generator on the device, which cannot be made without one.
+    "nvfp4": (
+        PrecisionConfig(bf16_tail=0, stochastic_rounding=False),
+        {"config": tiny_config(moe_intermediate_size=20)},
+    ),
     # `F.grouped_mm` has no fp32 kernel on CUDA: there it copies the offsets to the host.
     "fp32, no experts": (
         FP32,

@@ -70,8 +70,10 @@ class _Linear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, weight)
         ctx.scheme = scheme
-        a, b = (_quantize(scheme, "fprop", kind, tensor, -1) for kind, tensor in (("x", x), ("w", weight)))
-        return scaled_product(a.values, b.values.T, a.scale * b.scale)
+        rows = x.flatten(0, -2)
+        a, b = (_quantize(scheme, "fprop", kind, tensor, -1) for kind, tensor in (("x", rows), ("w", weight)))
+        out = scaled_product(a.values, b.values.T, a.scale * b.scale)
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
     @staticmethod
     @once_differentiable
@@ -80,12 +82,13 @@ class _Linear(Function):
         grad: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             a, b = _quantize(ctx.scheme, "dgrad", "g", grad, -1), _quantize(ctx.scheme, "dgrad", "w", weight, -2)
-            grad_x = scaled_product(a.values, b.values, a.scale * b.scale)
+            grad_x = scaled_product(a.values, b.values, a.scale * b.scale).view_as(x)
         if ctx.needs_input_grad[1]:
-            a, b = (_quantize(ctx.scheme, "wgrad", kind, tensor, -2) for kind, tensor in (("g", grad), ("x", x)))
+            a, b = (_quantize(ctx.scheme, "wgrad", kind, tensor, -2) for kind, tensor in (("g", grad), ("x", rows)))
             grad_weight = scaled_product(a.values.T, b.values, a.scale * b.scale)
         return grad_x, grad_weight, None
 
