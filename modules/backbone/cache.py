@@ -11,7 +11,7 @@ N state, C convolution channels, k taps.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -46,9 +46,9 @@ class Step:
 
     @functools.cached_property
     def start(self) -> int | None:
-        """Tokens that every row with new tokens has seen; None if they differ."""
+        """Tokens that every row with new tokens has seen, and no row more; None if they differ."""
         starts = self.starts if self.counts is None else _where(self.starts, self.counts)
-        return starts[0] if len(set(starts)) == 1 else None
+        return starts[0] if len(set(starts)) == 1 and starts[0] == max(self.starts) else None
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -305,6 +305,10 @@ class Cache:
         if not self.step.hold:
             self._count(self.step.counts or [self.step.length] * len(self.lengths))
 
+    def _forget_held(self) -> None:
+        """Let no `advance` follow: what it would take over is that of other rows or of another moment."""
+        self.step = replace(self.step, hold=False)
+
     def _count(self, counts: list[int]) -> None:
         self.lengths = [seen + new for seen, new in zip(self.lengths, counts, strict=True)]
 
@@ -329,6 +333,7 @@ class Cache:
     def restore(self, snapshot: "Snapshot") -> None:
         """Forget what the rows, still the same ones, have seen since `snapshot`."""
         self.lengths = list(snapshot.lengths)
+        self._forget_held()
         mamba = [state for state in self.states if isinstance(state, MambaState)]
         for state, (window, ssm) in zip(mamba, snapshot.mamba, strict=True):
             state.window, state.ssm = window.clone(), ssm.clone()
@@ -340,6 +345,7 @@ class Cache:
             if state is not None:
                 state.select(index)
         self.lengths = [self.lengths[row] for row in rows]
+        self._forget_held()
 
     def size(self) -> tuple[int, int]:
         """Return the bytes of (keys and values, convolution windows and SSM states)."""
@@ -357,6 +363,6 @@ def _where(values: list[int], counts: list[int]) -> list[int]:
 def _last(window: Tensor, counts: list[int] | None, size: int) -> Tensor:
     """Return [B, size, C]: the last `size` positions of [B, size + T, C] when only `counts` of the T are real."""
     if counts is None or min(counts) == window.shape[1] - size:
-        return window[:, window.shape[1] - size :]
+        return window[:, window.shape[1] - size :].clone()  # a view would keep all T positions in memory
     places = torch.tensor(counts, device=window.device).unsqueeze(1) + torch.arange(size, device=window.device)
     return window.gather(1, places.unsqueeze(-1).expand(-1, -1, window.shape[2]))

@@ -29,7 +29,7 @@ _MOST_POSITIONS = 128
 class NativeLayers:
     """Layers, with the embedding before and the norm behind them, described to the C code.
 
-    It is valid as long as the weights stay where they are.
+    It runs as long as the weights stay where they are: a network that was moved goes on with the portable pass.
 
     Args:
         config: the backbone's configuration.
@@ -53,6 +53,7 @@ class NativeLayers:
     ) -> None:
         self.config = config
         self.dtype = embedding.compute_dtype
+        self.embedding = embedding
         self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
         self.given = native.PassArguments(
             hidden=config.hidden_size,
@@ -82,7 +83,10 @@ class NativeLayers:
             and all(part.scheme is None for part in formatted)
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
-                type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.is_contiguous()
+                type(parameter) is nn.Parameter
+                and parameter.device.type == "cpu"
+                and parameter.is_contiguous()
+                and (parameter.dtype == torch.float32 or isinstance(part, FormattedModule))
                 for part in parts
                 for parameter in part.parameters(recurse=False)
             )
@@ -92,7 +96,12 @@ class NativeLayers:
 
     def takes(self, rows: int, length: int) -> bool:
         """Return whether a pass of B rows and T new positions is one for this code."""
-        return length <= _MOST_POSITIONS and rows * length <= native.MOST_ROWS and not torch.is_grad_enabled()
+        return (
+            length <= _MOST_POSITIONS
+            and rows * length <= native.MOST_ROWS
+            and not torch.is_grad_enabled()
+            and self.embedding.weight.data_ptr() == self.given.embedding
+        )
 
     def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
         """Run embedding, layers and norm.
@@ -117,6 +126,7 @@ class NativeLayers:
         memory = self.scratch(rows, length, cache.capacity)
         out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
         if hidden is not None:
+            assert hidden.dtype == self.dtype, f"hidden states in {hidden.dtype}, layers in {self.dtype}"
             hidden = hidden.contiguous()
         failed = library.superbolt_forward(
             ctypes.byref(self.given),

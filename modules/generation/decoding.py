@@ -138,7 +138,7 @@ class PlainDecoder:
             self._passed(tokens, hidden, counts)
             for row, prompt in enumerate(prompts):
                 if start < len(prompt) <= start + chunk:
-                    ends[row] = hidden[row, len(prompt) - start - 1]
+                    ends[row] = hidden[row, len(prompt) - start - 1].clone()  # not a view: chunks are let go
         assert all(end is not None for end in ends), "an empty prompt"
         self._last, self._chosen = torch.stack(ends), None  # type: ignore[arg-type]
 

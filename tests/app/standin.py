@@ -25,6 +25,8 @@ class Unit(NamedTuple):
 
 
 class Network(nn.Module):
+    mtp = None
+
     def __init__(self, width: int, extra: bool, dropout: float):
         super().__init__()
         self.embeddings = nn.Embedding(VOCABULARY, width)

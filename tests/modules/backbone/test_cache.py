@@ -126,6 +126,49 @@ def test_chosen_rows_go_on_alone_and_repeated(network):
         assert_close(values, network(torch.cat([row, after])[None]).hidden[0, len(row) :], 2e-5)
 
 
+@pytest.mark.parametrize("counts", [[0, 3, 3, 0], [0, 0, 2, 0], [1, 0, 3, 0]], ids=str)
+def test_a_row_without_new_tokens_stays_as_it_is(network, counts):
+    rows = tokens_of(*LENGTHS)
+    cache = network.new_cache(len(rows), max(LENGTHS) + 8)
+    feed(network, cache, rows, [16])
+    more, after = tokens_of(*counts, seed=1), torch.stack(tokens_of(*[2] * 4, seed=2))
+    network(padded(more), cache=cache, counts=counts)
+    hidden = network(after, cache=cache).hidden
+    for values, *parts in zip(hidden, rows, more, after, strict=True):
+        assert_close(values, network(torch.cat(parts)[None]).hidden[0, -2:], 2e-5)
+
+
+def test_a_cache_outlives_a_move_of_the_weights(network):
+    (row,) = tokens_of(20)
+    cache = network.new_cache(1, 20)
+    network(row[None, :18], cache=cache)
+    network(row[None, 18:19], cache=cache)
+    network.double().float()
+    assert_close(network(row[None, 19:], cache=cache).hidden, network(row[None]).hidden[:, 19:], 2e-5)
+
+
+def test_vectors_in_bf16_are_not_for_the_c_code():
+    network = make_network(tiny_config(), BF16).bfloat16()
+    assert network.new_cache(1, 8).native is None
+
+
+@pytest.mark.parametrize("change", ["select", "restore"])
+def test_held_tokens_are_those_of_the_same_rows_and_moment(network, change):
+    cache = network.new_cache(2, 8)
+    snapshot = cache.snapshot()
+    network(torch.zeros(2, 3, dtype=torch.int64), cache=cache, hold=True)
+    cache.select([1, 0]) if change == "select" else cache.restore(snapshot)
+    with pytest.raises(AssertionError):
+        cache.advance([1, 1])
+
+
+def test_no_state_keeps_the_positions_of_a_pass_in_memory(network):
+    cache = network.new_cache(1, 512)
+    network(tokens_of(512)[0][None], cache=cache)
+    tensors = [value for state in cache.states if state for value in vars(state).values() if torch.is_tensor(value)]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
 @pytest.mark.parametrize("mtp_pattern", ["*E", "ME", "M*-", "-"])
 def test_drafting_equals_the_mtp_chain(mtp_pattern):
     network = make_network(tiny_config(mtp_hybrid_override_pattern=mtp_pattern))
