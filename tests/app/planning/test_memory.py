@@ -13,8 +13,8 @@ from app.planning.memory import StepMemory, measure_step
 from app.strategies import ShardedStrategy
 from modules.backbone.initialization import initialize
 from modules.optim.clipping import clip_gradients
-from modules.pretraining import Pretraining
 from modules.precision.recipe import PrecisionConfig
+from modules.pretraining import Pretraining
 from tests.modules.helpers import BF16, FP32, document_ids, make_module, packed_batch, tiny_config
 
 SIZES = {
