@@ -49,14 +49,14 @@ def plan(
     rows, length = data.micro_batch_size, data.sequence_length
     accumulation = _accumulation(data.global_batch_size, rows, count)
     kind = "cuda" if (accelerator or _accelerator(run.config.trainer.accelerator)) == "gpu" else "cpu"
-    network, depths = module.build_network(), getattr(module, "mtp_depths", 0)
+    network, depths = module.build_network(kind), getattr(module, "mtp_depths", 0)
     length_of_run = run_lines(module, data)
     backbone = network.config
     experts = backbone.num_experts_per_tok, backbone.n_routed_experts
     checkpointing = module.activation_checkpointing
     sections = {
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
-        "Precision": precision_lines(module.precision_table, network, *experts, depths, kind, by_module=True),
+        "Precision": precision_lines(module.precision_table, network, *experts, depths, by_module=True),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
         "Memory of a device": assumed + memory_lines(module, rows, length, accumulation, count, kind),
         "Run": length_of_run,

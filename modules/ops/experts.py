@@ -132,6 +132,23 @@ def row_experts(rows: int, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
 
 
+def padded_places(rows: int, offsets: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return where rows go when every expert's are filled up to whole blocks.
+
+    Args:
+        rows: R.
+        offsets: int32 [E], end row of each expert.
+        block: rows in a block.
+
+    Returns:
+        (int64 [R], new place of each row; int32 [E], new end rows).
+    """
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    ends = ((counts + block - 1) // block * block).cumsum(0).int()
+    shift = ends - (counts + block - 1) // block * block - (offsets - counts)
+    return torch.arange(rows, device=offsets.device) + shift[row_experts(rows, offsets)], ends
+
+
 def _multiply(a: Tensor, b: Tensor, scale: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
     if scale is None:
         return torch.mm(a, b, out=out)

@@ -195,8 +195,9 @@ def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu")
         if row.format in QUANTIZED:
             _check_kind(row, module)
             products = Products(row.format, row.format, row.format)
-            backend = choose(config.backend, row.name, products, module.weight.shape, device_type)
-            module.scheme = Scheme(products, arithmetic, backend)
+            stages = [products for _, products in _stages(config.switches, row.name, products)]
+            chosen = choose(config.backend, row.name, stages, arithmetic, module.weight.shape, device_type)
+            module.scheme = Scheme(products, arithmetic, *chosen)
     return table
 
 
@@ -216,11 +217,8 @@ class FormatSchedule:
         """Set the formats that hold after a number of tokens; return lines for the user on what changed."""
         before = {name: scheme.products for name, scheme in self._schemes.items()}
         for name, scheme in self._schemes.items():
-            products = scheme.planned
-            for switch in self._switches:
-                if tokens >= switch.at_tokens and fnmatchcase(name, switch.pattern):
-                    products = switch.change(products)
-            scheme.products = products
+            stages = _stages(self._switches, name, scheme.planned)
+            scheme.products = next(products for start, products in reversed(stages) if tokens >= start)
         changes = Counter(
             (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
         )
@@ -243,6 +241,15 @@ def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:
         for name, module in network.named_modules()
         if isinstance(module, FormattedModule) and module.scheme is not None
     }
+
+
+def _stages(switches: Sequence[FormatSwitch], name: str, planned: Products) -> list[tuple[int, Products]]:
+    """Return (tokens from which they hold, formats of a module's products), one after the other."""
+    stages = [(0, planned)]
+    for switch in switches:
+        if fnmatchcase(name, switch.pattern):
+            stages.append((switch.at_tokens, switch.change(stages[-1][1])))
+    return stages
 
 
 def _describe(products: Products) -> str:

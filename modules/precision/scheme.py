@@ -58,6 +58,11 @@ class Arithmetic:
         self._seed = 0
         self._generators: dict[torch.device, torch.Generator] = {}
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything is on that NVFP4 training is published with."""
+        return self.stochastic_rounding and self.hadamard and self.two_dimensional_weights
+
     def reseed(self, seed: int) -> None:
         """Begin the random numbers of stochastic rounding anew.
 
@@ -86,11 +91,12 @@ class Backend(Protocol):
     name: str
     """As in a run file."""
 
-    def refusal(self, products: Products, shape: torch.Size, device_type: str) -> str:
+    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
         """Return why a module cannot be computed here, in a few words; empty: it can.
 
         Args:
-            products: formats of its products.
+            products: formats of its products, one of them quantised.
+            arithmetic: what the run file asks for.
             shape: of its weight, [O, I] or [E, O, I].
             device_type: where it will be, cpu or cuda.
         """
@@ -112,8 +118,11 @@ class Scheme:
         products: format of each product, as the recipe says; format switches change `products`.
         arithmetic: shared by the modules of a network.
         backend: what computes.
+        refused: why it is not one of the better backends, by name.
     """
 
-    def __init__(self, products: Products, arithmetic: Arithmetic, backend: Backend) -> None:
+    def __init__(
+        self, products: Products, arithmetic: Arithmetic, backend: Backend, refused: dict[str, str] | None = None
+    ) -> None:
         self.planned = self.products = products
-        self.arithmetic, self.backend = arithmetic, backend
+        self.arithmetic, self.backend, self.refused = arithmetic, backend, refused or {}

@@ -9,8 +9,6 @@ from typing import cast
 
 from torch import nn
 
-from modules.precision.backends import missing
-from modules.precision.formats import QUANTIZED
 from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head
 from modules.precision.recipe import Assignment
 
@@ -23,7 +21,6 @@ def precision_lines(
     top_k: int,
     experts: int,
     mtp_depths: int,
-    device_type: str,
     by_module: bool,
 ) -> list[str]:
     """Return the table and what is to be known beside it.
@@ -34,7 +31,6 @@ def precision_lines(
         top_k: K, experts per token; 0 without experts.
         experts: E.
         mtp_depths: M.
-        device_type: where it computes, cpu or cuda.
         by_module: a row for each kind of module instead of each pattern of the recipe.
     """
     work = work_shares(network, top_k, experts, mtp_depths)
@@ -52,12 +48,18 @@ def precision_lines(
         (*key[: len(names)], str(len(shares)), f"{sum(shares):.1%}", *key[len(names) :])
         for key, shares in groups.items()
     ]
-    formats = list(dict.fromkeys(row.format for row in table if row.format in QUANTIZED))
+    refused = {
+        (row.format, name, reason): None
+        for row in table
+        for name, reason in getattr(
+            cast(FormattedModule, network.get_submodule(row.name)).scheme, "refused", {}
+        ).items()
+    }
     return [
         *_align(rows),
         "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias compute in fp32, and",
         "weights are kept in fp32",
-        *(missing(formats, device_type) if formats else []),
+        *(f"{chosen} not by {name}: {reason}" for chosen, name, reason in refused),
     ]
 
 

@@ -1,49 +1,55 @@
 """What computes quantised products, and how one is chosen."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from modules.precision.backends.emulated import Emulated
-from modules.precision.scheme import Backend, Products
+from modules.precision.backends.torchao import TorchAO
+from modules.precision.backends.transformer_engine import TransformerEngine
+from modules.precision.scheme import Arithmetic, Backend, Products
 
 BackendName = Literal["auto", "emulated", "transformer_engine", "torchao"]
 EMULATED = Emulated()
-BACKENDS: tuple[Backend, ...] = (EMULATED,)
-"""The best first."""
+BACKENDS: tuple[Backend, ...] = (TransformerEngine(), TorchAO(), EMULATED)
+"""The best first; the last refuses nothing."""
 
 
-def missing(formats: list[str], device_type: str) -> list[str]:
-    """Return a line for each backend that computes some of these formats only slowly or not at all, with the reason."""
-    lines = []
-    for backend in BACKENDS[:-1]:
-        reasons = {backend.refusal(Products(*[chosen] * 3), torch.Size((256, 256)), device_type) for chosen in formats}
-        lines += [f"{backend.name} not used: {reason}" for reason in sorted(reasons - {""})]
-    return lines
-
-
-def choose(name: BackendName, module: str, products: Products, shape: torch.Size, device_type: str) -> Backend:
-    """Return the backend of a module.
+def choose(
+    name: BackendName,
+    module: str,
+    stages: Iterable[Products],
+    arithmetic: Arithmetic,
+    shape: torch.Size,
+    device_type: str,
+) -> tuple[Backend, dict[str, str]]:
+    """Return the backend of a module, and why it is not one of the better ones, by name.
 
     Args:
         name: what the run file says.
         module: full name of the module, for messages.
-        products: formats of its products.
+        stages: formats of its products, one after the other.
+        arithmetic: of the network.
         shape: of its weight.
         device_type: where it will be, cpu or cuda.
 
     Raises:
         ValueError: the backend that is asked for cannot compute it here.
     """
+    quantized = [products for products in stages if not products.plain]
+    refused: dict[str, str] = {}
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue
-        reason = backend.refusal(products, shape, device_type)
+        reasons = (backend.refusal(products, arithmetic, shape, device_type) for products in quantized)
+        reason = next(filter(None, reasons), "")
         if not reason:
-            return backend
+            return backend, refused
         if name == backend.name:
             raise ValueError(
-                f"model.precision.backend: {name} cannot compute {module} in {products.fprop} here: {reason}; "
+                f"model.precision.backend: {name} cannot compute {module} in {quantized[0].fprop} here: {reason}; "
                 "take auto or emulated"
             )
-    raise AssertionError("the emulated backend refuses nothing")
+        refused[backend.name] = reason
+    raise AssertionError("the last backend refuses nothing")

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from modules.ops.experts import multiply_rows, outer_products, row_experts
+from modules.ops.experts import multiply_rows, outer_products, padded_places, row_experts
 from modules.ops.kernels import uncompiled
 from modules.ops.scaled import scaled_product
 from modules.precision import fp8, mxfp8, nvfp4
 from modules.precision.formats import Format
 from modules.precision.hadamard import rotate
 from modules.precision.scaling import broadcast_scale, tensor_amax
-from modules.precision.scheme import Products, Scheme
+from modules.precision.scheme import Arithmetic, Products, Scheme
 
 _BLOCKS: dict[Format, int] = {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}
 """Numbers that share a scale along the axis of the sum; 1 in the other formats."""
@@ -50,7 +50,7 @@ class Emulated:
 
     name = "emulated"
 
-    def refusal(self, products: Products, shape: torch.Size, device_type: str) -> str:
+    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
         """See `Backend`."""
         return ""
 
@@ -120,23 +120,6 @@ class _GroupedLinear(Function):
             )
             grad_weight = outer_products(a.values, b.values, ends, a.scale * b.scale)
         return grad_x, grad_weight, None, None
-
-
-def padded_places(rows: int, offsets: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return where rows go when every expert's are filled up to whole blocks.
-
-    Args:
-        rows: R.
-        offsets: int32 [E], end row of each expert.
-        block: rows in a block.
-
-    Returns:
-        (int64 [R], new place of each row; int32 [E], new end rows).
-    """
-    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
-    ends = ((counts + block - 1) // block * block).cumsum(0).int()
-    shift = ends - (counts + block - 1) // block * block - (offsets - counts)
-    return torch.arange(rows, device=offsets.device) + shift[row_experts(rows, offsets)], ends
 
 
 def _quantize(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int) -> Operand:
