@@ -63,6 +63,8 @@ def text_of(row: dict[str, Any], key: str, where: str) -> str:
 class Answers:
     """The output of a command: one row for each row of the input, in the same order.
 
+    Both files appear with the first answer: a command that fails before leaves nothing behind.
+
     Args:
         output: JSONL file to write or to go on with.
         source: the input file.
@@ -86,8 +88,8 @@ class Answers:
             self._find_again()
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._describe(None)
-            output.touch()
+            if not os.access(output.parent, os.W_OK):
+                raise UserError(f"output: {output.parent} cannot be written; name a file in another folder")
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the rows answered so far."""
@@ -97,6 +99,8 @@ class Answers:
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add answers; they are on the disk when this returns."""
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        if not self._output.exists():
+            self._describe(None)
         with self._output.open("ab") as file:
             file.write(text.encode())
             file.flush()

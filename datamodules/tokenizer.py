@@ -247,10 +247,20 @@ def special_names(folder: Path | None) -> dict[str, str]:
 
 
 def _read_json(folder: Path | None, name: str) -> dict[str, Any]:
-    """Return the content of a folder's file, nothing if it is missing."""
+    """Return the object in a folder's file, nothing if it is missing.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     if folder is None or not (folder / name).is_file():
         return {}
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {folder / name} is not valid JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer: {folder / name} holds no JSON object; copy it again")
+    return content
 
 
 def _types(node: object) -> Iterable[str]:

@@ -105,9 +105,10 @@ def _not_constant(source: "Source") -> str | None:
     from modules.optim.schedule import ScheduleConfig
 
     run, manifest = source.facts.get("run"), source.facts.get("manifest")
-    if run is None or manifest is None:
+    settings = None if run is None else run["model"]["init_args"].get("schedule")
+    if settings is None or manifest is None:
         return None
-    schedule = ScheduleConfig(**run["model"]["init_args"]["schedule"])
+    schedule = ScheduleConfig(**settings)
     total_tokens = manifest["tokens"] * manifest["last_step"] // manifest["step"]
     factor = schedule.factor(manifest["tokens"], total_tokens)
     return None if factor == 1 else f"the learning rate was at {factor:.2g} of its peak"

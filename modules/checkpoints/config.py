@@ -8,6 +8,7 @@ Source of fields and defaults: transformers 5.23, models/nemotron_h; the older n
 """
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -237,10 +238,12 @@ def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:
 
 def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and type(value) in (int, float):
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ValueError(f"{file}: {key} {shown(value)} must be finite")
+        return float(value)
     if type(value) in kinds:
         return value
-    if float in kinds and type(value) is int:
-        return float(value)
     wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
     raise ValueError(f"{file}: {key} {shown(value)} must be {wanted}")
 
@@ -254,10 +257,10 @@ def shown(value: Any) -> str:  # noqa: ANN401
 def check_family(raw: dict[str, Any], file: Path) -> None:
     """Raise a ValueError if a `config.json` is not of a Nemotron-H language model."""
     kind, architectures = raw.get("model_type"), raw.get("architectures") or ["NemotronHForCausalLM"]
-    if kind != "nemotron_h" or "NemotronHForCausalLM" not in architectures:
+    if kind != "nemotron_h" or not isinstance(architectures, list) or "NemotronHForCausalLM" not in architectures:
         raise ValueError(
-            f"{file}: model_type {kind!r}, architectures {architectures!r}: only language models of the Nemotron-H "
-            "family ('nemotron_h', NemotronHForCausalLM) can be loaded"
+            f"{file}: model_type {shown(kind)}, architectures {shown(architectures)}: only language models of the "
+            "Nemotron-H family ('nemotron_h', NemotronHForCausalLM) can be loaded"
         )
 
 
@@ -283,7 +286,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     """Return a JSON value with transformers' way of writing infinity undone."""
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
-    if isinstance(value, dict) and value.keys() == {"__float__"}:
+    if value in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
         return float(value["__float__"])
     return value
 
@@ -305,5 +308,6 @@ def _layers(raw: dict[str, Any], keys: tuple[str, ...], file: Path) -> str | Non
     for key, value in found.items():
         first = next(iter(found))
         if value != found[first]:
-            raise ValueError(f"{file}: {key} contradicts {first} ({value} and {found[first]}); remove the wrong one")
+            both = f"{shown(value)} and {shown(found[first])}"
+            raise ValueError(f"{file}: {key} contradicts {first} ({both}); remove the wrong one")
     return next(iter(found.values()), None)

@@ -14,7 +14,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for brackets within brackets, as in no file of a model
         raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a JSON {type(value).__name__} where an object is needed; copy it again")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
 from modules.checkpoints.config import to_hugging_face
+from modules.checkpoints.documents import read_json
 from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import new_folder, write_json, write_tensors
@@ -128,7 +129,7 @@ def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code:
     if "run" not in source.facts:
         return config
     config["time_step_min"] = UNLIMITED
-    data = source.facts["run"]["data"]["init_args"]
+    data = source.facts["run"].get("data", {}).get("init_args", {})
     return {"max_position_embeddings": data["sequence_length"]} | config if "sequence_length" in data else config
 
 
@@ -158,6 +159,8 @@ def _copy_files(source: Source, target: Path) -> bool:
         if path.is_dir():
             shutil.copytree(path, target / name)
         elif path.is_file():
+            if path.suffix == ".json":
+                read_json(path)  # raises where it is damaged
             shutil.copyfile(path, target / name)
     code = list(source.path.glob(CODE_FILES)) if "auto_map" in source.facts.get("config", {}) else []
     legal = [path for pattern in LEGAL_FILES for path in source.path.glob(pattern) if path.is_file()]

@@ -15,7 +15,7 @@ from modules.backbone.config import BackboneConfig
 from modules.checkpoints import folder
 from modules.checkpoints.config import make_config
 from modules.checkpoints.defaults import read_defaults
-from modules.checkpoints.names import HEAD, TensorInfo, public_names, public_shapes
+from modules.checkpoints.names import HEAD, STACKED, TensorInfo, public_names, shapes_in_files
 from modules.checkpoints.reader import SafeReader
 from modules.checkpoints.values import check_finite
 
@@ -23,6 +23,8 @@ RUN_CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
 PREFIX = "model.network."
 """What the strategy's and the LightningModule's names put before the network's."""
+MANIFEST_KEYS = {"step": int, "last_step": int, "tokens": int, "devices": int, "torch": str}
+"""What every manifest of fit says."""
 
 
 class FitSource:
@@ -41,14 +43,14 @@ class FitSource:
         self.path = path
         run = _read_run(path / RUN_CONFIG)
         self.config = _backbone(run, path / RUN_CONFIG)
-        self.facts: dict[str, Any] = {"manifest": folder.describe(path), "run": run}
+        self.facts: dict[str, Any] = {"manifest": _read_manifest(path), "run": run}
         self.notes: list[str] = []
         tokenizer = path / TOKENIZER
         self.tokenizer_folder = tokenizer if tokenizer.is_dir() else None
         self.generation = read_defaults(path, {}, self.tokenizer_folder)
         self._reader = _Reader(path)
-        self._places = public_names(self.config)
         self.tensors: Mapping[str, TensorInfo] = self._account()
+        self._places = public_names(self.config)
         self._stacked: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
@@ -70,7 +72,8 @@ class FitSource:
             try:
                 dcp.load({PREFIX + parameter: tensor}, storage_reader=self._reader, no_dist=True)
             except dcp.CheckpointException as error:
-                reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+                failure = next(iter(error.failures.values()))[0]
+                reason = (str(failure) or repr(failure)).partition("\n")[0][:120]
                 raise ValueError(
                     f"{self.path}: tensor {parameter} cannot be read ({reason}); take another checkpoint of the run"
                 ) from None
@@ -85,7 +88,10 @@ class FitSource:
             if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
         tensors = {}
-        for (name, place), shape in zip(self._places.items(), public_shapes(self.config).values(), strict=True):
+        held = sum(info.shape[0] if STACKED in name else 1 for name, info in stored.items())
+        shapes = shapes_in_files(self.config, held, self.path / RUN_CONFIG)
+        places = public_names(self.config)
+        for (name, place), shape in zip(places.items(), shapes.values(), strict=True):
             if place.parameter not in stored:
                 raise ValueError(f"{self.path}: tensor {place.parameter} is missing; copy the checkpoint again")
             info = stored[place.parameter]
@@ -96,7 +102,7 @@ class FitSource:
                     "one of the two is not of this checkpoint"
                 )
             tensors[name] = TensorInfo(shape, info.dtype)
-        known = {place.parameter for place in self._places.values()} | {HEAD}
+        known = {place.parameter for place in places.values()} | {HEAD}
         if unknown := sorted(stored.keys() - known):
             raise ValueError(f"{self.path}: tensor {unknown[0]} is unknown to the network that {RUN_CONFIG} describes")
         return tensors
@@ -113,10 +119,22 @@ class _Reader(SafeReader):
         return self.metadata
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, whose facts go into a model card and decide a merge."""
+    manifest = folder.describe(path)
+    metrics = manifest.get("metrics", {})
+    wrong = [key for key, kind in MANIFEST_KEYS.items() if type(manifest.get(key)) is not kind]
+    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+        wrong.append("metrics")
+    if wrong:
+        raise ValueError(f"{path / folder.MANIFEST}: {wrong[0]} is missing or of the wrong type; copy it again")
+    return manifest
+
+
 def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{file} is not valid YAML ({' '.join(str(error).split())}); copy the checkpoint again"
         ) from None

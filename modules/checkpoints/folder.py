@@ -104,24 +104,27 @@ def describe(folder: Path) -> dict[str, Any]:
         ValueError: the folder has none that can be read.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    return about
 
 
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder in a few words, or None if it is complete."""
     try:
-        files = describe(folder)["files"]
-    except (KeyError, ValueError):
+        files = [(name, size, checksum) for name, (size, checksum) in describe(folder)["files"].items()]
+    except (AttributeError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} cannot be read"
-    for name, expected in files.items():
+    for name, size, checksum in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected[0]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
-        if _fingerprint(path) != expected:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _fingerprint(path) != [size, checksum]:
             return f"{name} has changed"
     return None
 

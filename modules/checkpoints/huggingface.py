@@ -18,7 +18,7 @@ from modules.checkpoints.names import (
     SHARED,
     TensorInfo,
     placeholder_shapes,
-    public_shapes,
+    shapes_in_files,
 )
 from modules.checkpoints.safetensors import read_entry, read_folder
 from modules.checkpoints.values import check_finite
@@ -84,22 +84,9 @@ class HuggingFaceSource:
         self._entries = {name: entry for name, entry in self._entries.items() if name not in shapes}
         return without
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return `public_shapes`, unless the configuration's sizes are beyond any file."""
-        experts = self.config.n_routed_experts
-        if "E" in self.config.hybrid_override_pattern and experts > len(self._entries):
-            raise ValueError(
-                f"{self.path / CONFIG}: n_routed_experts is {experts}, but the weight files hold {len(self._entries)} "
-                "tensors in all; download both again"
-            )
-        try:
-            return public_shapes(self.config)
-        except (RuntimeError, TypeError):  # torch's, for more bytes or rows than an integer holds
-            raise ValueError(f"{self.path / CONFIG}: its sizes are beyond any file; download it again") from None
-
     def _account(self) -> dict[str, TensorInfo]:
         """Check that the tensors in the files are exactly those of the configuration."""
-        shapes = self._shapes()
+        shapes = shapes_in_files(self.config, len(self._entries), self.path / CONFIG)
         if unexpected := [name for name in self._entries if name not in shapes]:
             raise ValueError(
                 f"{self._entries[unexpected[0]].file}: {_count(unexpected)} not part of the network that {CONFIG} "

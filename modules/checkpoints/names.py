@@ -6,6 +6,7 @@ network itself is the list of names: nothing here has to be kept in step with it
 """
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,33 @@ def public_names(config: BackboneConfig) -> dict[str, Place]:
 def public_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each public tensor, in the order of `public_names`."""
     return {name: shape for name, _, shape in _tensors(config)}
+
+
+def shapes_in_files(config: BackboneConfig, held: int, file: Path) -> dict[str, tuple[int, ...]]:
+    """Return `public_shapes` of a configuration from a file, unless no weight files could be that large.
+
+    Args:
+        config: the configuration.
+        held: public tensors in the weight files.
+        file: where the configuration was read, for messages.
+
+    Raises:
+        ValueError: it has more layers or experts than there are tensors, or sizes that no computer holds.
+    """
+    letters = config.hybrid_override_pattern
+    if config.num_nextn_predict_layers:
+        letters += config.mtp_hybrid_override_pattern
+    counts = {"number of layers": len(letters), "n_routed_experts": config.n_routed_experts if "E" in letters else 0}
+    for key, count in counts.items():
+        if count > held:
+            raise ValueError(
+                f"{file}: {key} is {count}, but the weight files hold {held} tensors in all; one of the two is not of "
+                "this model: copy or download both again"
+            )
+    try:
+        return public_shapes(config)
+    except (RuntimeError, TypeError):  # torch's, for more bytes or rows than an integer holds
+        raise ValueError(f"{file}: its sizes are beyond any file; copy or download it again") from None
 
 
 def placeholder_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:

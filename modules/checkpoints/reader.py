@@ -46,7 +46,9 @@ class SafeReader(FileSystemReader):
             content = stream.read()
         try:
             metadata = _Unpickler(io.BytesIO(content)).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+            if not isinstance(metadata, Metadata):
+                raise TypeError(f"it holds a {type(metadata).__name__}")
+        except Exception as error:  # damaged bytes are instructions to pickle, which fail in any way
             raise ValueError(f"{path} is damaged or no index of a checkpoint: {error}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -86,7 +86,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         header = json.loads(text, object_pairs_hook=_without_repetition)
         if not isinstance(header, dict):
             raise ValueError("no object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, said, 8 + length) for name, said in header.items()}
@@ -118,7 +118,7 @@ def _entry(file: Path, name: str, said: Any, data: int) -> Entry:  # noqa: ANN40
         kind, shape, start, end, valid = None, (), 0, 0, False
     if not valid:
         raise ValueError(f"{file}: its header is damaged at tensor {name}; {AGAIN}")
-    if kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(
             f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; take the model in bf16, "
             "not a quantised one"
@@ -134,12 +134,13 @@ def _entry(file: Path, name: str, said: Any, data: int) -> Entry:  # noqa: ANN40
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(_is_file_name(value) for value in places.values()):
+    if not isinstance(places, dict) or not places or not all(_is_file_name(value) for value in places.values()):
         raise ValueError(f"{index}: weight_map must give the file of each tensor; {AGAIN}")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
-        if not (folder / shard).exists():
-            raise ValueError(f"{folder / shard} is missing, though {index.name} names it; download it")
+        if not (folder / shard).is_file():
+            problem = "is no file" if (folder / shard).exists() else "is missing"
+            raise ValueError(f"{folder / shard} {problem}, though {index.name} names it; download it")
         for name, entry in read_header(folder / shard).items():
             if name in entries:
                 raise ValueError(
@@ -155,4 +156,4 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
 
 
 def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value) and Path(value).name == value
+    return isinstance(value, str) and Path(value).name == value and value not in ("", "..")

@@ -307,11 +307,17 @@ def _per_head(values: Tensor, groups: int, dims: int) -> Tensor:
 
 
 def _decay(dt: Tensor, A: Tensor, ids: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> _Decays:
-    """Return the decays of a stretch; dt is [R, G, B, c, q]."""
+    """Return the decays of a stretch; dt is [R, G, B, c, q].
+
+    A running sum far below zero would leave fp32 too few digits for the differences of neighbours, so it is taken in
+    fp64 and held as two fp32 numbers: nearly equal ones are subtracted without error, the rest is added after.
+    """
     size = dt.shape[-1]
-    total = (dt * _per_head(A, dt.shape[1], 3)).cumsum(-1)
+    exact = (dt.double() * _per_head(A, dt.shape[1], 3)).cumsum(-1)
+    total = exact.float()
+    rest = (exact - total).float()
     allowed = torch.ones(size, size, dtype=torch.bool, device=dt.device).tril_()
-    to_end, from_start, whole = (total[..., -1:] - total).exp_(), total.exp(), total[..., -1].exp()
+    to_end, from_start, whole = (exact[..., -1:] - exact).float().exp_(), total.exp(), total[..., -1].exp()
     if ids is not None:
         chunks, before = ids
         last = chunks[..., -1]
@@ -321,7 +327,8 @@ def _decay(dt: Tensor, A: Tensor, ids: tuple[Tensor, Tensor] | None, dtype: torc
         whole *= last == before
     # The mask comes before exp: masked differences are positive and would overflow.
     forbidden = torch.zeros(allowed.shape, device=dt.device).masked_fill_(~allowed, float("-inf"))
-    inside = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(forbidden).exp_().to(dtype)
+    inside = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
+    inside = inside.add_(forbidden).exp_().to(dtype)
     return _Decays(inside, to_end, from_start, whole)
 
 

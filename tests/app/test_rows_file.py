@@ -59,6 +59,14 @@ def test_a_second_start_goes_on_after_the_last_complete_line(source: Path, tmp_p
     assert (finished.count, finished.summary) == (3, {"rows": 3})
 
 
+def test_nothing_appears_before_the_first_answer(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "folder" / "out.jsonl"
+    answers = Answers(output, source, {})
+    assert list(output.parent.iterdir()) == []
+    answers.append(ROWS[:1])
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
+
+
 def test_another_command_adds_nothing(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     Answers(output, source, {"model": "m"}).append(ROWS[:1])

@@ -129,6 +129,8 @@ def test_a_foreign_sentencepiece_like_tokenizer_counts_bytes(tmp_path):
         ({}, "holds no tokenizer"),
         ({"tokenizer.json": "{"}, "holds no tokenizer"),
         ({"tokenizer.json": None}, "names no eos_token"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "[1]"}, "tokenizer_config.json holds no JSON object"),
     ],
 )
 def test_bad_folders_are_named(files: dict, message: str, tmp_path):

@@ -89,6 +89,10 @@ def read_shards(source: Path) -> dict[str, Tensor]:
     return {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+MANIFEST = {"step": 1, "last_step": 1, "tokens": 64, "devices": 1, "torch": "2.13.0"}
+"""What every manifest says."""
+
+
 def write_fit_folder(target: Path, network: Network, **about) -> Path:
     """Write what the strategy writes of a network: its tensors, the run's configuration and a manifest."""
     partial = folder.begin(target)
@@ -97,5 +101,5 @@ def write_fit_folder(target: Path, network: Network, **about) -> Path:
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
     run = {"model": {"class_path": "modules.pretraining.Pretraining", "init_args": {"backbone": vars(network.config)}}}
     (partial / "config.yaml").write_text(yaml.safe_dump(run))
-    folder.publish(target, {"step": 1, **about})
+    folder.publish(target, MANIFEST | about)
     return target

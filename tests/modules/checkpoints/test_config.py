@@ -218,6 +218,11 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "epsilon twice": ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06 contradicts layer_norm_epsilon 1e-05"),
     "type": ({"hidden_size": "64"}, "hidden_size '64' must be int"),
     "truth for a number": ({"conv_kernel": True}, "conv_kernel True must be int"),
+    "not a number": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor nan must be finite"),
+    "too large": ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon 1000.* must be finite"),
+    "dt limit that is none": ({"time_step_limit": [0.0, {"__float__": "x"}]}, "time_step_limit"),
+    "architectures": ({"architectures": 5}, "architectures 5"),
+    "long lists": ({"hybrid_override_pattern": "M" * 999, "layers_block_type": ["moe"] * 999}, "contradicts"),
     "range": ({"hidden_size": 0}, "hidden_size: 0 must be positive"),
     "groups": ({"n_groups": 7}, "n_groups: 7 must divide mamba_num_heads"),
 }

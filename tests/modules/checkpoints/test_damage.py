@@ -1,6 +1,7 @@
 """Every damaged folder is refused in one line that names the file, the tensor where there is one, and the mend."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modules.checkpoints import folder
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import open_model
-from tests.modules.checkpoints.helpers import public_tensors, write_fit_folder, write_shards
+from tests.modules.checkpoints.helpers import MANIFEST, public_tensors, write_fit_folder, write_shards
 from tests.modules.helpers import make_network, tiny_config
 
 INDEX = "model.safetensors.index.json"
@@ -104,6 +106,7 @@ def test_bytes_after_the_end(single):
         (lambda header: header[HEAD].update(data_offsets="all"), f"damaged at tensor {HEAD}"),
         (lambda header: header[HEAD].pop("dtype"), f"damaged at tensor {HEAD}"),
         (lambda header: header.update({HEAD: 3}), f"damaged at tensor {HEAD}"),
+        (lambda header: header[HEAD].update(dtype=["F32"]), f"tensor {HEAD} has dtype ['F32'], but weights must be"),
         (
             lambda header: header[HEAD].update(dtype="F64"),
             f"tensor {HEAD} has dtype F64, but weights must be F32",
@@ -127,6 +130,8 @@ def test_header_that_does_not_parse(single):
     content = bytearray(file.read_bytes())
     content[20:24] = b"\xff\xff{{"
     file.write_bytes(content)
+    assert message(single).startswith("PATH/model.safetensors: its header is damaged")
+    file.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
     assert message(single).startswith("PATH/model.safetensors: its header is damaged")
 
 
@@ -190,6 +195,12 @@ def test_tensor_too_many(single, name, mend):
 # -- index ------------------------------------------------------------------------------------------------------------
 
 
+BROKEN_INDEX = [
+    *("[]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000),
+    *('{"weight_map": {"x": "../x"}}', '{"weight_map": {"x": ".."}}'),
+]
+
+
 def test_missing_index_entry(sharded):
     file = holder(sharded)
     edit_json(sharded / INDEX, lambda index: index["weight_map"].pop(HEAD))
@@ -212,6 +223,13 @@ def test_missing_shard(sharded):
     assert message(sharded).startswith(f"PATH/{SECOND} is missing, though {INDEX} names it; download it")
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_shard_that_is_no_file(sharded, make):
+    (sharded / SECOND).unlink()
+    make(sharded / SECOND)
+    assert message(sharded).startswith(f"PATH/{SECOND} is no file, though {INDEX} names it; download it")
+
+
 def test_missing_index(sharded):
     (sharded / INDEX).unlink()
     assert f"neither model.safetensors nor {INDEX} is there; {FIRST} is there" in message(sharded)
@@ -230,7 +248,7 @@ def test_two_models_in_a_folder(sharded, network):
     assert "holds both model.safetensors and" in message(sharded)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"x": "../x"}}', "{}"])
+@pytest.mark.parametrize("content", BROKEN_INDEX)
 def test_index_that_is_none(sharded, content):
     (sharded / INDEX).write_text(content)
     assert message(sharded).startswith(f"PATH/{INDEX}")
@@ -258,18 +276,20 @@ def test_index_that_is_none(sharded, content):
         {"n_routed_experts": 10**12},
         {"vocab_size": 10**18},
         {"mamba_head_dim": 10**18},
+        {"hybrid_override_pattern": "M" * 100_000, "layers_block_type": None, "num_hidden_layers": None},
+        {"hybrid_override_pattern": "M*E-E", "layers_block_type": ["moe"] * 100_000},
     ],
-    ids=str,
+    ids=lambda lie: ",".join(lie) + str(lie)[-12:],
 )
 def test_configuration_that_lies_about_a_size(single, lie):
     edit_json(single / "config.json", lambda raw: raw.update(lie))
     text = message(single)
     assert "config.json" in text
-    if not any(size == 10**12 or size == 10**18 for size in lie.values()):
+    if not any(size in (10**12, 10**18) or len(str(size)) > 99 for size in lie.values()):
         assert "backbone." in text or "mtp." in text, "a tensor is named"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"version https://git-lfs", b"[" * 10**5])
 def test_configuration_that_is_no_json(single, content):
     (single / "config.json").write_bytes(content)
     assert message(single).startswith("PATH/config.json ")
@@ -278,6 +298,15 @@ def test_configuration_that_is_no_json(single, content):
 def test_generation_config_that_is_wrong(single):
     (single / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     assert "PATH/generation_config.json: eos_token_id '</s>' must be a token id" in message(single)
+
+
+def republish(path: Path, name: str, content: bytes) -> None:
+    """Write a checkpoint of fit again with another content of a file, and a manifest that agrees."""
+    partial = folder.begin(path)
+    for file in path.iterdir():
+        if file.name != "checkpoint.json":
+            (partial / file.name).write_bytes(content if file.name == name else file.read_bytes())
+    folder.publish(path, MANIFEST)
 
 
 # -- other folders ----------------------------------------------------------------------------------------------------
@@ -309,6 +338,31 @@ def test_damaged_checkpoint_of_fit(network, tmp_path):
     assert "PATH is damaged: checkpoint.json cannot be read" in message(path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"files": [1]}', '{"files": {"config.yaml": 5}}', "[" * 10**5])
+def test_manifest_that_is_none(network, tmp_path, content):
+    path = write_fit_folder(tmp_path / "step=00000001", network)
+    (path / "checkpoint.json").write_text(content)
+    assert message(path).startswith("PATH is damaged: checkpoint.json cannot be read")
+
+
+@pytest.mark.parametrize("change", [{"step": "1"}, {"tokens": None}, {"metrics": [1]}, {"metrics": {"loss": "low"}}])
+def test_manifest_with_a_wrong_value(network, tmp_path, change):
+    path = write_fit_folder(tmp_path / "step=00000001", network)
+    edit_json(path / "checkpoint.json", lambda manifest: manifest.update(change))
+    assert message(path).startswith(f"PATH/checkpoint.json: {next(iter(change))} is missing or of the wrong type")
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_checkpoint_of_fit_that_was_saved_damaged(network, tmp_path, name):
+    """The manifest agrees with the files, so that what reads them has to notice."""
+    path = write_fit_folder(tmp_path / "step=00000001", network)
+    content = (path / name).read_bytes()
+    for damaged in (b"", content[: len(content) // 9], bytes(byte ^ 0xFF for byte in content)):
+        republish(path, name, damaged)
+        text = message(path)
+        assert f"PATH/{name} is damaged" in text if name == ".metadata" else "cannot be read" in text
+
+
 def test_newest_undamaged_checkpoint_of_a_run(network, tmp_path):
     run = tmp_path / "run"
     assert "is no MODEL" in message(tmp_path)
@@ -336,17 +390,13 @@ def test_checkpoint_of_fit_with_nan(tmp_path):
         (lambda text: text.replace("backbone:", "spine:"), "model.init_args.backbone is missing"),
         (lambda text: "a: [", "is not valid YAML"),
         (lambda text: "3", "is no configuration of a run"),
+        (lambda text: "\udcff", "is not valid YAML"),
+        (lambda text: text.replace("hidden_size: 32", f"hidden_size: {10**30}"), "beyond any file"),
+        (lambda text: text.replace("n_routed_experts: 8", f"n_routed_experts: {10**12}"), "n_routed_experts is"),
     ],
 )
 def test_checkpoint_of_fit_whose_configuration_is_of_another(network, tmp_path, change, answer):
-    from modules.checkpoints import folder
-
     path = write_fit_folder(tmp_path / "step=00000001", network)
     text = (path / "config.yaml").read_text()
-    partial = folder.begin(path)
-    for file in path.iterdir():
-        if file.name != "checkpoint.json":
-            (partial / file.name).write_bytes(file.read_bytes())
-    (partial / "config.yaml").write_text(change(text))
-    folder.publish(path, {})
+    republish(path, "config.yaml", change(text).encode(errors="surrogateescape"))
     assert answer in message(path)

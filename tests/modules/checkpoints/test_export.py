@@ -226,6 +226,15 @@ def test_nothing_is_made_up_where_there_is_no_tokenizer(tmp_path: Path):
     assert "AutoTokenizer" not in (written / "README.md").read_text()
 
 
+def test_a_damaged_tokenizer_is_not_passed_on(tmp_path: Path):
+    source = write_hf_folder(tmp_path / "source", make_network(tiny_config()), tokenizer=True)
+    file = source / "tokenizer.json"
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not valid JSON"):
+        export(open_model(source), tmp_path / "out", max_shard_bytes=10**9, report=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_the_card_states_the_facts_of_the_run(tmp_path: Path):
     network = make_network(tiny_config())
     card = (write(write_fit_folder(tmp_path / "fit", network), tmp_path / "hf") / "README.md").read_text()

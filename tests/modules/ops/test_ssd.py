@@ -111,6 +111,18 @@ def test_extreme_step_sizes_stay_finite(extreme: float | str, documents: bool) -
         assert ours[name].grad.isfinite().all(), f"gradient of {name}"
 
 
+def test_decays_keep_their_digits_after_large_steps() -> None:
+    """After steps that forget all, the running sum of dt A is large; its differences must be those of small steps."""
+    inputs = make_inputs(128)
+    inputs["dt"][:, :64] = 20.0
+    inputs["dt"][:, 64:] -= 3.0
+    inputs["A"] = torch.full_like(inputs["A"], -4.0)
+    inputs["D"].zero_()
+    expected, out = recurrence(**inputs)[:, 64:], run(inputs, None, 128)[:, 64:]
+    error = relative_error(out, expected)
+    assert error < 2e-6, f"relative error {error:.1e}"
+
+
 def test_bf16_stays_near_the_exact_scan() -> None:
     inputs = make_inputs(50, channels=8, state=16)
     low = {name: tensor.bfloat16() if name in ("x", "dt", "B", "C") else tensor for name, tensor in inputs.items()}
