@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modules.ops.native import quantization as native
 from modules.precision.scaling import broadcast_scale, tensor_amax
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -30,6 +31,7 @@ def encode_scale(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tens
     return torch.where((amax == 0) | amax.isinf(), torch.ones_like(scale), scale)
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor, *, amax: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn, stacked: bool = False
 ) -> FP8:
@@ -51,8 +53,12 @@ def dequantize(quantized: FP8, dtype: torch.dtype = torch.float32) -> Tensor:
     return (quantized.codes.float() / broadcast_scale(quantized.encode_scale, quantized.codes.ndim)).to(dtype)
 
 
+@torch.no_grad()
 def quantize_dequantize(
     x: Tensor, *, amax: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn, stacked: bool = False
 ) -> Tensor:
     """Return what is left of `x` after `quantize`, in the dtype of `x`."""
+    if native.applies(x):
+        scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
+        return native.fp8(x, scale, dtype)
     return dequantize(quantize(x, amax=amax, dtype=dtype, stacked=stacked), x.dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modules.ops.native import quantization as native
 from modules.precision.scaling import check_blocks
 
 BLOCK = 32
@@ -35,6 +36,7 @@ def block_scales(amax: Tensor) -> Tensor:
     return biased.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
+@torch.no_grad()
 def quantize(x: Tensor) -> MXFP8:
     """Quantise a tensor of any floating dtype along its last axis, rounding to the nearest (ties to even).
 
@@ -57,7 +59,11 @@ def dequantize(quantized: MXFP8, dtype: torch.dtype = torch.float32) -> Tensor:
     return (blocks * quantized.scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+@torch.no_grad()
 def quantize_dequantize(x: Tensor, *, axis: int = -1) -> Tensor:
     """Return what is left of `x` after `quantize` along an axis (-1 or -2), in the dtype of `x`."""
+    check_blocks(x.shape[axis], BLOCK, "MXFP8")
+    if native.applies(x):
+        return native.mxfp8(x, axis)
     turned = x.transpose(axis, -1)
     return dequantize(quantize(turned), x.dtype).transpose(axis, -1)

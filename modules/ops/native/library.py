@@ -34,6 +34,8 @@ def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     """Return the library's file, from the user's cache or compiled into it (2 s)."""
     flags = (*flags, "-march=native", "-fopenmp", "-fPIC", "-c")
     key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        key.update(header.read_bytes())
     key.update(repr((compiler, flags, LINK, platform.machine(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superbolt"
     target = cache / f"{source.stem}-{key.hexdigest()[:16]}.so"

@@ -1,6 +1,6 @@
-"""NVFP4 rounding in C (quantization.c): one pass over memory where the portable operations make thirty.
+"""Quantisers in C (quantization.c): one pass over memory where the portable operations make thirty.
 
-Bit for bit what `modules/precision/blocks.py` computes; its callers there take it wherever `applies` allows.
+Bit for bit what the portable ones in `modules/precision` compute, which take these wherever `applies` allows.
 """
 
 import ctypes
@@ -44,15 +44,16 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
     library, status = load_library(SOURCE, COMPILE)
     if library is not None:
-        library.superbolt_quantize.argtypes = [ctypes.c_void_p]
-        library.superbolt_quantize.restype = None
+        library.superbolt_quantize.argtypes = library.superbolt_mxfp8.argtypes = [ctypes.c_void_p]
         library.superbolt_amax.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        library.superbolt_amax.restype = None
+        library.superbolt_fp8.argtypes = [ctypes.c_void_p, ctypes.c_float]
+        for function in ("quantize", "mxfp8", "amax", "fp8"):
+            getattr(library, f"superbolt_{function}").restype = None
     return library, status
 
 
 def applies(x: Tensor) -> bool:
-    """Return whether `quantize` and `amax` take this tensor."""
+    """Return whether the functions below take this tensor."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
@@ -156,3 +157,39 @@ def quantize(
         setattr(job, name, None if tensor is None else tensor.data_ptr())
     library.superbolt_quantize(ctypes.byref(job))
     return out, scales
+
+
+def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
+    """Return what MXFP8 leaves of a tensor, in its dtype.
+
+    Args:
+        x: [..., R, K], fp32 or bf16.
+        axis: along which blocks of 32 lie: -1 or -2.
+    """
+    library, _ = load()
+    assert library is not None
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    job = _job(x, axis, hadamard=False)
+    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
+    library.superbolt_mxfp8(ctypes.byref(job))
+    return out
+
+
+def fp8(x: Tensor, encode: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what FP8 leaves of a tensor, in its dtype.
+
+    Args:
+        x: [..., R, K], fp32 or bf16.
+        encode: fp32 scale, a scalar or of the shape of leading axes of `x`.
+        dtype: float8_e4m3fn or float8_e5m2.
+    """
+    library, _ = load()
+    assert library is not None
+    x, encode = x.detach().contiguous(), encode.contiguous()
+    out = torch.empty_like(x)
+    job = _job(x, -2, hadamard=False)
+    job.out, job.kind, job.encode = out.data_ptr(), KINDS[x.dtype], encode.data_ptr()
+    job.rows_per_scale = job.matrices * job.rows // encode.numel()
+    library.superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
+    return out

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from modules.ops.native import library, quantization
-from modules.precision import nvfp4
+from modules.precision import fp8, mxfp8, nvfp4
 
-SHAPES = [(32,), (16, 16), (48, 64), (20, 32), (64, 37), (3, 48, 64), (2, 32, 21), (2, 2, 16, 48)]
+SHAPES = [(32,), (32, 48), (20, 32), (48, 21), (3, 16, 32), (2, 16, 21), (2, 2, 16, 16)]
 OPTIONS = list(itertools.product((False, True), ("nearest", "stochastic"), (None, "mse", "mae"), (False, True)))
 
 
@@ -57,7 +57,6 @@ def special_numbers(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_option(shape, dtype, monkeypatch):
     x = special_numbers(shape, dtype)
-    functions = (nvfp4.quantize, nvfp4.quantize_dequantize, nvfp4.gemm_operand)
     for tiles, rounding, four, hadamard in OPTIONS:
         for axis in (-1, -2)[: len(shape)]:
             if shape[axis] % 16 or (tiles and len(shape) == 1):
@@ -66,8 +65,10 @@ def test_every_option(shape, dtype, monkeypatch):
                 "tiles": tiles, "rounding": rounding, "four_over_six": four, "hadamard": hadamard, "axis": axis,
                 "stacked": len(shape) == 3,
             }  # fmt: skip
-            for function in functions:
-                assert_same_bits(*both(lambda f=function, o=options: f(x, **o), monkeypatch))
+            assert_same_bits(*both(lambda o=options: nvfp4.quantize(x, **o), monkeypatch))
+            assert_same_bits(*both(lambda o=options: nvfp4.quantize_dequantize(x, **o), monkeypatch))
+            if four is None:
+                assert_same_bits(*both(lambda o=options: nvfp4.gemm_operand(x, **o), monkeypatch))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38])
@@ -100,6 +101,32 @@ def test_searches_and_given_scales(monkeypatch):
     scales, portable = both(lambda: nvfp4.mse_scales(x, stacked=True), monkeypatch)
     assert_same_bits(scales, portable)
     assert_same_bits(*both(lambda: nvfp4.quantize(x, scales=scales, stacked=True), monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (32, 64), (33, 96), (64, 37), (2, 32, 21), (3, 48, 64)], ids=str)
+def test_eight_bits(shape, dtype, monkeypatch):
+    x = special_numbers(shape, dtype)
+    for axis in (-1, -2)[: len(shape)]:
+        if shape[axis] % 32 == 0:
+            assert_same_bits(*both(lambda a=axis: mxfp8.quantize_dequantize(x, axis=a), monkeypatch))
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        options = {"dtype": kind, "stacked": len(shape) == 3}
+        assert_same_bits(*both(lambda o=options: fp8.quantize_dequantize(x, **o), monkeypatch))
+        frozen = {"dtype": kind, "amax": torch.tensor(0.7)}
+        assert_same_bits(*both(lambda o=frozen: fp8.quantize_dequantize(x, **o), monkeypatch))
+    if len(shape) == 2:
+        rows = {"amax": x.abs().amax(1)}
+        assert_same_bits(*both(lambda: fp8.quantize_dequantize(x, **rows), monkeypatch))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38])
+def test_extreme_numbers_in_eight_bits(value, monkeypatch):
+    for dtype, size in itertools.product((torch.float32, torch.bfloat16), (1e-42, 1e-38, 1.0)):
+        x = (torch.randn(33, 64) * size).to(dtype)
+        x[3, 7] = value
+        for function in (mxfp8.quantize_dequantize, fp8.quantize_dequantize):
+            assert_same_bits(*both(lambda f=function, x=x: f(x), monkeypatch))
 
 
 def test_scales_of_rows(monkeypatch):

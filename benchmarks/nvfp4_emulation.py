@@ -1,0 +1,162 @@
+"""What emulated NVFP4 costs on a CPU: quantise and dequantise, against torchao's and a plain copy of memory.
+
+    python -m benchmarks.nvfp4_emulation [--sizes 1024 2048 4096] [--formats bf16 fp32] [--threads 1 2] [--rounds 9]
+
+torchao's is `NVFP4Tensor.to_nvfp4` with a scale a tensor and `dequantize`, eager and through torch.compile, whose time
+is printed. All round every matrix to the nearest in blocks of 1x16 and return it in its dtype; "equal" is the share of
+numbers that are ours to five digits (torchao breaks ties in another way). Below: what else training asks of a
+quantiser, on our side alone, each with the ratio to our first row.
+Each side lives in a process of its own and takes turns; a ratio is the median of the ratios of neighbouring turns. All
+have our settings of memory and threads (`app.__main__.settle_process`).
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.__main__ import settle_process
+from benchmarks.side import Side, timed
+from modules.ops.native import quantization
+from modules.precision import nvfp4
+
+OURS, PORTABLE, TORCHAO, COMPILED, COPY = "ours", "ours, portable", "torchao", "torchao, compiled", "copy"
+SIDES = [OURS, PORTABLE, TORCHAO, COMPILED, COPY]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+USES: dict[str, nvfp4.Options] = {
+    "weight, 16x16": {"tiles": True},
+    "gradient, stochastic": {"rounding": "stochastic"},
+    "activation, transform along tokens": {"axis": -2, "hadamard": True},
+    "gradient, transform along tokens, stochastic": {"axis": -2, "hadamard": True, "rounding": "stochastic"},
+    "four over six": {"four_over_six": "mse"},
+}
+"""What training and calibration ask for beside rounding an activation to the nearest."""
+NUMBERS_A_TURN = 2**22
+"""A turn takes so many calls that they round about this many numbers."""
+Function = Callable[[Tensor], Tensor]
+
+
+class Request(NamedTuple):
+    """A turn: the name of a function, and the matrix it takes."""
+
+    function: str
+    precision: str
+    size: int
+
+
+def torchao_function() -> Function:
+    """Return what torchao leaves of a matrix."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    def function(x: Tensor) -> Tensor:
+        scale = per_tensor_amax_to_scale(x.abs().max())
+        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(x.dtype)
+
+    return function
+
+
+def functions_of(side: str) -> dict[str, Function]:
+    """Return what a side can be asked for; "" is rounding to the nearest."""
+    if side == PORTABLE:
+        quantization.applies = lambda x: False
+    if side in (OURS, PORTABLE):
+        every: dict[str, nvfp4.Options] = {"": {}, **USES}
+        return {use: functools.partial(nvfp4.quantize_dequantize, **options) for use, options in every.items()}
+    if side == COPY:
+        return {"": torch.clone}
+    return {"": torch.compile(torchao_function(), dynamic=False) if side == COMPILED else torchao_function()}
+
+
+def matrix(precision: str, size: int) -> Tensor:
+    """Return the matrix all sides take."""
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(size)).to(DTYPES[precision])
+
+
+def serve(connection: Connection, side: str, threads: int) -> None:
+    """Answer requests with the seconds of a call, or (as "left") with what is left of the matrix."""
+    settle_process()
+    torch.set_num_threads(threads)
+    functions = functions_of(side)
+    x, last = torch.empty(0), None
+    connection.send(None)
+    while (message := connection.recv()) is not None:
+        answer, request = message
+        function = functions[request.function]
+        if (request.precision, request.size) != last:
+            last = (request.precision, request.size)
+            x = matrix(*last)
+        if answer == "left":
+            connection.send(function(x))
+        elif answer == "first":
+            connection.send(timed(lambda f=function, x=x: f(x))[1])
+        else:
+            calls = max(1, NUMBERS_A_TURN // x.numel())
+            times = timed(lambda f=function, x=x, calls=calls: [f(x) for _ in range(calls)] and None)
+            connection.send(tuple(seconds / calls for seconds in times))
+
+
+def compare(sides: list[Side], request: Request, rounds: int) -> None:
+    """Print the table of one matrix."""
+    first = {side.name: side.ask(("first", request)) for side in sides}
+    turn = ("turn", request)
+    for _ in range(rounds):
+        for side in sides:
+            side.turn(turn)
+    ours = sides[0]
+    expected = ours.ask(("left", request))
+    for side in sides:
+        equal = torch.isclose(side.ask(("left", request)), expected, rtol=1e-5, atol=0).float().mean().item()
+        note = f"  first call {first[side.name]:.1f} s" if side.name == COMPILED else ""
+        print_row(side.name, side, turn, ours, turn, f"{equal:8.2%}{note}")
+    for use in USES:
+        other = ("turn", request._replace(function=use))
+        ours.ask(other)
+        for _ in range(rounds):
+            ours.turn(other)
+        print_row(f"  {use}", ours, other, ours, turn, "")
+
+
+def print_row(name: str, side: Side, request: object, base: Side, base_request: object, note: str) -> None:
+    """Print a row: median milliseconds, and ratios of neighbouring turns to those of `base`."""
+    if request == base_request:
+        ratios = [side.ratio(base, request, column) for column in range(2)]
+    else:
+        ratios = [side.median(request, column) / base.median(base_request, column) for column in range(2)]
+    milliseconds = [side.median(request, column) * 1000 for column in range(2)]
+    print(
+        f"{name:<48}{milliseconds[0]:9.2f}{milliseconds[1]:9.2f}{ratios[0]:10.2f}x{ratios[1]:11.2f}x  {note}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Parse the command line and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="rows and columns of a matrix")
+    parser.add_argument("--formats", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes of it")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: 9)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours is always there (default: all)")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, C code: {quantization.load()[1]}")
+    for threads in options.threads:
+        names = list(dict.fromkeys([OURS, *options.sides]))
+        sides = [Side(name, serve, name, threads) for name in names]
+        for precision in options.formats:
+            for size in options.sizes:
+                print(
+                    f"\n{size} x {size} {precision}, {threads} thread(s), median of {options.rounds} rounds, ms a call"
+                )
+                print(f"{'':<48}{'CPU':>9}{'wall':>9}{'CPU ratio':>11}{'wall ratio':>12}  {'equal':>8}")
+                compare(sides, Request("", precision, size), options.rounds)
+        for side in sides:
+            side.close()
+
+
+if __name__ == "__main__":
+    main()
