@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from modules.precision.backends import BackendName, choose
 from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
@@ -87,17 +87,14 @@ RECIPES: dict[str, tuple[PrecisionRule, ...]] = {
     "fp32": (PrecisionRule(pattern="*", format="fp32"),),
     "bf16": (PrecisionRule(pattern="*", format="bf16"),),
     # Nemotron 3 Super (arXiv 2604.12374, table 3); with the bf16 tail, which every recipe has.
-    "super": tuple(
-        PrecisionRule(pattern=pattern, format=chosen)
-        for pattern, chosen in (
-            ("*embeddings", "bf16"),
-            ("lm_head", "bf16"),
-            ("mtp.*", "bf16"),
-            ("*.mixer.[qkvo]_proj", "bf16"),
-            ("*.mixer.fc[12]_latent_proj", "bf16"),
-            ("*.mixer.out_proj", "mxfp8"),
-            ("*", "nvfp4"),
-        )
+    "super": (
+        PrecisionRule(pattern="*embeddings", format="bf16"),
+        PrecisionRule(pattern="lm_head", format="bf16"),
+        PrecisionRule(pattern="mtp.*", format="bf16"),
+        PrecisionRule(pattern="*.mixer.[qkvo]_proj", format="bf16"),
+        PrecisionRule(pattern="*.mixer.fc[12]_latent_proj", format="bf16"),
+        PrecisionRule(pattern="*.mixer.out_proj", format="mxfp8"),
+        PrecisionRule(pattern="*", format="nvfp4"),
     ),
 }
 """Named recipes. Their rules may match nothing: a network need not have every kind of layer."""
@@ -194,9 +191,10 @@ def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu")
         module.format, module.scheme = row.format, None
         if row.format in QUANTIZED:
             _check_kind(row, module)
-            products = Products(row.format, row.format, row.format)
+            products = Products.all_in(row.format)
             stages = [products for _, products in _stages(config.switches, row.name, products)]
-            chosen = choose(config.backend, row.name, stages, arithmetic, module.weight.shape, device_type)
+            weight = cast(Tensor, module.weight)
+            chosen = choose(config.backend, row.name, stages, arithmetic, weight.shape, device_type)
             module.scheme = Scheme(products, arithmetic, *chosen)
     return table
 

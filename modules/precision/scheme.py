@@ -18,6 +18,11 @@ class Products(NamedTuple):
     wgrad: Format
     """dW."""
 
+    @classmethod
+    def all_in(cls, chosen: Format) -> "Products":
+        """Return all three in one format."""
+        return cls(chosen, chosen, chosen)
+
     @property
     def plain(self) -> bool:
         """Whether none of them is quantised."""

@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head
-from modules.precision.recipe import Assignment
+from modules.precision.recipe import Assignment, quantized_schemes
 
 _NUMBERS = ("modules", "FLOPs")
 
@@ -49,17 +49,15 @@ def precision_lines(
         for key, shares in groups.items()
     ]
     refused = {
-        (row.format, name, reason): None
-        for row in table
-        for name, reason in getattr(
-            cast(FormattedModule, network.get_submodule(row.name)).scheme, "refused", {}
-        ).items()
+        f"{scheme.planned.fprop} not by {name}: {reason}": None
+        for scheme in quantized_schemes(network).values()
+        for name, reason in scheme.refused.items()
     }
     return [
         *_align(rows),
         "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias compute in fp32, and",
         "weights are kept in fp32",
-        *(f"{chosen} not by {name}: {reason}" for chosen, name, reason in refused),
+        *refused,
     ]
 
 

@@ -71,7 +71,7 @@ class _Linear(Function):
         ctx.save_for_backward(x, weight)
         ctx.scheme = scheme
         rows = x.flatten(0, -2)
-        a, b = (_quantize(scheme, "fprop", kind, tensor, -1) for kind, tensor in (("x", rows), ("w", weight)))
+        a, b = _quantize(scheme, "fprop", "x", rows, -1), _quantize(scheme, "fprop", "w", weight, -1)
         out = scaled_product(a.values, b.values.T, a.scale * b.scale)
         return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
@@ -88,7 +88,7 @@ class _Linear(Function):
             a, b = _quantize(ctx.scheme, "dgrad", "g", grad, -1), _quantize(ctx.scheme, "dgrad", "w", weight, -2)
             grad_x = scaled_product(a.values, b.values, a.scale * b.scale).view_as(x)
         if ctx.needs_input_grad[1]:
-            a, b = (_quantize(ctx.scheme, "wgrad", kind, tensor, -2) for kind, tensor in (("g", grad), ("x", rows)))
+            a, b = _quantize(ctx.scheme, "wgrad", "g", grad, -2), _quantize(ctx.scheme, "wgrad", "x", rows, -2)
             grad_weight = scaled_product(a.values.T, b.values, a.scale * b.scale)
         return grad_x, grad_weight, None
 
@@ -115,9 +115,8 @@ class _GroupedLinear(Function):
         if ctx.needs_input_grad[1]:
             block = _BLOCKS.get(scheme.products.wgrad, 1)
             places, ends = padded_places(len(x), offsets, block)
-            a, b = (
-                _quantize_columns(scheme, kind, tensor, places, ends, block) for kind, tensor in (("g", grad), ("x", x))
-            )
+            a = _quantize_columns(scheme, "g", grad, places, ends, block)
+            b = _quantize_columns(scheme, "x", x, places, ends, block)
             grad_weight = outer_products(a.values, b.values, ends, a.scale * b.scale)
         return grad_x, grad_weight, None, None
 

@@ -38,7 +38,7 @@ class TransformerEngine:
         chosen = products.fprop
         if device_type != "cuda" or not torch.cuda.is_available():
             return "no CUDA device"
-        if products != Products(*[chosen] * 3):
+        if products != Products.all_in(chosen):
             return "it computes all three products of a module in one format"
         if failure := _failure(chosen):
             return failure

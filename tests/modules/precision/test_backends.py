@@ -183,7 +183,7 @@ def test_a_switch_of_one_pass_alone_needs_emulation(engine: Engine, gpu) -> None
     for switches, expected in (([], "transformer_engine"), ([FormatSwitch(at_tokens=1)], "transformer_engine")):
         apply(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
         assert layers["linear"].scheme.backend.name == expected
-    switches = [FormatSwitch(at_tokens=1, products="backward")]
+    switches = [FormatSwitch(at_tokens=1, products="forward")]
     apply(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
     assert layers["linear"].scheme.backend is EMULATED
     assert layers["linear"].scheme.refused["torchao"].startswith("it computes all three products")
