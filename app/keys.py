@@ -20,7 +20,7 @@ Keys = dict[str, Any]
 
 
 def check_keys(tree: Any, kind: Any, source: str, path: str, owned: dict[str, str]) -> None:  # noqa: ANN401
-    """Raise a UserError for the first key in a file that nothing knows.
+    """Raise a UserError for the first key in a file that nothing knows, or list where keys belong.
 
     Args:
         tree: what the file holds at `path`.
@@ -30,6 +30,8 @@ def check_keys(tree: Any, kind: Any, source: str, path: str, owned: dict[str, st
         owned: dotted keys that exist elsewhere but not here, with what to use instead.
     """
     if isinstance(tree, list):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            raise UserError(f"{source}: {path} is a list; it holds keys: {', '.join(parameters_of(kind) or ())}")
         for index, value in enumerate(tree):
             for item in _arguments(kind):
                 check_keys(value, item, source, f"{path}[{index}]", owned)

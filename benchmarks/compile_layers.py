@@ -34,7 +34,7 @@ from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, parameter_groups
 from modules.optim.clipping import clip_gradients
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, apply
 
 ROWS, LENGTH = 4, 512
 COLUMNS = (
@@ -80,7 +80,7 @@ def build(config: BackboneConfig, number_format: str, kinds: str) -> Network:
     """Return a network compiled and laid out as `StageModule.configure_model` does."""
     with torch.device("meta"):
         network = Network(config)
-    apply([PrecisionRule(pattern="*", format=number_format)], network)  # type: ignore[arg-type]
+    apply(PrecisionConfig(recipe=number_format), network)  # type: ignore[arg-type]
     for layer in network.modules():
         if isinstance(layer, Layer) and layer.letter in kinds:
             layer.compile()

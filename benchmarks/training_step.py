@@ -33,7 +33,7 @@ from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, apply
 
 CONFIG = BackboneConfig(
     vocab_size=8192,
@@ -66,7 +66,7 @@ Step = Callable[[], Tensor]
 def our_network(precision: str) -> Network:
     """Return our network with its initial weights, every matrix product in `precision`."""
     network = Network(CONFIG)
-    apply([PrecisionRule(pattern="*", format=precision)], network)  # type: ignore[arg-type]
+    apply(PrecisionConfig(recipe=precision), network)  # type: ignore[arg-type]
     initialize(network, seed=0)
     return network
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from modules.precision.formats import COMPUTE_DTYPE, Format
-from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head
+from modules.precision.linear import FormattedModule
+from modules.precision.table import work_shares
 
 DATA_SHEETS: tuple[tuple[str, dict[Format, float]], ...] = (
     # Beginning of the name that torch.cuda.get_device_name returns, after "NVIDIA "; the first that fits counts, so the
@@ -89,9 +90,9 @@ def measure_peak(device: torch.device, number_format: Format, size: int) -> floa
 def format_shares(network: nn.Module, top_k: int, experts: int, mtp_depths: int) -> dict[Format, float]:
     """Return the share of each format in the FLOPs of the layers that have one.
 
-    A product's FLOPs are proportional to the weights that a token meets: those of an expert count K / E, those of the
-    MTP block once for each depth, those of the head once more for each depth. Attention scores and the scan, which have
-    no weights, are taken to be spread like the rest.
+    Quantised formats count as bf16: emulation multiplies in it, and where hardware does not, a speed is told against
+    bf16 all the same, as is usual. Attention scores and the scan, which have no weights, are taken to be spread like
+    the rest.
 
     Args:
         network: with the precision recipe applied.
@@ -99,20 +100,13 @@ def format_shares(network: nn.Module, top_k: int, experts: int, mtp_depths: int)
         experts: E.
         mtp_depths: M.
     """
-    work: dict[Format, float] = {}
-    for name, module in network.named_modules():
-        if not isinstance(module, FormattedModule) or isinstance(module, Embedding):
-            continue
-        active = module.weight.numel()  # pyright: ignore[reportCallIssue]
-        if isinstance(module, GroupedLinear):
-            active *= top_k / experts
-        if isinstance(module, Head):
-            active *= 1 + mtp_depths
-        elif name.startswith("mtp."):
-            active *= mtp_depths
-        work[module.format] = work.get(module.format, 0.0) + active
-    total = sum(work.values())
-    return {number_format: part / total for number_format, part in work.items() if part}
+    shares: dict[Format, float] = {}
+    for name, share in work_shares(network, top_k, experts, mtp_depths).items():
+        module = network.get_submodule(name)
+        assert isinstance(module, FormattedModule)
+        chosen: Format = "bf16" if module.scheme is not None else module.format
+        shares[chosen] = shares.get(chosen, 0.0) + share
+    return {number_format: part for number_format, part in shares.items() if part}
 
 
 def combine(shares: Mapping[Format, float], peaks: Mapping[Format, Peak]) -> float:

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.speed import Speed
 from callbacks.step import step_loop
+from modules.base import StageModule
 from modules.ops.kernels import kernel_table
-from modules.precision.recipe import summarize
+from modules.precision.table import precision_lines
 
 
 class Startup(Callback):
@@ -42,7 +43,10 @@ def rows(trainer: Trainer, module: LightningModule) -> list[tuple[str, str]]:
     ]
     table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
     table += [("weights", line) for line in getattr(module, "initial_weights", [])]
-    if formats := getattr(module, "precision_table", None):
-        table += [("precision", line) for line in summarize(formats).splitlines()]
+    if isinstance(module, StageModule):
+        config, depths = module.backbone_config, getattr(module, "mtp_depths", 0)
+        experts = config.num_experts_per_tok, config.n_routed_experts
+        lines = precision_lines(module.precision_table, module.built_network, *experts, depths, by_module=False)
+        table += [("precision", line) for line in lines]
     count = sum(parameter.numel() for parameter in module.parameters())
     return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]

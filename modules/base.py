@@ -7,12 +7,14 @@ Shapes: M MTP depths, E experts.
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,7 +29,7 @@ from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
 from modules.optim.spikes import SpikeGuardConfig, StepGuard
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, apply
 
 
 class MicroBatchLoss(NamedTuple):
@@ -50,7 +52,7 @@ class StageModule(LightningModule):
 
     Args:
         backbone: shape of the network (a mapping, or the path of a file in configs/model).
-        precision: number format of each module: ordered rules, the first matching pattern decides.
+        precision: number format of each matrix product.
         optimizer: settings of AdamW.
         schedule: learning rate over tokens.
         seed: seed of the initial weights.
@@ -66,7 +68,7 @@ class StageModule(LightningModule):
     def __init__(
         self,
         backbone: BackboneConfig,
-        precision: list[PrecisionRule],
+        precision: PrecisionConfig,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
         seed: int = 0,
@@ -88,7 +90,7 @@ class StageModule(LightningModule):
         if max_skipped_steps < 1:
             raise ValueError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
         self.network: Network | None = None
-        self.precision_table: list[tuple[str, str, str]] = []
+        self.precision_table: list[Assignment] = []
         self.metrics: dict[str, Tensor] = {}
         """Values of the last finished step by TensorBoard name; read by callbacks, written at the logging interval."""
         self.skipped_steps: Tensor
@@ -127,15 +129,18 @@ class StageModule(LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ building
 
-    def build_network(self) -> Network:
+    def build_network(self, device_type: str = "cpu") -> Network:
         """Return a new network on the meta device with the precision recipe applied (see `precision_table`).
 
+        Args:
+            device_type: where it will compute, cpu or cuda.
+
         Raises:
-            ValueError: if the recipe does not fit the network.
+            ValueError: if the recipe does not fit the network or the device.
         """
         with torch.device("meta"):
             network = Network(self.backbone_config)
-        self.precision_table = apply(self.precision, network)
+        self.precision_table = apply(self.precision, network, device_type)
         if self.activation_checkpointing:
             network.checkpoint_activations()
         return network
@@ -154,7 +159,7 @@ class StageModule(LightningModule):
                 f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
                 f"{self.data.vocab_size}; raise it to at least that"
             )
-        network = self.build_network()
+        network = self.build_network(strategy.root_device.type)
         if self.compile_layers:
             if strategy.root_device.type != "cuda":
                 raise ValueError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
@@ -182,6 +187,11 @@ class StageModule(LightningModule):
         self.schedule.check_length(self.data.total_tokens)
 
     # ------------------------------------------------------------------------------------------------------ one step
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Set the formats of this step, and the random numbers of this micro-batch."""
+        self._switch_formats(self.trainer.global_step)
+        self._formats.reseed(torch.initial_seed(), self.global_rank, batch_idx)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, times the window's length to undo Lightning's division by it."""
@@ -242,9 +252,11 @@ class StageModule(LightningModule):
         checkpoint["step_guard"] = self.step_guard.saved_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it; a checkpoint from before there was one starts with an empty window."""
+        """Restore it (a checkpoint from before there was one starts with an empty window), and the formats."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
+        if self.network is not None:
+            self._switch_formats(checkpoint["global_step"])
 
     def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""
@@ -253,6 +265,15 @@ class StageModule(LightningModule):
                 [torch.as_tensor(value).float().to(self.device) for value in metrics.values()]
             ).tolist()
             self.trainer.logger.log_metrics(dict(zip(metrics, values, strict=True)), self.trainer.global_step)
+
+    @cached_property
+    def _formats(self) -> FormatSchedule:
+        return FormatSchedule(self.precision, self.built_network)
+
+    def _switch_formats(self, step: int) -> None:
+        """Set the formats that hold after a number of finished steps, and say what changes."""
+        for line in self._formats.switch(self.data.tokens_at(step)):
+            rank_zero_info(line)
 
     @property
     def _log_interval(self) -> int:

@@ -68,6 +68,7 @@ class Pretraining(StageModule):
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Forget the target counts of the window before."""
+        super().on_train_batch_start(batch, batch_idx)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._counts = None
 

@@ -35,9 +35,10 @@ def plan(
     from app.cli import parse_run
     from app.planning.arithmetic import flop_lines
     from app.planning.memory_table import memory_lines
-    from app.planning.parameters import parameter_lines, precision_lines
+    from app.planning.parameters import parameter_lines
     from app.planning.schedule import run_lines
     from modules.base import StageModule
+    from modules.precision.table import precision_lines
 
     _check_options(devices, tokens_per_second, mfu, peak_tflops)
     run = parse_run([argument for file in config for argument in ("--config", file)])
@@ -47,13 +48,15 @@ def plan(
     count, assumed = (devices, []) if devices is not None else _devices(run.config.trainer)
     rows, length = data.micro_batch_size, data.sequence_length
     accumulation = _accumulation(data.global_batch_size, rows, count)
-    network, depths = module.build_network(), getattr(module, "mtp_depths", 0)
-    length_of_run = run_lines(module, data)
     kind = "cuda" if (accelerator or _accelerator(run.config.trainer.accelerator)) == "gpu" else "cpu"
+    network, depths = module.build_network(kind), getattr(module, "mtp_depths", 0)
+    length_of_run = run_lines(module, data)
+    backbone = network.config
+    experts = backbone.num_experts_per_tok, backbone.n_routed_experts
     checkpointing = module.activation_checkpointing
     sections = {
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
-        "Precision": precision_lines(module.precision_table),
+        "Precision": precision_lines(module.precision_table, network, *experts, depths, by_module=True),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
         "Memory of a device": assumed + memory_lines(module, rows, length, accumulation, count, kind),
         "Run": length_of_run,

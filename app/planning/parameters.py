@@ -1,8 +1,6 @@
-"""Parameters, active parameters and formats of a network, part by part."""
+"""Parameters and active parameters of a network, part by part."""
 
-import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.planning.text import align
@@ -119,19 +117,4 @@ def parameter_lines(network: Network, mtp_depths: int) -> list[str]:
         *lines,
         f"  active per token   {backbone.active:,} ({share:.1%}), MTP left out",
         f"  the same without the input embedding   {without}",
-    ]
-
-
-def precision_lines(table: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return which modules compute in which format, alike modules of different layers in one row.
-
-    Args:
-        table: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
-    """
-    alike = Counter((re.sub(r"\.\d+", ".*", name), chosen, pattern) for name, chosen, pattern in table)
-    rows = [("module", "format", "layers", "decided by")]
-    rows += [(name, chosen, str(layers), pattern) for (name, chosen, pattern), layers in alike.items()]
-    return [
-        *align(rows, text_columns=(0, 1, 3)),
-        "norms, routers, convolutions, A_log, D and dt_bias: fp32; all weights are kept in fp32",
     ]

@@ -83,6 +83,7 @@ class NativeLayers:
         return (
             state_dtype == torch.float32
             and len({part.format for part in formatted}) == 1
+            and all(part.scheme is None for part in formatted)
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
                 type(parameter) is nn.Parameter

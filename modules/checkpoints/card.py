@@ -10,6 +10,7 @@ import yaml
 from modules.backbone.config import MIXERS, BackboneConfig
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import Source
+from modules.precision.formats import QUANTIZED
 
 KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 """Keys of a source's own card that stay true for its copy."""
@@ -20,6 +21,8 @@ METRICS = {
 UNLIMITED = 1e-30
 """`time_step_min` in config.json of models trained here. It shaped their initial weights only, but transformers (5.23)
 raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
+_ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
+"""Keys of a precision recipe that are true as a rule."""
 Rows = list[tuple[str, str]]
 
 
@@ -177,12 +180,30 @@ def _training(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> Rows:
         text = f"{warmup:,} tokens of linear warm-up, stable, {decay:,} tokens of minus-sqrt decay"
         rows.append(("schedule", f"{text} to {schedule['minimum_ratio']:g} of the peak"))
     if precision := model.get("precision"):
-        rows.append(("compute formats", ", ".join(f"`{rule['pattern']}` {rule['format']}" for rule in precision)))
+        rows.append(("compute formats", _formats(precision)))
     if "seed" in model:
         rows.append(("seed", f"{model['seed']}"))
     if manifest:
         rows.append(("devices, torch", f"{manifest['devices']}, {manifest['torch']}"))
     return rows
+
+
+def _formats(precision: Any) -> str:  # noqa: ANN401
+    """Return the recipe of a run in words; runs of before there were named recipes hold the list of rules alone."""
+    if isinstance(precision, list):
+        precision = {"rules": precision}
+    parts = [f"`{rule['pattern']}` {rule['format']}" for rule in precision["rules"]]
+    if recipe := precision.get("recipe"):
+        parts.append(f"recipe {recipe}")
+    if recipe == "super" or any(rule["format"] in QUANTIZED for rule in precision["rules"]):
+        parts.append(f"last {precision['bf16_tail']:.0%} of the layers at least bf16")
+        parts += [name.replace("_", " ") + " off" for name in _ARITHMETIC if not precision[name]]
+    parts += [
+        f"{switch['products']} products of `{switch['pattern']}` in {switch['format']} after "
+        f"{switch['at_tokens']:,} tokens"
+        for switch in precision.get("switches", [])
+    ]
+    return ", ".join(parts)
 
 
 def _data(data: Mapping[str, Any]) -> Iterable[str]:

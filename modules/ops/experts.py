@@ -56,7 +56,7 @@ class _LoopedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:  # noqa: ANN401
         ctx.save_for_backward(x, weight, offsets)
-        return _multiply_rows(x, weight.transpose(1, 2), offsets)
+        return multiply_rows(x, weight.transpose(1, 2), offsets, None)
 
     @staticmethod
     @once_differentiable
@@ -66,8 +66,8 @@ class _LoopedLinear(Function):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = _multiply_rows(grad, weight, offsets) if ctx.needs_input_grad[0] else None
-        return grad_x, _outer_products(grad, x, offsets) if ctx.needs_input_grad[1] else None, None
+        grad_x = multiply_rows(grad, weight, offsets, None) if ctx.needs_input_grad[0] else None
+        return grad_x, outer_products(grad, x, offsets, None) if ctx.needs_input_grad[1] else None, None
 
 
 # Operations of their own: on the meta device they need no row counts, and counters of matrix products count the rows
@@ -75,45 +75,103 @@ class _LoopedLinear(Function):
 
 
 @torch.library.custom_op("superbolt::multiply_rows", mutates_args=())
-def _multiply_rows(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows [R, K] sorted by expert by matrices [E, K, M] (any strides); returns [R, M]."""
+def multiply_rows(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply rows by the matrix of the expert they belong to, and by its number.
+
+    Args:
+        x: [R, K], rows sorted by expert.
+        weight: [E, K, M], dtype of `x`, any strides.
+        offsets: int32 [E], end row of each expert; the last is R.
+        scale: fp32 [E], or None for ones. On a CPU the result is rounded once, behind it.
+
+    Returns:
+        [R, M] in the dtype of `x`.
+    """
+    if x.is_cuda:
+        out = _grouped_mm(x, weight.transpose(1, 2), offsets) if len(x) else F.linear(x, weight[0].T)
+        return out if scale is None else (out * scale[row_experts(len(x), offsets), None]).to(x.dtype)
     out = x.new_empty(len(x), weight.shape[2])
-    for matrix, start, end, rounded in _row_ranges(weight, offsets, x.dtype):
+    for expert, start, end, rounded in _row_ranges(offsets, x.dtype):
         if rounded <= len(x):
-            torch.mm(x[start:rounded], matrix, out=out[start:rounded])
+            _multiply(x[start:rounded], weight[expert], scale, expert, out[start:rounded])
         else:
-            out[start:end] = torch.mm(F.pad(x[start:end], (0, 0, 0, rounded - end)), matrix)[: end - start]
+            rows = F.pad(x[start:end], (0, 0, 0, rounded - end))
+            out[start:end] = _multiply(rows, weight[expert], scale, expert)[: end - start]
     return out
 
 
 @torch.library.custom_op("superbolt::outer_products", mutates_args=())
-def _outer_products(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """Return [E, O, I]: grad^T x over the rows [R, O] and [R, I] of each expert."""
-    out = x.new_zeros(len(offsets), grad.shape[1], x.shape[1])
-    for matrix, start, end, rounded in _row_ranges(out, offsets, x.dtype):
+def outer_products(grad: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
+    """Return grad^T x over the rows of each expert, times its number.
+
+    Args:
+        grad: [R, O], rows sorted by expert.
+        x: [R, I], dtype of `grad`.
+        offsets: int32 [E], end row of each expert; rows behind the last are left out.
+        scale: fp32 [E], or None for ones. On a CPU the result is rounded once, behind it.
+
+    Returns:
+        [E, O, I] in the dtype of `grad`.
+    """
+    features = grad.shape[1]
+    if x.is_cuda:
+        multiple = _ALIGNMENT_BYTES // x.element_size()
+        grad, others = (F.pad(rows, (0, -rows.shape[1] % multiple)) for rows in (grad, x))
+        out = F.grouped_mm(grad.T, others, offs=offsets)[:, :features, : x.shape[1]]
+        return out.contiguous() if scale is None else (out * scale[:, None, None]).to(x.dtype)
+    out = x.new_zeros(len(offsets), features, x.shape[1])
+    for expert, start, end, rounded in _row_ranges(offsets, x.dtype):
         rows = F.pad(grad[start:end], (0, 0, 0, rounded - end)) if rounded > end else grad[start:end]
         others = x[start:rounded] if rounded <= len(x) else F.pad(x[start:end], (0, 0, 0, rounded - end))
-        torch.mm(rows.T, others, out=matrix)
+        _multiply(rows.T, others, scale, expert, out[expert])
     return out
 
 
-def _row_ranges(matrices: Tensor, offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, int, int, int]]:
-    """Yield (matrix, start row, end row, end row of the rounded number of rows) of each expert that has rows."""
+def row_experts(rows: int, offsets: Tensor) -> Tensor:
+    """Return the expert of each of R rows, int64 [R]; E behind the last end row."""
+    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
+
+
+def padded_places(rows: int, offsets: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return where rows go when every expert's are filled up to whole blocks.
+
+    Args:
+        rows: R.
+        offsets: int32 [E], end row of each expert.
+        block: rows in a block.
+
+    Returns:
+        (int64 [R], new place of each row; int32 [E], new end rows).
+    """
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    ends = ((counts + block - 1) // block * block).cumsum(0).int()
+    shift = ends - (counts + block - 1) // block * block - (offsets - counts)
+    return torch.arange(rows, device=offsets.device) + shift[row_experts(rows, offsets)], ends
+
+
+def _multiply(a: Tensor, b: Tensor, scale: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
+    if scale is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale[expert]), out=out)
+
+
+def _row_ranges(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (expert, start row, end row, end row of the rounded number of rows) of each expert that has rows."""
     multiple = 1 if dtype == torch.float32 else _ROWS
     start = 0
-    for matrix, end in zip(matrices.unbind(), offsets.tolist(), strict=True):
+    for expert, end in enumerate(offsets.tolist()):
         if end > start:
-            yield matrix, start, end, start - (start - end) // multiple * multiple
+            yield expert, start, end, start - (start - end) // multiple * multiple
         start = end
 
 
-@_multiply_rows.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+@multiply_rows.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     return x.new_empty(len(x), weight.shape[2])
 
 
-@_outer_products.register_fake
-def _(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+@outer_products.register_fake
+def _(grad: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
     return x.new_empty(len(offsets), grad.shape[1], x.shape[1])
 
 

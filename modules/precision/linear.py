@@ -2,7 +2,7 @@
 
 Master weights stay fp32; a module casts its weight and its input to its format and returns its result in it. So the
 forward pass of one process, of FSDP2 (which gathers weights in the same dtype) and of every stage is the same, without
-autocast.
+autocast. In a quantised format they are cast to bf16, and a backend quantises them on the way into each product.
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
 
@@ -14,6 +14,7 @@ from modules.ops import native
 from modules.ops.cross_entropy import linear_cross_entropy
 from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
+from modules.precision.scheme import Scheme
 
 
 class FormattedModule(nn.Module):
@@ -21,6 +22,8 @@ class FormattedModule(nn.Module):
 
     format: Format = "fp32"
     """Name of the format; set by `recipe.apply`."""
+    scheme: Scheme | None = None
+    """How its products are quantised; None: they are not. Set by `recipe.apply`, on `Linear` and `GroupedLinear`."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -42,8 +45,11 @@ class Linear(FormattedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
-        dtype = self.compute_dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        dtype, scheme = self.compute_dtype, self.scheme
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if scheme is None or scheme.products.plain:
+            return F.linear(x, weight)
+        return scheme.backend.linear(x, weight, scheme)
 
 
 class GroupedLinear(FormattedModule):
@@ -61,8 +67,11 @@ class GroupedLinear(FormattedModule):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
-        dtype = self.compute_dtype
-        return grouped_linear(x.to(dtype), self.weight.to(dtype), offsets)
+        dtype, scheme = self.compute_dtype, self.scheme
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if scheme is None or scheme.products.plain:
+            return grouped_linear(x, weight, offsets)
+        return scheme.backend.grouped_linear(x, weight, offsets, scheme)
 
 
 class Embedding(FormattedModule):

@@ -1,17 +1,35 @@
-"""The precision recipe: which module computes in which format, as an ordered list of patterns.
+"""The precision recipe: which module computes in which format, by ordered patterns.
 
-The first rule whose pattern matches a module's name decides. Every module with a format must be matched, and every rule
-must match something: a pattern with a typing error would otherwise change numbers silently.
+The first rule whose pattern matches a module's name decides, and the last layers are kept out of the quantised formats.
+Every module with a format must be matched, and every rule of the user must match something: a pattern with a typing
+error would otherwise change numbers silently.
 """
 
+import hashlib
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, cast, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
-from modules.precision.formats import COMPUTE_DTYPE, Format
-from modules.precision.linear import FormattedModule
+from modules.precision.backends import BackendName, choose
+from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
+from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
+from modules.precision.scheme import Arithmetic, Products, Scheme
+
+RecipeName = Literal["super", "bf16", "fp32"]
+Part = Literal["all", "forward", "backward"]
+TAIL = "bf16_tail"
+"""What stands for a pattern in the table where the tail decided."""
+
+
+def _check_format(chosen: str, known: Sequence[str] | dict) -> None:
+    if chosen not in known:
+        raise ValueError(f"model.precision: unknown format {chosen!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,48 +47,236 @@ class PrecisionRule:
 
     def __post_init__(self) -> None:
         """Check the format."""
-        if self.format not in COMPUTE_DTYPE:
+        _check_format(self.format, COMPUTE_DTYPE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatSwitch:
+    """A change of the quantised products during a run.
+
+    Raises:
+        ValueError: if the format is unknown or fp32, or a value is out of range.
+    """
+
+    at_tokens: int
+    """Tokens (>= 0) after which the change holds, e.g. those at which the learning rate starts to decay."""
+    format: Format = "bf16"
+    """Format that the products change to: bf16 or a quantised one."""
+    products: Part = "all"
+    """Which products change: those of the forward pass, of the backward pass (both gradients), or all."""
+    pattern: str = "*"
+    """Shell pattern over module names; of those, modules that the recipe gives a quantised format change."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check_format(self.format, ("bf16", *QUANTIZED))
+        if self.at_tokens < 0:
+            raise ValueError(f"model.precision.switches: at_tokens {self.at_tokens} must not be negative")
+        if self.products not in get_args(Part):
+            raise ValueError(f"model.precision.switches: products {self.products!r}: say all, forward or backward")
+
+    def change(self, products: Products) -> Products:
+        """Return the formats of a module's products after the change."""
+        if self.products == "forward":
+            return products._replace(fprop=self.format)
+        backward = products._replace(dgrad=self.format, wgrad=self.format)
+        return backward if self.products == "backward" else backward._replace(fprop=self.format)
+
+
+RECIPES: dict[str, tuple[PrecisionRule, ...]] = {
+    "fp32": (PrecisionRule(pattern="*", format="fp32"),),
+    "bf16": (PrecisionRule(pattern="*", format="bf16"),),
+    # Nemotron 3 Super (arXiv 2604.12374, table 3); with the bf16 tail, which every recipe has.
+    "super": (
+        PrecisionRule(pattern="*embeddings", format="bf16"),
+        PrecisionRule(pattern="lm_head", format="bf16"),
+        PrecisionRule(pattern="mtp.*", format="bf16"),
+        PrecisionRule(pattern="*.mixer.[qkvo]_proj", format="bf16"),
+        PrecisionRule(pattern="*.mixer.fc[12]_latent_proj", format="bf16"),
+        PrecisionRule(pattern="*.mixer.out_proj", format="mxfp8"),
+        PrecisionRule(pattern="*", format="nvfp4"),
+    ),
+}
+"""Named recipes. Their rules may match nothing: a network need not have every kind of layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number format of each matrix product, and the arithmetic of the quantised ones.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    recipe: RecipeName | None = "super"
+    """Rules by name: `super` (published for Nemotron 3 Super: NVFP4; Mamba-2 out_proj in MXFP8; attention and latent
+    projections, MTP, embeddings and head in bf16), `bf16` or `fp32` throughout; null: `rules` alone."""
+    rules: list[PrecisionRule] = field(default_factory=list)
+    """Ordered rules that come before those of `recipe`; the first pattern that fits a module's name decides."""
+    bf16_tail: float = 0.15
+    """Share of the layers, 0 to 1, the last ones (rounded up), that compute in bf16 where a rule says a quantised
+    format. MTP has no part in it."""
+    backend: BackendName = "auto"
+    """What computes the quantised products: `emulated` (any device), `transformer_engine`, `torchao`; `auto`: the best
+    that runs here."""
+    stochastic_rounding: bool = True
+    """Whether gradients are rounded to NVFP4 at random, without bias, or to the nearest."""
+    hadamard: bool = True
+    """Whether both operands of the weight gradient are rotated by a 16 x 16 Hadamard matrix before NVFP4."""
+    two_dimensional_weights: bool = True
+    """Whether NVFP4 scales of weights cover 16 x 16 values, so that forward and backward pass see the same weights, or
+    1 x 16 along the sum of each product."""
+    switches: list[FormatSwitch] = field(default_factory=list)
+    """Changes of format during the run, by tokens; later ones go on from what earlier ones left."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.recipe is None and not self.rules:
+            raise ValueError("model.precision: neither recipe nor rules are given; name a recipe, e.g. bf16")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise ValueError(f"model.precision.recipe: unknown {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+        if self.backend not in get_args(BackendName):
             raise ValueError(
-                f"model.precision: unknown format {self.format!r}; choose one of {', '.join(COMPUTE_DTYPE)}"
+                f"model.precision.backend: unknown {self.backend!r}; choose one of {', '.join(get_args(BackendName))}"
             )
+        if not 0 <= self.bf16_tail <= 1:
+            raise ValueError(f"model.precision.bf16_tail: {self.bf16_tail} is a share of the layers, 0 to 1")
+        tokens = [switch.at_tokens for switch in self.switches]
+        if tokens != sorted(tokens):
+            raise ValueError(f"model.precision.switches: at_tokens {tokens} must not fall")
 
 
-def apply(recipe: Sequence[PrecisionRule], network: nn.Module) -> list[tuple[str, str, str]]:
+class Assignment(NamedTuple):
+    """What the recipe decided for a module."""
+
+    name: str
+    """Full name of the module."""
+    format: Format
+    """Its format."""
+    pattern: str
+    """Pattern of the rule that decided, or `TAIL`."""
+
+
+def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu") -> list[Assignment]:
     """Set the format of every module of `network` that has one. Call it before sharding and weight loading.
 
     Args:
-        recipe: rules in order; the first match decides.
+        config: the recipe.
         network: a network built of `precision.linear` modules.
+        device_type: where it will compute, cpu or cuda.
 
     Returns:
-        One row (module name, format, deciding pattern) per module, in module order.
+        One row per module, in module order.
 
     Raises:
-        ValueError: if a module matches no rule, or a rule matches no module.
+        ValueError: if a module matches no rule, a rule of the user or a switch no module, a module cannot compute in
+            its format, or the backend does not run here.
     """
-    table: list[tuple[str, str, str]] = []
-    matched: set[str] = set()
-    for name, module in network.named_modules():
-        if not isinstance(module, FormattedModule):
-            continue
-        matching = [rule for rule in recipe if fnmatchcase(name, rule.pattern)]
-        if not matching:
-            raise ValueError(f"model.precision: no pattern matches {name}; end the list with pattern '*'")
-        matched.update(rule.pattern for rule in matching)
-        module.format = matching[0].format
-        table.append((name, matching[0].format, matching[0].pattern))
-    for rule in recipe:
-        if rule.pattern not in matched:
+    modules = {name: module for name, module in network.named_modules() if isinstance(module, FormattedModule)}
+    rules = [*config.rules, *(RECIPES[config.recipe] if config.recipe else ())]
+    tail = _tail([*modules], config.bf16_tail)
+    table = [_assign(name, rules, name in tail) for name in modules]
+    for rule in config.rules:
+        if not any(fnmatchcase(name, rule.pattern) for name in modules):
             raise ValueError(f"model.precision: pattern {rule.pattern!r} matches no module; mend or remove it")
+    quantized = {row.name: modules[row.name] for row in table if row.format in QUANTIZED}
+    for switch in config.switches:
+        if not any(fnmatchcase(name, switch.pattern) for name in quantized):
+            raise ValueError(
+                f"model.precision.switches: pattern {switch.pattern!r} matches no module in a quantised format"
+            )
+    arithmetic = Arithmetic(config.stochastic_rounding, config.hadamard, config.two_dimensional_weights)
+    for row in table:
+        module = modules[row.name]
+        module.format, module.scheme = row.format, None
+        if row.format in QUANTIZED:
+            _check_kind(row, module)
+            products = Products.all_in(row.format)
+            stages = [products for _, products in _stages(config.switches, row.name, products)]
+            weight = cast(Tensor, module.weight)
+            chosen = choose(config.backend, row.name, stages, arithmetic, weight.shape, device_type)
+            module.scheme = Scheme(products, arithmetic, *chosen)
     return table
 
 
-def summarize(table: Sequence[tuple[str, str, str]]) -> str:
-    """Return the table of `apply` as text, one line per deciding pattern: pattern, format, number of modules."""
-    groups: dict[tuple[str, str], int] = {}
-    for _, chosen, pattern in table:
-        groups[pattern, chosen] = groups.get((pattern, chosen), 0) + 1
-    width = max(len(pattern) for pattern, _ in groups)
-    return "\n".join(
-        f"{pattern:<{width}}  {chosen:<5} {count:>5} modules" for (pattern, chosen), count in groups.items()
-    )
+class FormatSchedule:
+    """Carries out the format switches of a run, and seeds its random rounding.
+
+    Args:
+        config: the recipe that `apply` was called with.
+        network: the network.
+    """
+
+    def __init__(self, config: PrecisionConfig, network: nn.Module) -> None:
+        self._switches = config.switches
+        self._schemes = quantized_schemes(network)
+
+    def switch(self, tokens: int) -> list[str]:
+        """Set the formats that hold after a number of tokens; return lines for the user on what changed."""
+        before = {name: scheme.products for name, scheme in self._schemes.items()}
+        for name, scheme in self._schemes.items():
+            stages = _stages(self._switches, name, scheme.planned)
+            scheme.products = next(products for start, products in reversed(stages) if tokens >= start)
+        changes = Counter(
+            (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
+        )
+        return [
+            f"from {tokens:,} tokens on: {_describe(new)} instead of {_describe(old)} (modules: {count})"
+            for (old, new), count in changes.items()
+        ]
+
+    def reseed(self, *numbers: int) -> None:
+        """Begin the random numbers anew, with a seed made of these (the run's, the rank's, the micro-batch's)."""
+        digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+        for arithmetic in {scheme.arithmetic for scheme in self._schemes.values()}:
+            arithmetic.reseed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:
+    """Return the schemes of the modules to which the recipe gave a quantised format, by module name."""
+    return {
+        name: module.scheme
+        for name, module in network.named_modules()
+        if isinstance(module, FormattedModule) and module.scheme is not None
+    }
+
+
+def _stages(switches: Sequence[FormatSwitch], name: str, planned: Products) -> list[tuple[int, Products]]:
+    """Return (tokens from which they hold, formats of a module's products), one after the other."""
+    stages = [(0, planned)]
+    for switch in switches:
+        if fnmatchcase(name, switch.pattern):
+            stages.append((switch.at_tokens, switch.change(stages[-1][1])))
+    return stages
+
+
+def _describe(products: Products) -> str:
+    if len(set(products)) == 1:
+        return products.fprop
+    return ", ".join(f"{chosen} {product}" for product, chosen in products._asdict().items())
+
+
+def _assign(name: str, rules: Sequence[PrecisionRule], in_tail: bool) -> Assignment:
+    rule = next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
+    if rule is None:
+        raise ValueError(f"model.precision: no pattern matches {name}; end the rules with pattern '*'")
+    if in_tail and rule.format in QUANTIZED:
+        return Assignment(name, "bf16", TAIL)
+    return Assignment(name, rule.format, rule.pattern)
+
+
+def _tail(names: Sequence[str], share: float) -> set[str]:
+    """Return the modules of the last layers: `layers.{i}` anywhere in a name but in the MTP block's."""
+    found = {name: re.match(r"(?!mtp\.)(?:.*\.)?layers\.(\d+)\.", name) for name in names}
+    layers = {name: int(match[1]) for name, match in found.items() if match}
+    count = max(layers.values(), default=-1) + 1
+    first = count - math.ceil(round(share * count, 6))  # 0.15 x 20 is a little more than 3
+    return {name for name, layer in layers.items() if layer >= first}
+
+
+def _check_kind(row: Assignment, module: FormattedModule) -> None:
+    if row.format in QUANTIZED and (isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear)):
+        raise ValueError(
+            f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
+            f"{row.pattern!r} says; put a rule for it before that one"
+        )

@@ -62,6 +62,11 @@ def test_unknown_keys_are_named(tree, message):
     assert str(caught.value) == message
 
 
+def test_a_list_where_keys_belong_is_named():
+    with pytest.raises(UserError, match=r"^file: outer\.inner is a list; it holds keys: depth$"):
+        check({"outer": {"inner": [{"depth": 1}]}})
+
+
 def test_keys_behind_a_class_path_include_those_passed_on():
     keys = parameters_of(Derived)
     assert keys is not None

@@ -43,7 +43,7 @@ model:
       num_nextn_predict_layers: 1
     mtp_depths: 2
     spike_guard: {{sigmas: 6.0}}
-    precision: [{{pattern: "*", format: bf16}}]
+    precision: {{recipe: super}}
     optimizer: {{learning_rate: 3.0e-3}}
     schedule: {{warmup_tokens: 512, decay_tokens: 1024}}
 data:
@@ -101,7 +101,7 @@ def whole(program, run_file, tmp_path_factory) -> Path:
     assert result.code == 0, result.output
     assert "gzip -9 needs" in result.output
     assert "--- sample:" in result.output
-    assert "precision   *  bf16" in result.output
+    assert re.search(r"precision   \* +nvfp4  nvfp4  nvfp4  emulated +\d+ +\d+\.\d%", result.output)
     return folder / "run"
 
 

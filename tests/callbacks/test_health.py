@@ -97,7 +97,7 @@ def test_points_are_those_of_the_interval_the_first_and_the_last_step():
 
 
 def test_looking_changes_nothing_and_ends_with_the_step():
-    plain, watched = make_module(precision=list(BF16)), make_module(precision=list(BF16))
+    plain, watched = make_module(precision=BF16), make_module(precision=BF16)
     data = row_batches(4)
     without, with_health = run(plain, ListData(data, 2)), run(watched, ListData(data, 2), Health(1))
     for step, values in without.items():

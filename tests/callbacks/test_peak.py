@@ -9,7 +9,7 @@ import callbacks.peak
 from callbacks.peak import Peak, combine, find_peak, format_shares, measure_peak
 from modules.backbone.flops import MTP, matmul_flops
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
 from tests.modules.helpers import tiny_config
 
 CUDA = torch.device("cuda", 0)
@@ -64,12 +64,8 @@ def test_the_shares_of_the_formats_are_those_of_their_flops():
     """Against the closed formulas of the FLOPs, which know nothing of modules."""
     config = tiny_config()
     network = Network(config)
-    rules = [
-        PrecisionRule(pattern="lm_head", format="fp32"),
-        PrecisionRule(pattern="*.experts.*", format="fp32"),
-        PrecisionRule(pattern="*", format="bf16"),
-    ]
-    apply(rules, network)
+    rules = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*.experts.*", format="fp32")]
+    apply(PrecisionConfig(recipe="super", rules=rules), network)
     counts = {part: count.total for part, count in matmul_flops(config, 16, 2).items()}
     no_format = ("scan", "scores", "router", "combine")
     counts = {part: count for part, count in counts.items() if not part.endswith(no_format)}

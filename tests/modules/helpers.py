@@ -14,11 +14,11 @@ from modules.backbone.model import Network
 from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, apply
 from modules.pretraining import Pretraining
 
-FP32 = (PrecisionRule(pattern="*", format="fp32"),)
-BF16 = (PrecisionRule(pattern="*", format="bf16"),)
+FP32 = PrecisionConfig(recipe="fp32")
+BF16 = PrecisionConfig(recipe="bf16")
 
 
 def tiny_config(**changes) -> BackboneConfig:
@@ -197,7 +197,7 @@ def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes
     """A pretraining module with the settings the tests do not care about filled in."""
     settings = {
         "backbone": config or tiny_config(),
-        "precision": list(FP32),
+        "precision": FP32,
         "optimizer": OptimizerConfig(learning_rate=1e-2),
         "schedule": ScheduleConfig(),
         "mtp_depths": 2,

@@ -10,9 +10,9 @@ from torch import Tensor
 from modules.base import MicroBatchLoss, TrainingDivergedError
 from modules.batch import PackedBatch
 from modules.optim.spikes import SpikeGuardConfig
-from modules.precision.recipe import PrecisionRule
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
+    BF16,
     Collector,
     ListData,
     build,
@@ -159,7 +159,7 @@ def built(**changes) -> Pretraining:
 
 
 def test_building_needs_no_trainer_and_no_memory() -> None:
-    module = make_module(precision=[PrecisionRule(pattern="*", format="bf16")])
+    module = make_module(precision=BF16)
     network = module.build_network()
     assert all(parameter.is_meta for parameter in network.parameters())
     assert {row[1] for row in module.precision_table} == {"bf16"}

@@ -64,14 +64,14 @@ def config():
 
 def test_the_host_never_waits_in_a_step() -> None:
     """bf16: `F.grouped_mm` has no fp32 kernel and copies the offsets to the host there."""
-    module = make_module(config(), precision=list(BF16), activation_checkpointing=True)
+    module = make_module(config(), precision=BF16, activation_checkpointing=True)
     data = ListData(batches(6), window=2)
     fit(module, data, strategy=CudaStrategy(), accelerator="cuda", log_every_n_steps=1000, callbacks=[NoWaiting()])
     assert module.trainer.global_step == 3
 
 
 def steps_on(device: str, recipe) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    module, collector = make_module(config(), precision=list(recipe)), Collector()
+    module, collector = make_module(config(), precision=recipe), Collector()
     changes = {"strategy": CudaStrategy(), "accelerator": "cuda"} if device == "cuda" else {}
     fit(module, ListData(batches(4), window=2), callbacks=[collector], **changes)
     return collector.steps, network_state(module)

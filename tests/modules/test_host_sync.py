@@ -22,7 +22,7 @@ from modules.backbone.model import Network
 from modules.batch import PackedBatch
 from modules.ops import kernels
 from modules.ops.documents import document_boundaries
-from modules.precision.recipe import apply
+from modules.precision.recipe import PrecisionConfig, apply
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
     BF16,
@@ -100,7 +100,7 @@ def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretr
     known = [document_boundaries(batch.document_ids) if known_boundaries else None for batch in data.batches]
     with FakeTensorMode() as mode:
         data.batches = [fake(batch, boundaries, mode) for batch, boundaries in zip(data.batches, known, strict=True)]
-        module = make_module(precision=list(recipe), **module_changes)
+        module = make_module(precision=recipe, **module_changes)
         module.network = Network(module.backbone_config)
         apply(recipe, module.network)
         if module.activation_checkpointing:
@@ -114,6 +114,11 @@ CASES = {
     "bf16": (BF16, {}),
     "bf16, checkpointed": (BF16, {"activation_checkpointing": True}),
     "bf16, odd widths": (BF16, {"config": tiny_config(moe_intermediate_size=13, moe_latent_size=11)}),
+    # Random bits come from a generator on the device, which cannot be made without one.
+    "nvfp4": (
+        PrecisionConfig(bf16_tail=0, stochastic_rounding=False),
+        {"config": tiny_config(moe_intermediate_size=20)},
+    ),
     # `F.grouped_mm` has no fp32 kernel on CUDA: there it copies the offsets to the host.
     "fp32, no experts": (
         FP32,

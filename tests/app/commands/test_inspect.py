@@ -35,7 +35,7 @@ model:
       num_nextn_predict_layers: 1
       mtp_hybrid_override_pattern: "*-"
     mtp_depths: 2
-    precision: [{{pattern: "*", format: fp32}}]
+    precision: {{recipe: fp32}}
     optimizer: {{learning_rate: 3.0e-3}}
     schedule: {{warmup_tokens: 0, decay_tokens: 0}}
 data:

@@ -25,10 +25,11 @@ def test_the_plan_of_super(capsys: pytest.CaptureFixture[str]):
     assert "with MTP           123,611,012,096 (123,611,033,088)" in printed
     assert "without MTP        120,668,687,360 (120,668,707,840)" in printed
     assert "active per token   12,770,216,960 (10.6%)" in printed
-    assert re.search(r"backbone\.layers\.\*\.mixer\.experts\.up_proj +bf16 +40 +\*", printed)
+    assert re.search(r"backbone\.layers\.\*\.mixer\.experts\.up_proj +(nvfp4 +){3}\w+ +33 +14\.6% +\*\n", printed)
+    assert re.search(r"backbone\.layers\.\*\.mixer\.experts\.up_proj +(bf16 +){3}torch +7 +3\.1% +bf16_tail\n", printed)
     assert re.search(r"warm-up +200,000,000,000 +7,947 ", printed)
     assert re.search(r"decay +5,000,000,000,000 +198,682 +0\.00045 to 4\.5e-06", printed)
-    assert re.search(r"MoE routed experts +bf16 +29\.0665 +32\.9% +9\.6888 +37\.7%", printed)
+    assert re.search(r"MoE routed experts +nvfp4, bf16 +29\.0665 +32\.9% +9\.6888 +37\.7%", printed)
     assert re.search(r"all +88\.2482 +25\.7027", printed)
     assert "8 GPUs, micro-batches of 1 x 8,192 positions, 384 in a step; activation checkpointing on" in printed
     assert re.search(r"weights, fp32 +57\.5\d\d +57\.5\d\d\n", printed), "an eighth of 460.5 GiB"
@@ -125,7 +126,7 @@ def test_a_measured_speed_is_that_of_the_devices_it_was_measured_on(tmp_path: Pa
     ("part", "change", "key"),
     [
         ("data", {"sequence_length": 128}, "data.init_args.sequence_length"),
-        ("model", {"precision": [{"pattern": "*", "format": "bf16"}]}, "model.init_args.precision"),
+        ("model", {"precision": {"recipe": "bf16"}}, "model.init_args.precision"),
         ("backbone", {"hidden_size": 64}, "model.init_args.backbone"),
         ("model", {"mtp_depths": 1}, "model.init_args.mtp_depths"),
     ],

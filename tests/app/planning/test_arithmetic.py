@@ -6,14 +6,15 @@ import torch
 from app.planning.arithmetic import flop_lines, part_formats
 from modules.backbone.flops import decode_flops, matmul_flops, training_flops_per_token
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
 from tests.modules.helpers import tiny_config
 
 
 def table_of(*rules: tuple[str, str], **changes: object) -> list[tuple[str, str, str]]:
     with torch.device("meta"):
         network = Network(tiny_config(**changes))
-    return apply([PrecisionRule(pattern=pattern, format=chosen) for pattern, chosen in rules], network)
+    chosen = [PrecisionRule(pattern=pattern, format=chosen) for pattern, chosen in rules]
+    return apply(PrecisionConfig(recipe=None, rules=chosen), network)
 
 
 def test_every_part_has_a_format() -> None:

@@ -13,6 +13,7 @@ from app.planning.memory import StepMemory, measure_step
 from app.strategies import ShardedStrategy
 from modules.backbone.initialization import initialize
 from modules.optim.clipping import clip_gradients
+from modules.precision.recipe import PrecisionConfig
 from modules.pretraining import Pretraining
 from tests.modules.helpers import BF16, FP32, document_ids, make_module, packed_batch, tiny_config
 
@@ -27,6 +28,7 @@ SIZES = {
     "moe_intermediate_size": 48,
     "moe_latent_size": 32,
 }
+NVFP4 = PrecisionConfig(bf16_tail=0)
 CASES = {
     "fp32": ({}, FP32, False, [[256]]),
     "bf16": ({}, BF16, False, [[256]]),
@@ -40,6 +42,8 @@ CASES = {
     "tied": ({"tie_word_embeddings": True}, FP32, False, [[64]]),
     "large_vocabulary": ({"vocab_size": 30_000}, FP32, True, [[200]]),
     "short": ({}, FP32, False, [[8]]),
+    "nvfp4": ({}, NVFP4, False, [[100]]),
+    "nvfp4_checkpointed": ({}, NVFP4, True, [[60, 28]]),
 }
 TOLERANCE = 0.005
 
@@ -60,7 +64,7 @@ def stage(case: str) -> tuple[Pretraining, list[list[int]]]:
     changes, recipe, checkpointed, documents = CASES[case]
     config = tiny_config(**SIZES | changes)
     depths = 2 * config.num_nextn_predict_layers
-    options = {"precision": list(recipe), "activation_checkpointing": checkpointed, "mtp_depths": depths}
+    options = {"precision": recipe, "activation_checkpointing": checkpointed, "mtp_depths": depths}
     return make_module(config, **options), documents
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 import yaml
 
-from app.planning.parameters import Count, count_parts, parameter_lines, precision_lines
+from app.planning.parameters import Count, count_parts, parameter_lines
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionRule, apply
 
 ROOT = Path(__file__).parent.parent.parent.parent
 TINY = {
@@ -123,10 +122,3 @@ def test_every_parameter_is_counted():
     count = total(count_parts(network))
     assert count.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert count.biases == sum(buffer.numel() for buffer in network.buffers())
-
-
-def test_a_recipe_with_two_formats_shows_both():
-    recipe = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*", format="bf16")]
-    lines = precision_lines(apply(recipe, build(**TINY)))
-    assert sum(line.split()[:2] == ["lm_head", "fp32"] for line in lines) == 1
-    assert sum(line.split()[0] == "backbone.embeddings" and line.split()[1] == "bf16" for line in lines) == 1

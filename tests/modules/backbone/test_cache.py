@@ -7,6 +7,7 @@ from modules.backbone.cache import Cache
 from modules.backbone.model import Network
 from modules.ops import native
 from modules.precision.linear import FormattedModule
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
 from tests.modules.helpers import BF16, assert_close, make_network, tiny_config
 
 CONFIGS = {
@@ -150,6 +151,23 @@ def test_a_cache_outlives_a_move_of_the_weights(network):
 def test_vectors_in_bf16_are_not_for_the_c_code():
     network = make_network(tiny_config(), BF16).bfloat16()
     assert network.new_cache(1, 8).native is None
+
+
+def test_quantised_products_are_not_for_the_c_code():
+    """Their weights may be bf16 and alike, but the products are others."""
+    linears = [PrecisionRule(pattern="*", format="nvfp4")]
+    network = make_network(tiny_config(hybrid_override_pattern="--"), BF16)
+    for module in network.modules():
+        if isinstance(module, FormattedModule):
+            module.to(torch.bfloat16)
+    assert (network.new_cache(1, 8).native is None) == (native.load()[0] is None)
+    for layer in network.backbone.layers:
+        apply(PrecisionConfig(recipe=None, rules=linears), layer)
+    assert network.new_cache(1, 8).native is None
+    tokens = tokens_of(6)[0][None]
+    cache = network.new_cache(1, 6)
+    with torch.no_grad():
+        assert_close(network(tokens, cache=cache).hidden, network(tokens).hidden, 2e-2)
 
 
 @pytest.mark.parametrize("change", ["select", "restore"])

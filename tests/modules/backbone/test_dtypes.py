@@ -4,6 +4,7 @@ Matrix products run in their module's format; the residual stream has the embedd
 decays and every stored tensor stay fp32.
 """
 
+import dataclasses
 from collections import defaultdict
 
 import pytest
@@ -18,15 +19,17 @@ from modules.backbone.normalization import GatedGroupRMSNorm, RMSNorm
 from modules.backbone.router import Router
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import FormattedModule
-from modules.precision.recipe import PrecisionRule
+from modules.precision.recipe import PrecisionConfig, PrecisionRule
 from tests.modules.helpers import BF16, FP32, document_ids, make_network, packed_batch, relative_error, tiny_config
 
-MIXED = (
-    PrecisionRule(pattern="backbone.embeddings", format="fp32"),
-    PrecisionRule(pattern="lm_head", format="fp32"),
-    PrecisionRule(pattern="*.layers.0.mixer.*", format="fp32"),
-    PrecisionRule(pattern="*.shared_experts.up_proj", format="fp32"),
-    PrecisionRule(pattern="*", format="bf16"),
+MIXED = PrecisionConfig(
+    recipe="bf16",
+    rules=[
+        PrecisionRule(pattern="backbone.embeddings", format="fp32"),
+        PrecisionRule(pattern="lm_head", format="fp32"),
+        PrecisionRule(pattern="*.layers.0.mixer.*", format="fp32"),
+        PrecisionRule(pattern="*.shared_experts.up_proj", format="fp32"),
+    ],
 )
 RECIPES = {"fp32": FP32, "bf16": BF16, "mixed": MIXED}
 
@@ -146,7 +149,7 @@ def test_what_is_stored_is_fp32(recipe) -> None:
 def test_lower_formats_are_near_fp32_and_not_equal(recipe) -> None:
     config = tiny_config(hybrid_override_pattern="M*-M")  # no routers: a flipped choice is no rounding error
     tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    recipe = [rule for rule in recipe if "shared" not in rule.pattern]
+    recipe = dataclasses.replace(recipe, rules=[rule for rule in recipe.rules if "shared" not in rule.pattern])
     with torch.no_grad():
         full, low = (make_network(config, rules) for rules in (FP32, recipe))
         error = relative_error(low.logits(low(tokens).hidden), full.logits(full(tokens).hidden))

@@ -1,0 +1,39 @@
+"""A matrix product times a number, rounded once.
+
+Products of quantised operands leave the tensors' scales outside. Hardware multiplies its fp32 sums by them before it
+rounds to bf16, and so does this; multiplying a bf16 product would round twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+# An operation of its own: a CPU reads the scale on the host, which has no value on the meta device.
+@torch.library.custom_op("superbolt::scaled_product", mutates_args=())
+def scaled_product(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Return `scale * a @ b`.
+
+    Args:
+        a: [M, K], bf16.
+        b: [K, N], bf16.
+        scale: fp32 scalar.
+
+    Returns:
+        bf16 [M, N].
+    """
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32).mul_(scale).to(a.dtype)
+    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale))
+
+
+@scaled_product.register_fake
+def _(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@register_flop_formula(torch.ops.superbolt.scaled_product)
+def _(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    return 2 * a[0] * a[1] * b[1]

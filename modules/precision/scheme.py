@@ -1,0 +1,133 @@
+"""What a quantised module knows: the format of each of its three products, and the arithmetic that a network shares."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modules.precision.formats import QUANTIZED, Format
+
+
+class Products(NamedTuple):
+    """Formats of the matrix products of a linear module: y = x W^T, dx = g W, dW = g^T x."""
+
+    fprop: Format
+    """y."""
+    dgrad: Format
+    """dx."""
+    wgrad: Format
+    """dW."""
+
+    @classmethod
+    def all_in(cls, chosen: Format) -> "Products":
+        """Return all three in one format."""
+        return cls(chosen, chosen, chosen)
+
+    @property
+    def plain(self) -> bool:
+        """Whether none of them is quantised."""
+        return not any(chosen in QUANTIZED for chosen in self)
+
+
+class Observer(Protocol):
+    """Looks at the operands of quantised products."""
+
+    def __call__(self, scheme: "Scheme", operand: str, before: Tensor, after: Tensor) -> None:
+        """See an operand.
+
+        Args:
+            scheme: of the module.
+            operand: product and tensor, e.g. `wgrad.g` (x: inputs, w: weight, g: gradient of the results).
+            before: bf16, what was quantised: padded to whole blocks, rotated where the product's operands are.
+            after: fp32 of that shape, what is left of it.
+        """
+        ...
+
+
+class Arithmetic:
+    """What all quantised modules of a network share.
+
+    Args:
+        stochastic_rounding: whether NVFP4 gradients are rounded at random.
+        hadamard: whether NVFP4 operands of weight gradients are rotated.
+        two_dimensional_weights: whether NVFP4 scales of weights cover 16 x 16 values.
+    """
+
+    def __init__(
+        self, stochastic_rounding: bool = True, hadamard: bool = True, two_dimensional_weights: bool = True
+    ) -> None:
+        self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
+        self.two_dimensional_weights = two_dimensional_weights
+        self.observer: Observer | None = None
+        """Is shown every operand that the emulated backend quantises; None: nobody."""
+        self._seed = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is on that NVFP4 training is published with."""
+        return self.stochastic_rounding and self.hadamard and self.two_dimensional_weights
+
+    def reseed(self, seed: int) -> None:
+        """Begin the random numbers of stochastic rounding anew.
+
+        Called before each micro-batch with a seed of its own: then a resumed run draws what the uninterrupted one
+        would, and no checkpoint need hold a generator's state.
+
+        Args:
+            seed: 0 to 2**63 - 1.
+        """
+        self._seed = seed
+        for generator in self._generators.values():
+            generator.manual_seed(seed)
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """Return the generator of a device; None on the meta device, where nothing is drawn."""
+        if device.type == "meta":
+            return None
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+class Backend(Protocol):
+    """Computes quantised products, forward and backward."""
+
+    name: str
+    """As in a run file."""
+
+    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
+        """Return why a module cannot be computed here, in a few words; empty: it can.
+
+        Args:
+            products: formats of its products, one of them quantised.
+            arithmetic: what the run file asks for.
+            shape: of its weight, [O, I] or [E, O, I].
+            device_type: where it will be, cpu or cuda.
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, scheme: "Scheme") -> Tensor:
+        """Map bf16 [..., I] by bf16 [O, I] to bf16 [..., O]; no view, which FSDP2 cannot hook into."""
+        ...
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor, scheme: "Scheme") -> Tensor:
+        """Map bf16 rows [R, I] sorted by expert, with end rows int32 [E], by bf16 [E, O, I] to bf16 [R, O]."""
+        ...
+
+
+class Scheme:
+    """How a module computes.
+
+    Args:
+        products: format of each product, as the recipe says; format switches change `products`.
+        arithmetic: shared by the modules of a network.
+        backend: what computes.
+        refused: why it is not one of the better backends, by name.
+    """
+
+    def __init__(
+        self, products: Products, arithmetic: Arithmetic, backend: Backend, refused: dict[str, str] | None = None
+    ) -> None:
+        self.planned = self.products = products
+        self.arithmetic, self.backend, self.refused = arithmetic, backend, refused or {}
