@@ -4,13 +4,28 @@ import importlib
 import inspect
 import types
 import typing
+from argparse import Action
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app.errors import UserError
 from app.explain import explain
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help with paragraphs kept apart, and no type where the usage lists the values."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+    def _get_type_str(self, action: Action) -> str | None:
+        name = super()._get_type_str(action)
+        if name is None or name.startswith("Literal["):
+            return None
+        return name.removeprefix("<class '").removesuffix("'>")
 
 
 class CommandParser(ArgumentParser):
@@ -66,7 +81,7 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
     described = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
     description = "\n\n".join(filter(None, [documentation.short_description, documentation.long_description]))
-    parser = CommandParser(prog=f"python -m app {command}", description=description)
+    parser = CommandParser(prog=f"python -m app {command}", description=description, formatter_class=HelpFormatter)
     hints = typing.get_type_hints(function)
     options: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():

@@ -75,6 +75,8 @@ def _explain_union(text: str, key: str) -> Refusal:
 
 def _kind(kind: str) -> str:
     name = re.sub(r"<(?:class|enum) '(?:[\w.]+\.)?(\w+)'>", r"\1", kind.strip()).replace("typing.", "")
+    if found := re.fullmatch(r"Literal\[(.*)\]", name):
+        return "one of " + found[1].replace("'", "")
     return "null" if name == "NoneType" else name
 
 

@@ -2,15 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from app.errors import UserError
+from app.options import Device
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import Source, open_model
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def open_source(model: Path) -> Source:

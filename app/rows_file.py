@@ -33,10 +33,24 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}:{number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: a row must be a JSON object, like {{...}}")
+        try:
+            encode_row(row)
+        except ValueError:
+            what = "NaN, an infinite number or half of a surrogate pair, which the output cannot hold"
+            raise UserError(f"{file}:{number}: a value is {what}; remove it") from None
         rows.append(row)
     if not rows:
         raise UserError(f"{file}: the file has no rows")
     return rows
+
+
+def encode_row(row: dict[str, Any]) -> bytes:
+    """Return a row as a line of a file.
+
+    Raises:
+        ValueError: it holds a number that is not finite, or half a surrogate pair.
+    """
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:
@@ -98,11 +112,11 @@ class Answers:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add answers; they are on the disk when this returns."""
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        lines = b"".join(map(encode_row, rows))
         if not self._output.exists():
             self._describe(None)
         with self._output.open("ab") as file:
-            file.write(text.encode())
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
         self.count += len(rows)

@@ -67,7 +67,7 @@ def main() -> None:
             if callable(function) and (name.startswith("on_") or name == "add") and name not in AT_THE_START:
                 setattr(kind, name, cost.wrap(function))
     build = RunCLI._build
-    RunCLI._build = lambda self, callbacks, logger: build(self, [*callbacks, cost], logger)
+    RunCLI._build = lambda self, callbacks, logger, checkpoint: build(self, [*callbacks, cost], logger, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         keys = [f"--trainer.max_steps={options.steps}", f"--trainer.default_root_dir={folder}", "--name=cost"]
         keys += [

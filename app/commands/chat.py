@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
-from app.terminal import write_text
+from app.options import Device, Dtype, StateDtype, short_state_dtype
+from app.terminal import read_text, write_text
 
 if TYPE_CHECKING:
     from datamodules.chat_template import ChatTemplate, Message
@@ -30,9 +31,9 @@ def chat(
     top_p: float | None = None,
     min_p: float = 0.0,
     seed: int = 0,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    state_dtype: Literal["fp32", "fp16"] = "fp32",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    state_dtype: StateDtype = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Talk with a model, a line a turn; replies come as they are written.
 
@@ -84,10 +85,10 @@ def chat(
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,
-        torch.float16 if state_dtype == "fp16" else torch.float32,
+        torch.float16 if short_state_dtype(state_dtype) == "fp16" else torch.float32,
     )
     variables = {} if thinking is None else {"enable_thinking": thinking}
-    talk = Conversation(session, template, tokenizer, variables, system)
+    talk = Conversation(session, template, tokenizer, variables, None if system is None else read_text(system))
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     for line in read_lines():
@@ -162,7 +163,7 @@ def read_lines() -> Iterator[str]:
         prompt = "> "
     while True:
         try:
-            yield input(prompt)
+            yield read_text(input(prompt))
         except EOFError:
             print(end="\n" if prompt else "")
             return

@@ -3,9 +3,10 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from app.errors import UserError
+from app.options import Device, Dtype, short_dtype
 
 
 def evaluate(
@@ -21,8 +22,8 @@ def evaluate(
     max_length: int | None = None,
     batch_size: int = 16,
     batch_tokens: int = 8192,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     seed: int = 1234,
     output: Path | None = None,
     samples: Path | None = None,
@@ -126,7 +127,7 @@ def evaluate(
         "max_length": max_length,
         "batch_size": batch_size,
         "batch_tokens": batch_tokens,
-        "dtype": dtype,
+        "dtype": short_dtype(dtype),
         "device": str(where),
         "seed": seed,
     }

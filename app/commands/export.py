@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
+from app.options import Dtype, short_dtype
+
 
 def export(
     model: Path,
     *,
     output: Path,
     format: Literal["hf"] = "hf",
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a MODEL as a Hugging Face folder, with tokenizer and model card.
@@ -39,5 +41,7 @@ def export(
     for note in source.notes:
         print(f"note: {note}")
     print(f"{source.path}: {len(source.tensors):,} tensors", flush=True)
-    written = write(source, output, dtype=dtype, max_shard_bytes=limit, report=lambda line: print(line, flush=True))
+    written = write(
+        source, output, dtype=short_dtype(dtype), max_shard_bytes=limit, report=lambda line: print(line, flush=True)
+    )
     print(f"{output}: {written.tensors:,} tensors, {len(written.files)} files, {show_size(written.size)}")

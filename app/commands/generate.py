@@ -5,9 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
+from app.options import Device, Dtype, StateDtype, short_dtype, short_state_dtype
 from modules.generation.acceptance import Acceptance
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def generate(
     ignore_eos: bool = False,
     batch_size: int = 16,
     draft_tokens: int = 0,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    state_dtype: Literal["fp32", "fp16"] = "fp32",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    state_dtype: StateDtype = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Let a model go on with prompts.
 
@@ -79,7 +80,7 @@ def generate(
     import torch
 
     from app.models import choose_device, open_source, open_tokenizer
-    from app.rows_file import Answers, read_rows
+    from app.rows_file import Answers, read_rows, text_of
     from app.scoring.rows import Reader
     from modules.checkpoints.load import load_model
     from modules.generation import engine
@@ -89,6 +90,8 @@ def generate(
     where, rows = choose_device(device), [{"prompt": prompt}] if prompts is None else read_rows(prompts)
     source = open_source(model)
     tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
+    for text in stop or []:
+        text_of({"stop": text}, "stop", "--stop")
     if stop and tokenizer is None:
         raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
     reader = Reader(source)
@@ -113,7 +116,7 @@ def generate(
             sampling,
             eos_ids=eos_ids,
             decode=None if tokenizer is None else tokenizer.decode,
-            state_dtype=torch.float16 if state_dtype == "fp16" else torch.float32,
+            state_dtype=torch.float16 if short_state_dtype(state_dtype) == "fp16" else torch.float32,
             **choices,
         )
 
@@ -127,8 +130,8 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "samples": samples,
         "ignore_eos": ignore_eos,
-        "dtype": dtype,
-        "state_dtype": state_dtype,
+        "dtype": short_dtype(dtype),
+        "state_dtype": short_state_dtype(state_dtype),
     }
     answers = Answers(output, prompts, settings)
     if answers.count == len(requests):

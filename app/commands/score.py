@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
+from app.options import Device, Dtype, short_dtype
 from app.rows_file import Answers, read_rows
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ def score(
     input: Path,
     output: Path,
     reference: Path | None = None,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     batch_tokens: int = 8192,
 ) -> None:
     """Write per-token log-probabilities, and print perplexity, bits per byte and KL.
@@ -144,11 +145,11 @@ def _numbers(values: "Tensor") -> list[float]:
     return [float(f"{value:.9g}") for value in values.tolist()]
 
 
-def _settings(source: "Source", reference: "Source | None", dtype: str) -> dict[str, Any]:
+def _settings(source: "Source", reference: "Source | None", dtype: Dtype) -> dict[str, Any]:
     """Return what decides the scores, beside the input."""
     return {
         "command": "score",
         "model": str(source.path.resolve()),
         "reference": None if reference is None else str(reference.path.resolve()),
-        "dtype": dtype,
+        "dtype": short_dtype(dtype),
     }

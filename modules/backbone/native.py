@@ -54,6 +54,9 @@ class NativeLayers:
         self.config = config
         self.dtype = embedding.compute_dtype
         self.embedding = embedding
+        inner = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        # Kept as they are now, so that weights that were moved cannot lie where these lay.
+        self._weights = [tensor.detach() for tensor in (embedding.weight, final, *inner)]
         self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
         self.given = native.PassArguments(
             hidden=config.hidden_size,

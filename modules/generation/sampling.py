@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-20
+"""Below it quotients leave the range of fp32; far above it they already make one token certain, but for equals."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,7 +29,7 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0, like anything below `LEAST_TEMPERATURE`, takes the most likely token."""
     top_k: int = 0
     """Draw among the k most likely tokens only; 0: among all."""
     top_p: float = 1.0
@@ -50,7 +53,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, without a draw."""
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def whole(self) -> bool:

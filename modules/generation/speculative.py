@@ -115,8 +115,9 @@ class SpeculativeDecoder(PlainDecoder):
         self._native: NativeRounds | None = None
         sampling = decoding.sampling
         if (sampling.greedy or sampling.whole) and not decoding.logprobs and decoding.agree is None:
+            temperature = 0.0 if sampling.greedy else sampling.temperature
             self._native = network.native_rounds(
-                self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted, sampling.temperature
+                self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted, temperature
             )
 
     def select(self, rows: list[int]) -> None:

@@ -2,8 +2,11 @@
 
 The scale is the smallest power of two, 2^-127 to 2^127, that keeps the block's largest magnitude within 448: the
 exponent is rounded up, as the hardware's `cvt.rp.ue8m0` and Transformer Engine do, so nothing finite saturates. A block
-of zeros has scale 2^-127 and stays zero. An infinity saturates to 448 times 2^127's scale, which is above the largest
-fp32 number: it stays an infinity. A NaN makes the scale, and with it its block, NaN.
+of zeros has scale 2^-127 and stays zero. An infinity makes the scale 2^127: it becomes 448 times that, an infinity in
+fp32, and the rest of its block next to nothing. A NaN makes the scale, and with it its block, NaN.
+
+On a CPU `modules/ops/native/quantization.c` does the work of `quantize_dequantize` where it can be compiled, with the
+same bits.
 """
 
 from typing import NamedTuple

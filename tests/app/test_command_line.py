@@ -1,7 +1,9 @@
 """Functions become commands: positional parameters first, keyword-only ones as options."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import pytest
 
@@ -89,6 +91,26 @@ def test_mistakes_are_one_line(args, message):
     assert message in str(caught.value)
     assert "see python -m app pack --help" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_help_names_types_as_people_do_and_keeps_paragraphs():
+    def wrap(folder: Path, *, kind: Literal["a", "b"] = "a") -> None:
+        """Wrap.
+
+        And more about it.
+
+        Args:
+            folder: Folder to wrap.
+            kind: How.
+        """
+
+    text = build_parser("wrap", wrap).format_help()
+    assert "Wrap.\n\nAnd more about it.\n" in text
+    assert "(required, type: Path)" in text
+    assert "{a,b}" in text
+    assert "How. (default: a)" in text
+    with pytest.raises(UserError, match="--kind: expected one of a, b, got c"):
+        build_parser("wrap", wrap).parse_args(["x", "--kind", "c"])
 
 
 def test_help_comes_from_the_documentation():

@@ -87,4 +87,4 @@ def test_a_union_that_nothing_fits_says_what_was_expected():
     - Expected a <class 'NoneType'>
   Given value type: <class 'str'>
   Given value: many"""
-    assert explain(message) == Refusal("trainer.limit", "expected int or Literal['a', 'b'] or null, got many")
+    assert explain(message) == Refusal("trainer.limit", "expected int or one of a, b or null, got many")

@@ -109,6 +109,11 @@ def test_commands(model, network, monkeypatch, capsys) -> None:
     )
 
 
+def test_bytes_that_are_no_text_are_replaced(model, network, monkeypatch, capsys) -> None:
+    expected = replies(model, network, ["a\ufffdb"], "\ufffd")
+    assert chat(model, ["a\udcffb"], monkeypatch, capsys, "--system", "\udcff") == expected
+
+
 @pytest.mark.parametrize("thinking", [None, True, False])
 def test_thinking_reaches_the_template(model, network, monkeypatch, capsys, thinking: bool | None) -> None:
     file = model / "chat_template.jinja"

@@ -28,6 +28,11 @@ def test_a_run_is_exported_by_its_newest_checkpoint(run: Path, tmp_path: Path, c
     assert all(torch.equal(found[name], tensor) for name, tensor in run_tensors(2).items())
 
 
+def test_dtypes_may_have_the_names_of_torch(run: Path, tmp_path: Path):
+    assert main(["export", str(run), "--output", str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    assert torch.bfloat16 in {tensor.dtype for tensor in stored_tensors(tmp_path / "hf").values()}
+
+
 def test_mistakes_of_export_cost_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "hf"
     assert "holds files already" in refusal(capsys, "export", run, "--output", run)

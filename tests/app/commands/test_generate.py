@@ -193,7 +193,7 @@ def test_drafts_and_half_precision_states(tmp_path, capsys) -> None:
     assert generate(model, plain, tmp_path / "drafted.jsonl", "--draft_tokens", "3") == rows
     assert "speculative decoding: " in capsys.readouterr().err
     half = generate(model, plain, tmp_path / "half.jsonl", "--state_dtype", "fp16")
-    assert half == generate(model, plain, tmp_path / "again.jsonl", "--state_dtype", "fp16")
+    assert half == generate(model, plain, tmp_path / "again.jsonl", "--state_dtype", "float16")
     assert half[0]["completion_ids"][:2] == rows[0]["completion_ids"][:2]
 
 
@@ -230,6 +230,12 @@ def test_a_broken_row_is_named_before_anything_is_written(model, tmp_path, lines
         (["--prompt", "a", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
         (["--prompt", "a", "--draft_tokens", "-1"], "--draft_tokens: -1 must be at least 0"),
         (["--prompt", "a", "--stop", ""], "--stop: a stop string is empty"),
+        (["--prompt", "a", "--stop", "\udcff"], "--stop: stop holds half a surrogate pair"),
+        (["--prompt", "\udcff"], "--prompt: prompt holds half a surrogate pair"),
+        (
+            ["--prompt", "a", "--dtype", "fp16"],
+            "--dtype: expected one of auto, fp32, float32, bf16, bfloat16, got fp16",
+        ),
         (["--prompt", "a", "--temperature", "-1"], "temperature: -1.0 must be"),
         (["--prompt", "a", "--top_p", "0"], "top_p: 0.0 must be"),
         (["--prompt", "a", "--draft_tokens", "2"], "draft_tokens: this model has no MTP block"),

@@ -160,6 +160,7 @@ def test_bf16_is_near_and_another_answer(scored, program, models, tmp_path) -> N
     output = tmp_path / "out.jsonl"
     arguments = ("score", models["first"], "--input", scored[0], "--output", output)
     assert program.run(*arguments, "--dtype", "bf16").code == 0
+    assert "is complete already" in program.run(*arguments, "--dtype", "bfloat16").output
     exact, rough = (torch.tensor(read(file)[5]["logprobs"]) for file in (scored[1], output))
     assert 0 < (exact - rough).abs().max() < 0.5
     refused = program.run(*arguments)

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from modules.generation.sampling import Sampling, distribution, draw
+from tests.modules.helpers import assert_close
 
 CASES = [
     {"temperature": 1.0},
@@ -62,6 +63,17 @@ def test_ties_at_the_end_of_the_nucleus_stay() -> None:
     assert (distribution(scores, Sampling(temperature=1.0, top_p=0.5)) > 0).tolist() == [
         [False, True] * 2 + [True, False]
     ]
+
+
+@pytest.mark.parametrize("temperature", [1e-19, 1e-6, 1e30])
+def test_extreme_temperatures_give_numbers(temperature: float) -> None:
+    probabilities = distribution(logits() * 30, Sampling(temperature=temperature))
+    assert_close(probabilities.sum(-1), torch.ones(len(probabilities)), 1e-5)
+
+
+def test_a_temperature_that_fp32_cannot_divide_by_is_greedy() -> None:
+    assert Sampling(temperature=1e-45).greedy
+    assert not Sampling(temperature=1e-19).greedy
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

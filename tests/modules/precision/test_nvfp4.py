@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.precision import e2m1, nvfp4
+from modules.precision import e2m1, fp8, mxfp8, nvfp4
 
 TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
 
@@ -291,6 +291,7 @@ def test_a_gpu_gives_the_same_bits():
             here, there = nvfp4.quantize(x, **options), nvfp4.quantize(x.cuda(), **options)
             assert torch.equal(here.codes, there.codes.cpu())
             assert torch.equal(here.scales.view(torch.uint8), there.scales.view(torch.uint8).cpu())
-            assert torch.equal(
-                nvfp4.quantize_dequantize(x, **options), nvfp4.quantize_dequantize(x.cuda(), **options).cpu()
-            )
+            for function in (nvfp4.quantize_dequantize, lambda x, **options: nvfp4.gemm_operand(x, **options)[0]):
+                assert torch.equal(function(x, **options), function(x.cuda(), **options).cpu())
+        for function in (mxfp8.quantize_dequantize, fp8.quantize_dequantize):
+            assert torch.equal(function(x), function(x.cuda()).cpu())

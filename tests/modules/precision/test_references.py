@@ -3,15 +3,13 @@
 `vectors/make.py` made the vectors and says how.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from modules.precision import e2m1, nvfp4
+from tests.modules.precision.vectors import make
 
-VECTORS = load_file(Path(__file__).parent / "vectors" / "reference.safetensors")
+VECTORS = make.load()
 INPUTS = sorted(name for name in VECTORS if "/" not in name)
 TRANSFORMER_ENGINE = {
     "te_rows": {},

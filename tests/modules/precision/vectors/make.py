@@ -1,4 +1,4 @@
-"""Makes reference.safetensors: what other people's NVFP4 quantisers, run on a CPU, give for a few tensors.
+"""Makes reference.json: what other people's NVFP4 quantisers, run on a CPU, give for a few tensors.
 
     pip install --no-deps --target PEERS transformer-engine==2.20.2 nvidia-modelopt==0.47.0 omegaconf==2.4.0 \
         antlr4-python3-runtime==4.9.3 pulp==3.3.2 pydantic==2.14.4 pydantic-core==2.50.5 annotated-types==0.8.0 \
@@ -9,18 +9,19 @@ Transformer Engine itself needs CUDA; its reference quantiser is plain torch and
 the file: `INPUT`, the tensor; `INPUT/CASE/codes` (packed), `/scales` and `/amax` of each case.
 """
 
+import base64
 import importlib
 import importlib.util
+import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-FILE = Path(__file__).parent / "reference.safetensors"
+FILE = Path(__file__).parent / "reference.json"
 TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
     "te_rows": {},
     "te_tiles": {"quant_tile_shape": (16, 16)},
@@ -82,6 +83,24 @@ def transformer_engine() -> tuple[Any, Any]:
     return importlib.import_module(recipes + ".reference_nvfp4"), importlib.import_module(recipes + ".reference_utils")
 
 
+def to_text(tensor: Tensor) -> list[Any]:
+    """Return [dtype, shape, bytes in base64]."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), base64.b64encode(flat.numpy()).decode()]
+
+
+def from_text(text: list[Any]) -> Tensor:
+    """Undo `to_text`."""
+    dtype, shape, content = text
+    flat = torch.frombuffer(bytearray(base64.b64decode(content)), dtype=torch.uint8)
+    return flat.view(getattr(torch, dtype)).view(shape)
+
+
+def load() -> dict[str, Tensor]:
+    """Return the tensors of the file by name."""
+    return {name: from_text(text) for name, text in json.loads(FILE.read_text(encoding="utf-8")).items()}
+
+
 def main() -> None:
     """Write the file."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor  # before Transformer Engine's parents are emptied
@@ -106,7 +125,8 @@ def main() -> None:
                 torch.float32, scale=scales, double_scale=scale, block_sizes={-1: 16}
             ),
         }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, FILE)
+    lines = (f"{json.dumps(name)}: {json.dumps(to_text(tensor))}" for name, tensor in tensors.items())
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
