@@ -9,6 +9,7 @@ from app.errors import UserError
 from app.options import Device
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import Source, open_model
+from modules.ops import native
 
 
 def open_source(model: Path) -> Source:
@@ -49,3 +50,10 @@ def choose_device(name: Device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available on this machine; leave the option out")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def note_decoding(device: torch.device) -> None:
+    """Say on stderr if decoding has to do without the C code that makes it fast on a CPU."""
+    library, reason = native.load()
+    if device.type == "cpu" and library is None:
+        print(f"decoding runs in torch alone, several times slower than in C: {reason}", file=sys.stderr)

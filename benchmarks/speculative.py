@@ -5,13 +5,12 @@ length in turn. A small model soon repeats itself, and what repeats is easy to d
 a cycle begins its second turn (at most `PERIOD` tokens that come at least three times in a row and fill `SPAN`
 tokens), and left out where fewer than `LEAST` tokens are left; sampled ones with a cycle are left out.
 
-Predicted is what acceptance and costs give: (1 + a1 + a1 a2 + ...) plain steps / (drafts + verification), where the
-chance `a` that a draft is kept once those before it are is that at the largest draft length. Measured are whole
-completions; "decode" is without the prompt, for which the MTP block has to run too. Costs are medians over the rounds
-of a completion, taken inside the decoder.
+Predicted is what acceptance and costs give (`modules.generation.acceptance`), with the chance that a draft is kept once
+those before it are taken at the largest draft length; the length predicted best is chosen, 0 if none gains. Measured
+are whole completions; "decode" is without the prompt, for which the MTP block has to run too. Costs are medians over
+the rounds of a completion, taken inside the decoder.
 """
 
-import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from app.__main__ import settle_process
 from benchmarks.side import Side, timed
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
+from modules.generation.acceptance import Acceptance, Costs, best_draft_tokens, predicted_gain
 from modules.generation.decoding import Decoding, PlainDecoder
 from modules.generation.engine import Completion, Request, generate, new_row
 from modules.generation.sampling import Sampling
@@ -70,8 +70,8 @@ class Written(NamedTuple):
     """Drafts kept in each round, the last one left out: it may run past the end."""
 
 
-class Costs(NamedTuple):
-    """Median wall seconds of a round; a round of plain decoding is a step."""
+class Round(NamedTuple):
+    """Median wall seconds of a round; one of plain decoding is a step."""
 
     drafts: float
     verification: float
@@ -102,7 +102,7 @@ def write(network: Network, prompts: list[list[int]], turn: Turn) -> Written:
 
 
 @torch.inference_mode()
-def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Costs:
+def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Round:
     """Return what a round of a completion costs."""
     prompt, sampling = prompts[turn.prompt], Sampling(temperature=turn.temperature, seed=turn.seed)
     decoding = Decoding(sampling=sampling, draft_tokens=turn.drafts)
@@ -124,7 +124,7 @@ def costs(network: Network, prompts: list[list[int]], turn: Turn) -> Costs:
         rounds.append((drafting[-1], wall - drafting[-1]))
         row.extend(steps[0].tokens[0], [])
     drafts, rest = zip(*rounds[1:], strict=True)  # the first token comes with the prompt
-    return Costs(statistics.median(drafts), statistics.median(rest))
+    return Round(statistics.median(drafts), statistics.median(rest))
 
 
 def _timing(function: Callable[..., object], seconds: list[float]) -> Callable[..., object]:
@@ -149,21 +149,6 @@ def loop_start(tokens: list[int]) -> int | None:
                 starts.append(place - run + 1)
                 break
     return min(starts, default=None)
-
-
-def acceptance(rounds: list[int], length: int) -> list[float]:
-    """Return for each position the share of drafts kept, among rounds that kept all before it (nan: there is none)."""
-    reached = [sum(accepted >= position for accepted in rounds) for position in range(length + 1)]
-    return [after / before if before else float("nan") for before, after in itertools.pairwise(reached)]
-
-
-def expected_tokens(rates: list[float], length: int) -> float:
-    """Return the tokens of a round: its kept drafts and one more."""
-    total = share = 1.0
-    for rate in rates[:length]:
-        share *= rate
-        total += share
-    return total
 
 
 def compare(model: Path, prompts: list[list[int]], new_tokens: int, threads: int, rounds: int) -> None:
@@ -195,28 +180,32 @@ def _compare_at(side: Side, temperature: float, prompts: int, new_tokens: int, r
         print(f"{count} continuations of {new_tokens} tokens count, {len(lengths) * rounds - count} repeat themselves")
     inside = [_ask_all(side, prompt, length, temperature, 0, costs=True) for prompt, length in lengths.items()]
     plain = statistics.median(costs[0].verification for costs in inside)
-    rates = acceptance([kept for row in written for one in row for kept in one[DRAFTS[-1]].accepted], DRAFTS[-1])
+    longest = [kept for row in written for one in row for kept in one[DRAFTS[-1]].accepted]
+    rates = Acceptance.of(longest, DRAFTS[-1]).rates
+    shares = {
+        drafts: statistics.median(sum(costs[drafts]) / costs[0].verification for costs in inside)
+        for drafts in DRAFTS[1:]
+    }
+    parts = Costs(plain=1.0, rounds=shares)
     print(f"a plain step: {plain * 1e3:.3f} ms")
     print(
         f"{'drafts':>6}{'kept':>8}{'tokens/round':>14}{'drafts ms':>11}{'verify ms':>11}{'predicted':>11}"
         f"{'decode':>9}{'whole':>9}{'by CPU':>9}{'same text':>11}"
     )
-    predicted, measured = {}, {}
+    measured = {0: 1.0}
     for drafts in DRAFTS[1:]:
-        share = statistics.median(costs[0].verification / sum(costs[drafts]) for costs in inside)
-        predicted[drafts] = expected_tokens(rates, drafts) * share
         measured[drafts] = _ratio(written, drafts, 1)
-        tokens = 1 + statistics.mean(kept for row in written for one in row for kept in one[drafts].accepted)
+        tokens = Acceptance.of([kept for row in written for one in row for kept in one[drafts].accepted], drafts).length
         same = statistics.mean(one[drafts].tokens == one[0].tokens for row in written for one in row)
         draft, verification = (statistics.median(costs[drafts][part] for costs in inside) * 1e3 for part in range(2))
         decode, by_cpu = _ratio(written, drafts, 1, prompt=False), _ratio(written, drafts, 0)
         print(
             f"{drafts:6}{rates[drafts - 1]:8.1%}{tokens:14.2f}{draft:11.3f}{verification:11.3f}"
-            f"{predicted[drafts]:10.2f}x{decode:8.2f}x{measured[drafts]:8.2f}x{by_cpu:8.2f}x"
+            f"{predicted_gain(parts, rates, drafts):10.2f}x{decode:8.2f}x{measured[drafts]:8.2f}x{by_cpu:8.2f}x"
             f"{'-' if temperature else f'{same:.1%}':>11}",
             flush=True,
         )
-    best = max(predicted, key=lambda drafts: predicted[drafts])
+    best = best_draft_tokens(parts, rates)
     verdict = "reached" if measured[best] >= ASKED else "missed"
     print(f"chosen draft length: {best}; asked: {ASKED}x; whole completions {measured[best]:.2f}x: {verdict}")
 

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
-from app.options import Device, Dtype, StateDtype, short_state_dtype
+from app.options import Device, Dtype, StateDtype, short_dtype, short_state_dtype
 from app.terminal import read_text, write_text
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def chat(
         raise UserError(f"--max_new_tokens: {max_new_tokens} must be at least 1")
     import torch
 
-    from app.models import choose_device, open_source, open_tokenizer
+    from app.models import choose_device, note_decoding, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
     from modules.checkpoints.load import load_model
     from modules.generation.sampling import Sampling
@@ -80,8 +80,9 @@ def chat(
     )
     template = ChatTemplate(tokenizer)
     ends = [*source.generation.eos_token_ids, template.turn_end()]
+    note_decoding(where)
     session = Session(
-        load_model(source.path, dtype, where).network,
+        load_model(source.path, short_dtype(dtype), where).network,
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,

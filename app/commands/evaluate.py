@@ -94,7 +94,7 @@ def evaluate(
         raise UserError("tasks: name at least one task")
     loaded = load_tasks(names, tasks_path, num_fewshot, seed)
     lm = HarnessModel(
-        load_model(source.path, dtype, where).network,
+        load_model(source.path, short_dtype(dtype), where).network,
         tokenizer,
         eos_ids=source.generation.eos_token_ids or [tokenizer.eos_id],
         prefix_token=prefix,

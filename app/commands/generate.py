@@ -79,7 +79,7 @@ def generate(
         raise UserError("--stop: a stop string is empty; leave it out")
     import torch
 
-    from app.models import choose_device, open_source, open_tokenizer
+    from app.models import choose_device, note_decoding, open_source, open_tokenizer
     from app.rows_file import Answers, read_rows, text_of
     from app.scoring.rows import Reader
     from modules.checkpoints.load import load_model
@@ -109,9 +109,10 @@ def generate(
     choices: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, "draft_tokens": draft_tokens}
 
     def prepare() -> Complete:
+        note_decoding(where)
         return functools.partial(
             engine.generate,
-            load_model(source.path, dtype, where).network,
+            load_model(source.path, short_dtype(dtype), where).network,
             requests,
             sampling,
             eos_ids=eos_ids,

@@ -77,7 +77,9 @@ def score(
         print(f"{output} is complete already; remove it to score again")
     else:
         if answers.count < len(rows):
-            models = [load_model(folder.path, dtype, where) for folder in (source, other) if folder is not None]
+            models = [
+                load_model(folder.path, short_dtype(dtype), where) for folder in (source, other) if folder is not None
+            ]
             _answer(rows, tokens, answers, [loaded.network for loaded in models], batch_tokens)
         answers.finish(summarise(answers.read(), reader.token_bytes()))
     assert answers.summary is not None

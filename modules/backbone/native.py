@@ -1,7 +1,8 @@
-"""The cached forward pass of a few positions in one call of C code (`modules/ops/native`), where it applies.
+"""The cached forward pass of decoding and short prompts in one call of C code (`modules/ops/native`), where it applies.
 
-It applies to plain weights on a CPU, all in one format, with fp32 SSM states. Everything else (prompts, GPUs, sharded
-networks, mixed formats) takes the portable pass, whose results are the same but for rounding.
+It applies to plain weights on a CPU, all in one format, with fp32 SSM states. All else (prompts that are long or of
+unequal length, GPUs, sharded networks, mixed formats) takes the portable pass, whose results are the same but for
+rounding.
 Shapes: B rows, T new positions, D hidden.
 """
 

@@ -17,13 +17,7 @@ from modules.checkpoints.source import Source, open_model
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule
 
-DTYPES: dict[str, Format | None] = {
-    "auto": None,
-    "fp32": "fp32",
-    "float32": "fp32",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-}
+DTYPES: dict[str, Format | None] = {"auto": None, "fp32": "fp32", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)

@@ -77,20 +77,12 @@ class Acceptance:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Measured times of the parts of decoding, in one unit, all for the same number of rows."""
+    """Measured times of decoding, in one unit, all for the same number of rows."""
 
     plain: float
     """A step of plain decoding."""
-    first_draft: float
-    """The MTP block over what the round before took over, which gives the first draft."""
-    draft: float
-    """Each further draft."""
-    verification: Mapping[int, float]
-    """A pass over k + 1 tokens, what is taken over and the choice of tokens included, by k >= 1."""
-
-    def round(self, draft_tokens: int) -> float:
-        """Return the time of a round of k drafts."""
-        return self.first_draft + (draft_tokens - 1) * self.draft + self.verification[draft_tokens]
+    rounds: Mapping[int, float]
+    """A round of k >= 1 drafts: catch-up, drafts, verification, the choice of tokens and what is taken over; by k."""
 
 
 def expected_length(rates: Sequence[float], draft_tokens: int) -> float:
@@ -106,11 +98,10 @@ def expected_length(rates: Sequence[float], draft_tokens: int) -> float:
 
 def predicted_gain(costs: Costs, rates: Sequence[float], draft_tokens: int) -> float:
     """Return how many times as fast as plain decoding k drafts are; for the arguments see `expected_length`."""
-    return expected_length(rates, draft_tokens) * costs.plain / costs.round(draft_tokens)
+    return expected_length(rates, draft_tokens) * costs.plain / costs.rounds[draft_tokens]
 
 
 def best_draft_tokens(costs: Costs, rates: Sequence[float]) -> int:
     """Return the draft length with the largest gain among those measured, 0 (plain decoding) if none gains."""
-    gains = {k: predicted_gain(costs, rates, k) for k in costs.verification if k <= len(rates)}
-    best = max(gains, key=lambda k: gains[k])
-    return best if gains[best] > 1 else 0
+    gains = {k: predicted_gain(costs, rates, k) for k in costs.rounds if k <= len(rates)}
+    return max((k for k in gains if gains[k] > 1), key=lambda k: gains[k], default=0)  # unknown gains (nan) are none

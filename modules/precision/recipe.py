@@ -208,15 +208,16 @@ class FormatSchedule:
     """
 
     def __init__(self, config: PrecisionConfig, network: nn.Module) -> None:
-        self._switches = config.switches
         self._schemes = quantized_schemes(network)
+        self._stages = {name: _stages(config.switches, name, s.planned) for name, s in self._schemes.items()}
+        self._arithmetics = {scheme.arithmetic for scheme in self._schemes.values()}
 
     def switch(self, tokens: int) -> list[str]:
         """Set the formats that hold after a number of tokens; return lines for the user on what changed."""
         before = {name: scheme.products for name, scheme in self._schemes.items()}
         for name, scheme in self._schemes.items():
-            stages = _stages(self._switches, name, scheme.planned)
-            scheme.products = next(products for start, products in reversed(stages) if tokens >= start)
+            stages = reversed(self._stages[name])
+            scheme.products = next(products for start, products in stages if tokens >= start)
         changes = Counter(
             (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
         )
@@ -228,7 +229,7 @@ class FormatSchedule:
     def reseed(self, *numbers: int) -> None:
         """Begin the random numbers anew, with a seed made of these (the run's, the rank's, the micro-batch's)."""
         digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
-        for arithmetic in {scheme.arithmetic for scheme in self._schemes.values()}:
+        for arithmetic in self._arithmetics:
             arithmetic.reseed(int.from_bytes(digest[:8], "little") >> 1)
 
 

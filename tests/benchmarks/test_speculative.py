@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import speculative
-from benchmarks.speculative import DRAFTS, Turn, acceptance, expected_tokens, loop_start
+from benchmarks.speculative import DRAFTS, Turn, loop_start
 from tests.modules.helpers import make_network, tiny_config
 
 PROMPTS = [[5, 9, 2, 41, 7], [1, 2, 3, 4, 60]]
@@ -40,12 +40,6 @@ class Local:
 )
 def test_a_loop_starts_with_its_second_turn(tokens: list[int], start: int | None):
     assert loop_start(tokens) == start
-
-
-def test_acceptance_counts_rounds_that_got_that_far():
-    assert acceptance([0, 1, 3, 3], 3) == [3 / 4, 2 / 3, 1.0]
-    assert expected_tokens([3 / 4, 2 / 3, 1.0], 3) == pytest.approx(1 + (0 + 1 + 3 + 3) / 4)
-    assert expected_tokens([3 / 4, 2 / 3, 1.0], 1) == 1.75
 
 
 def test_drafts_change_no_greedy_token():

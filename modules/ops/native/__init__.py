@@ -1,7 +1,7 @@
 """The C code in this folder: compiled once for this processor, when it is first asked for.
 
-It replaces portable operations where a call costs more than its arithmetic: a few positions at a time on a CPU. Without
-a C compiler everything runs on the portable ones; `load` says which it is.
+It replaces portable operations where a call costs more than its arithmetic, decoding on a CPU above all, and those that
+pass over memory too often (`quantization`). Without a C compiler everything runs on the portable ones; `load` says why.
 """
 
 import ctypes

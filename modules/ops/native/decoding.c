@@ -2,7 +2,7 @@
  *
  * A decoding step of a small model is hundreds of tensor operations of a few microseconds, most of it the way to them.
  * Here it is one call. The arithmetic is that of the portable operations: fp32, with a rounding to bf16 wherever they
- * hold a bf16 tensor. `native.py` compiles this file, fills the structures below and says when they apply.
+ * hold a bf16 tensor. modules/backbone/native.py fills the structures below and says when they apply.
  * Shapes: B rows, T new positions, n = B T, D hidden, I in-features, O out-features, k taps, C convolution channels,
  * H Mamba heads, P head dim, G groups, N state, E experts, K top-k.
  */

@@ -31,7 +31,7 @@ def load_library(source: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL | No
 
 
 def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
-    """Return the library's file, from the user's cache or compiled into it (2 s)."""
+    """Return the library's file, from the user's cache or compiled into it (a few seconds)."""
     flags = (*flags, "-march=native", "-fopenmp", "-fPIC", "-c")
     key = hashlib.sha256(source.read_bytes())
     for header in sorted(source.parent.glob("*.h")):

@@ -9,6 +9,7 @@ import torch
 
 from app.__main__ import main
 from datamodules.tokenizer import Tokenizer
+from modules.ops import native
 from tests.modules.checkpoints.helpers import made_comparable, their_model, write_fit_folder
 from tests.modules.helpers import make_network, tiny_config
 
@@ -249,3 +250,9 @@ def test_mistakes_cost_one_line(model, options: list[str], message: str, capsys)
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_without_the_c_code_it_is_said_that_decoding_is_slow(model, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(native, "load", lambda: (None, "no C compiler"))
+    assert main(["generate", str(model), "--prompt", "import", "--max_new_tokens", "3", "--device", "cpu"]) == 0
+    assert "slower than in C: no C compiler" in capsys.readouterr().err

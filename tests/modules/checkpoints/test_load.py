@@ -64,10 +64,10 @@ def test_super_has_the_published_number_of_tensors_and_elements():
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("asked", ["auto", "fp32", "bfloat16"])
+@pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
 def test_fp32_islands_and_formats(network, tmp_path, stored, asked):
     loaded = load_model(write(tmp_path, network, stored), asked)
-    low = torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and stored == torch.bfloat16) else torch.float32
+    low = torch.bfloat16 if asked == "bf16" or (asked == "auto" and stored == torch.bfloat16) else torch.float32
     for name, tensor in loaded.network.state_dict().items():
         assert tensor.dtype == (torch.float32 if is_island(name) else low), name
     modules = [module for module in loaded.network.modules() if isinstance(module, FormattedModule)]

@@ -35,6 +35,13 @@ def test_counts() -> None:
     ]
 
 
+def test_rates_count_rounds_that_got_that_far() -> None:
+    rates = Acceptance.of([0, 1, 3, 3], 3).rates
+    assert rates == [3 / 4, 2 / 3, 1.0]
+    assert expected_length(rates, 3) == pytest.approx(1 + (0 + 1 + 3 + 3) / 4)
+    assert expected_length(rates, 1) == 1.75
+
+
 def test_what_never_happened_is_unknown() -> None:
     assert Acceptance.of([], 2).metrics() == {}
     assert Acceptance.of([], 2).lines() == ["speculative decoding: no verification"]
@@ -47,7 +54,7 @@ def test_what_never_happened_is_unknown() -> None:
 
 
 RATES = [0.7, 0.6, 0.5]
-COSTS = Costs(plain=3.0, first_draft=0.5, draft=0.4, verification={1: 3.4, 2: 3.6, 3: 3.8})
+COSTS = Costs(plain=3.0, rounds={1: 3.9, 2: 4.5, 3: 5.1})
 
 
 def test_predicted_gain_is_that_of_simulated_rounds() -> None:
@@ -63,8 +70,10 @@ def test_predicted_gain_is_that_of_simulated_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "best"), [(RATES, 2), ([0.7, 0.3, 0.3], 1), ([0.9] * 3, 3), ([0.2, 0.9, 0.9], 0), ([0.7], 1)]
+    ("rates", "best"),
+    [(RATES, 2), ([0.7, 0.3, 0.3], 1), ([0.9] * 3, 3), ([0.2, 0.9, 0.9], 0), ([0.7], 1), ([0.7, math.nan, 0.5], 1)],
 )
 def test_the_best_length_has_the_largest_gain_or_none_has_any(rates: list[float], best: int) -> None:
     gains = {0: 1.0} | {length: predicted_gain(COSTS, rates, length) for length in (1, 2, 3) if length <= len(rates)}
-    assert best_draft_tokens(COSTS, rates) == best == max(gains, key=lambda length: gains[length])
+    known = {length: gain for length, gain in gains.items() if not math.isnan(gain)}
+    assert best_draft_tokens(COSTS, rates) == best == max(known, key=lambda length: known[length])
