@@ -33,17 +33,25 @@ def encode_scale(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tens
 
 @torch.no_grad()
 def quantize(
-    x: Tensor, *, amax: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn, stacked: bool = False
+    x: Tensor,
+    *,
+    amax: Tensor | None = None,
+    encode: Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    stacked: bool = False,
 ) -> FP8:
     """Quantise a tensor of any floating dtype, rounding to the nearest (ties to even).
 
     Args:
         x: [...].
         amax: fp32 largest magnitude, a scalar or one per leading index; None: that of `x`.
+        encode: fp32 scale itself instead of that of `amax`, a scalar or one per leading index.
         dtype: float8_e4m3fn or float8_e5m2.
         stacked: without `amax`, take one per leading index ([E, O, I]: per expert).
     """
-    scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
+    scale = encode
+    if scale is None:
+        scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
     largest = torch.finfo(dtype).max
     return FP8((x.float() * broadcast_scale(scale, x.ndim)).clamp(-largest, largest).to(dtype), scale)
 

@@ -62,6 +62,8 @@ class Options(TypedDict, total=False):
     amax: Tensor | None
     """fp32 largest magnitude (of the rotated tensor with `hadamard`): a scalar, or of the shape of leading axes of the
     tensor (per expert, per row). None: taken from the tensor."""
+    encode: Tensor | None
+    """fp32 S itself instead of that of `amax`, of a shape that `amax` may have."""
     stacked: bool
     """Without `amax`, take one for each leading index ([E, O, I]: per expert)."""
     tiles: bool
@@ -112,6 +114,7 @@ class _Request:
         x: Tensor,
         *,
         amax: Tensor | None = None,
+        encode: Tensor | None = None,
         stacked: bool = False,
         tiles: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
@@ -128,11 +131,13 @@ class _Request:
         self.native = native.applies(x)
         self.bits = random_bits(x, generator) if rounding == "stochastic" else None
         self.bound = FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX
-        if amax is not None:
+        if encode is not None:
+            self.amax = e2m1.MAX * self.bound / encode
+        elif amax is not None:
             self.amax = amax.detach().float()
         else:
             self.amax = largest_magnitude(x, axis, hadamard, stacked)
-        self.encode = encode_scale(self.amax, self.bound)
+        self.encode = encode_scale(self.amax, self.bound) if encode is None else encode.float()
 
     def run_native(
         self,
@@ -252,7 +257,7 @@ def gemm_operand(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def mse_scales(x: Tensor, *, amax: Tensor | None = None, stacked: bool = False) -> Tensor:
+def mse_scales(x: Tensor, *, amax: Tensor | None = None, encode: Tensor | None = None, stacked: bool = False) -> Tensor:
     """Search the block scales with the smallest squared errors among all positive E4M3 numbers.
 
     A block keeps the scale of its maximum unless another is better; of equals, the smallest.
@@ -260,15 +265,16 @@ def mse_scales(x: Tensor, *, amax: Tensor | None = None, stacked: bool = False) 
     Args:
         x: [..., K].
         amax: see `Options`.
+        encode: see `Options`.
         stacked: see `Options`.
 
     Returns:
-        float8_e4m3fn [..., K/16], for `quantize(..., scales=)` with the same `amax`.
+        float8_e4m3fn [..., K/16], for `quantize(..., scales=)` with the same `amax` or `encode`.
 
     Raises:
         ValueError: if K is not divisible by 16.
     """
-    request = _Request(x, amax=amax, stacked=stacked)
+    request = _Request(x, amax=amax, encode=encode, stacked=stacked)
     if request.native:
         _, scales = request.run_native(kind=None, choice="search", keep_scales=True)
         assert scales is not None
