@@ -126,8 +126,8 @@ def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
         )
     if format == "nvfp4" and shape[1] % BLOCK:
         raise ValueError(
-            f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[1]} codes, but NVFP4 has blocks "
-            f"of {BLOCK}; {AGAIN}"
+            f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[1]} codes, but blocks of "
+            f"NVFP4 have {BLOCK}; {AGAIN}"
         )
     layer = LayerQuantization(format, inputs=tensors["input_scale"].suffix in there)
     wanted = stored_tensors(layout, layer, f"{module}.weight", shape)
