@@ -57,17 +57,19 @@ def quantization_parts(
         table: makes a table of rows.
     """
     quantization, layout = written.quantization, written.layout
-    parts = [
+    return [
         "## Quantisation",
         table(layer_rows(quantization, logical)),
         table(size_rows(quantization, layout, logical, tensors)),
+        *report_parts(written.documents.get(REPORT, {}), table),
     ]
-    if rows := report_rows(written.documents.get(REPORT, {})):
-        parts += [
-            "How it was made, and how well it predicts held-out text (`quantization_report.json` says more):",
-            table(rows),
-        ]
-    return parts
+
+
+def report_parts(report: Mapping[str, Any], table: Callable[[Rows], str]) -> list[str]:
+    """Return the paragraphs on how a model was quantised, and how well it does, as far as a report says so."""
+    rows = report_rows(report)
+    title = f"How it was quantised, and how well it predicts held-out text; `{REPORT}` says more."
+    return [title, table(rows)] if rows else []
 
 
 def layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> Rows:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modules.checkpoints.card import add_report
+from modules.checkpoints.card_quantized import report_rows
 from modules.checkpoints.export import convert, export, write_quantized
 from modules.checkpoints.load import load_model
 from modules.checkpoints.merge import MergedSource
@@ -263,7 +265,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, layout: Any):
 
 def test_reports_and_documents_travel_along(tmp_path: Path):
     source = make_source(tmp_path / "bf16")
-    settings = {"default": "nvfp4", "search": "mse", "model": "/home/me/secret", "texts": "/home/me/texts"}
+    settings = {"default": "nvfp4", "search": "mse", "model": "/mine/secret", "texts": "/mine/texts"}
     quality = {"before": {"perplexity": 8.25}, "after": {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
     path = write_quantized_folder(
@@ -285,9 +287,13 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
             "| KV cache | FP8 with scales of 2 layers |",
         ):
             assert row in card, row
-        assert "/home" not in card, "a path of the machine"
+        assert "/mine" not in card, "a path of the machine"
     assert "transformers does not read this layout" in (path / "README.md").read_text()
     assert "leaves out the global scales of routed experts" in (again / "README.md").read_text()
+    late = write_quantized_folder(tmp_path / "late" / "q", source, mixed)
+    add_report(late, report)
+    for row in report_rows(report):
+        assert f"| {row[0]} | {row[1]} |" in (late / "README.md").read_text()
     (path / "quantization_report.json").write_text('{"settings": [3], "quality": {"before": 7, "kl": "low"}}')
     change_layout(path, tmp_path / "strange", "modelopt")
 
