@@ -9,6 +9,7 @@ import importlib.machinery
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def transformers_model(folder: Path, tokens: Tensor) -> dict[str, Any]:
     """What transformers loads: its complaints, all weights once decompressed, and logits in bf16.
 
     transformers (5.23) drops the global scales of routed experts in NVFP4. `mended` holds the logits with experts that
-    are divided by them.
+    are divided by them; `layers` what each linear layer took and gave in that run.
     """
     import transformers
 
@@ -122,9 +123,17 @@ def transformers_model(folder: Path, tokens: Tensor) -> dict[str, Any]:
                     scale = stored.get(f"{before}.{expert}.{last}.weight_global_scale")
                     if scale is not None:
                         matrix.copy_((matrix.float() / scale).bfloat16())
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(partial(_keep, layers, name))
         mended = model(tokens, use_cache=False).logits
     complaints = {key: sorted(map(str, value)) for key, value in info.items()}
-    return {"complaints": complaints, "weights": weights, "logits": logits, "mended": mended}
+    return {"complaints": complaints, "weights": weights, "logits": logits, "mended": mended, "layers": layers}
+
+
+def _keep(layers: dict[str, tuple[Tensor, Tensor]], name: str, module: Any, inputs: tuple[Tensor], out: Tensor) -> None:
+    layers[name] = inputs[0].clone(), out.clone()
 
 
 if __name__ == "__main__":

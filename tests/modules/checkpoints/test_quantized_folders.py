@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -234,11 +235,14 @@ def test_the_size_is_that_of_the_format(tmp_path: Path, layout: Any, choice: str
 @pytest.mark.parametrize("limit", [10**9, SHARDS], ids=["one file", "shards"])
 def test_weights_are_made_one_at_a_time_and_in_order(tmp_path: Path, limit: int):
     source = make_source(tmp_path / "bf16")
-    quantized, calls = choose(source, mixed), []
+    quantized, calls, made = choose(source, mixed), [], []
 
     def make(name: str):
+        assert not [codes for codes in made if codes() is not None], "the one before is gone"
+        weight = make_weight(source, name, quantized[name])
         calls.append(name)
-        return make_weight(source, name, quantized[name])
+        made.append(weakref.ref(weight.codes))
+        return weight
 
     write_quantized(
         source, quantized, {}, make, tmp_path / "q", layout="modelopt", max_shard_bytes=limit, report=silent

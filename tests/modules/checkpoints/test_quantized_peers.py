@@ -14,12 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.checkpoints.export import convert
+from modules.checkpoints.export import convert, write_quantized
 from modules.checkpoints.load import load_model
-from modules.checkpoints.source import open_model
-from tests.modules.checkpoints.quantized_folders import W4A4, W4A16, make_source, mixed, write_quantized_folder
+from modules.checkpoints.source import Source, open_model
+from modules.precision.linear import Linear
+from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
+from tests.modules.checkpoints.quantized_folders import (
+    W4A4,
+    W4A16,
+    choose,
+    make_source,
+    mixed,
+    write_quantized_folder,
+)
 
 PEERS = Path(sys.prefix) / "peers"
+TOKENS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+"""As in quantized_peers.py."""
 NEEDED = ("compressed_tensors", "modelopt", "loguru", "omegaconf", "psutil", "triton")
 
 
@@ -32,9 +43,27 @@ def folders(tmp_path_factory) -> Path:
     converted = {"layout": "compressed-tensors", "max_shard_bytes": 10**9, "report": lambda line: None}
     convert(open_model(root / "modelopt"), root / "compressed", **converted)
     write_quantized_folder(root / "weights", source, lambda name: W4A16, "compressed-tensors", kv=False)
-    dense = make_source(root / "bf16 dense", hybrid_override_pattern="M*-M*-", num_nextn_predict_layers=0)
-    write_quantized_folder(root / "dense", dense, lambda name: None if "head" in name else W4A4, "compressed-tensors")
+    dense = make_source(root / "bf16 dense", hybrid_override_pattern="M*-", num_nextn_predict_layers=0)
+    write_calibrated(root / "dense", dense)
     return root
+
+
+def write_calibrated(path: Path, source: Source) -> None:
+    """NVFP4 for weights and inputs, whose scales are those of the inputs that the network sees."""
+    network, largest = load_model(source.path, dtype="fp32").network, {}
+    for name, module in network.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: largest.update({name: inputs[0].abs().max()}))
+    with torch.inference_mode():
+        network(TOKENS)
+    quantized = choose(source, lambda name: None if "head" in name else W4A4)
+
+    def make(name: str) -> QuantizedWeight:
+        scale = tensor_scale(largest[name.removesuffix(".weight")], "nvfp4")
+        return quantize_weight(source.read(name), "nvfp4", input_scale=scale)
+
+    options = {"layout": "compressed-tensors", "max_shard_bytes": 10**9, "report": lambda line: None}
+    write_quantized(source, quantized, {}, make, path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +138,31 @@ def test_transformers_has_nothing_to_complain_about(results, name):
 def test_transformers_computes_the_same_logits_of_quantised_weights(folders, results):
     """In bf16; with the global scales of routed experts that it drops (5.23), which the note and the card say."""
     network = load_model(folders / "weights", dtype="bf16").network
-    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = network.logits(network(tokens).hidden).float()
+        expected = network.logits(network(TOKENS).hidden).float()
+    assert relative(results["weights"]["mended"], expected) < 0.02
+    assert relative(results["weights"]["logits"], expected) > 1, "transformers applies the scales now: the note can go"
 
-    def distance(logits: Tensor) -> float:
-        return ((logits.float() - expected).norm() / expected.norm()).item()
 
-    assert distance(results["weights"]["mended"]) < 0.02
-    assert distance(results["weights"]["logits"]) > 1, "transformers applies the scales now: the note can go"
+def test_transformers_computes_the_same_products_of_quantised_inputs(folders, results):
+    """Layer by layer, for the inputs it saw: it computes in bf16, which is far less than what the formats change.
+
+    Logits alone would say less: where one value of an input falls on the other side of a rounding, all after it moves.
+    """
+    pytest.importorskip("modules.precision.served")
+    served, plain = (load_model(folders / "dense", dtype=dtype).network for dtype in ("auto", "bf16"))
+    seen = 0
+    for name, (inputs, theirs) in results["dense"]["layers"].items():
+        if name == "lm_head":
+            continue
+        seen += 1
+        module = name.replace("model.", "backbone.", 1)
+        with torch.inference_mode():
+            with_inputs, without = (network.get_submodule(module)(inputs) for network in (served, plain))
+        assert relative(with_inputs, theirs) < 0.04, name
+        assert relative(without, theirs) > 0.06, name
+    assert seen == 8
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
