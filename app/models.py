@@ -66,8 +66,10 @@ def choose_device(name: Device) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def note_decoding(device: torch.device) -> None:
+def note_decoding(network: Network) -> None:
     """Say on stderr if decoding has to do without the C code that makes it fast on a CPU."""
     library, reason = native.load()
-    if device.type == "cpu" and library is None:
+    if library is not None:
+        reason = "that is for plain weights, all in fp32 or all in bf16"
+    if network.backbone.embeddings.weight.device.type == "cpu" and network.new_cache(1, 1).native is None:
         print(f"decoding runs in torch alone, several times slower than in C: {reason}", file=sys.stderr)

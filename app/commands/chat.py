@@ -80,9 +80,10 @@ def chat(
     )
     template = ChatTemplate(tokenizer)
     ends = [*source.generation.eos_token_ids, template.turn_end()]
-    note_decoding(where)
+    network = load_network(source, dtype, where)
+    note_decoding(network)
     session = Session(
-        load_network(source, dtype, where),
+        network,
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,

@@ -109,10 +109,11 @@ def generate(
     choices: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, "draft_tokens": draft_tokens}
 
     def prepare() -> Complete:
-        note_decoding(where)
+        network = load_network(source, dtype, where)
+        note_decoding(network)
         return functools.partial(
             engine.generate,
-            load_network(source, dtype, where),
+            network,
             requests,
             sampling,
             eos_ids=eos_ids,

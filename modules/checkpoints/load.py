@@ -1,8 +1,8 @@
 """A network from a MODEL: built on the meta device, filled tensor by tensor, so that the peak is model plus one tensor.
 
 What is fp32 always (norms, router, A_log, D, dt_bias, convolution) is so in memory whatever the file holds. Quantised
-weights are run as they are served (`modules.precision.served`), or loaded dequantised where a dtype is asked for; in
-memory they take bf16's two bytes a number either way.
+weights are run as they are served (`modules.precision.served`, in bf16 memory), or loaded dequantised where a dtype is
+asked for.
 """
 
 from collections import Counter
