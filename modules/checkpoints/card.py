@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from modules.backbone.config import MIXERS, BackboneConfig
-from modules.checkpoints.card_quantized import Written, engine_lines, quantization_parts
+from modules.checkpoints.card_quantized import Written, engine_lines, quantization_parts, suits_transformers
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import Source
 from modules.precision.formats import QUANTIZED
@@ -237,7 +237,7 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
 
 def _use(source: Source, name: str, quantized: Written | None) -> str:
     has_tokenizer = source.tokenizer_folder is not None
-    lines = [] if quantized is not None and quantized.layout.name == "modelopt" else _transformers(name, has_tokenizer)
+    lines = _transformers(name, has_tokenizer) if quantized is None or suits_transformers(quantized) else []
     if source.tokenizer_folder is not None:
         chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
         lines += ["With Superbolt:", "```", f'python -m app generate {name} --prompt "import "']

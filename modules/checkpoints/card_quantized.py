@@ -138,11 +138,17 @@ def report_rows(report: Mapping[str, Any]) -> Rows:
 
 
 def engine_lines(written: Written, name: str) -> list[str]:
-    """Return how to run the model with engines, and what transformers makes of it."""
+    """Return how to run the model with engines, and why not with transformers."""
     lines = ["With vLLM:", "```", f"vllm serve {name}", "```"]
-    if written.layout.name == "modelopt":
-        return [*lines, "transformers does not read this layout."]
-    return [*lines, TRANSFORMERS] if loses_scales(written.layout, written.quantization) else lines
+    if suits_transformers(written):
+        return lines
+    lost = loses_scales(written.layout, written.quantization)
+    return [*lines, TRANSFORMERS if lost else "transformers does not read this layout."]
+
+
+def suits_transformers(written: Written) -> bool:
+    """Return whether transformers (5.23, with compressed-tensors) reads the model rightly."""
+    return written.layout.name == "compressed-tensors" and not loses_scales(written.layout, written.quantization)
 
 
 def loses_scales(layout: Layout, quantization: Quantization) -> bool:
