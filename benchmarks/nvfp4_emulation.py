@@ -1,7 +1,7 @@
 """What emulated NVFP4 costs on a CPU: a quantiser, a linear layer, a whole training step.
 
     python -m benchmarks.nvfp4_emulation [--parts quantiser linear step] [--sizes 1024 2048 4096] [--formats bf16]
-        [--threads 1 2] [--rounds 5]
+        [--threads 1 2] [--rounds 3]
 
 Quantiser: to NVFP4 and back, against torchao's (`NVFP4Tensor.to_nvfp4` with a scale a tensor and `dequantize`) and a
 plain copy of memory. All round every matrix to the nearest in blocks of 1x16 and return it in its dtype; "equal" is the
@@ -147,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=list(models()), default=list(models()), help="of the step")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours is always there (default: all)")
     options = parser.parse_args()
     status = quantization.load()[1]
