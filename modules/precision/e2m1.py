@@ -23,7 +23,7 @@ def _power(magnitude: Tensor) -> Tensor:
 
 
 def _to_grid(magnitude: Tensor) -> Tensor:
-    """Round numbers up to 8 to the grid as if it went on to 8: beside 1.5 2^22 powers, fp32 numbers are a step apart."""
+    """Round numbers up to 8 to the grid, as if it had an 8: beside 1.5 2^22 powers, fp32 numbers are a step apart."""
     large = _power(magnitude) * (1.5 * 2**22)
     return (magnitude + large).sub_(large)
 
