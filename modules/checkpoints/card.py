@@ -10,10 +10,9 @@ import yaml
 from modules.backbone.config import MIXERS, BackboneConfig
 from modules.checkpoints.card_quantized import (
     Written,
-    engine_lines,
     quantization_parts,
     report_parts,
-    suits_transformers,
+    use_lines,
 )
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import Source
@@ -252,13 +251,13 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
 
 def _use(source: Source, name: str, quantized: Written | None) -> str:
     has_tokenizer = source.tokenizer_folder is not None
-    lines = _transformers(name, has_tokenizer) if quantized is None or suits_transformers(quantized) else []
+    lines = _transformers(name, has_tokenizer)
+    if quantized is not None:
+        lines = use_lines(quantized, name, lines)
     if source.tokenizer_folder is not None:
         chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
         lines += ["With Superbolt:", "```", f'python -m app generate {name} --prompt "import "']
         lines += [*([f"python -m app chat {name}"] if chat else []), "```"]
-    if quantized is not None:
-        lines += engine_lines(quantized, name)
     if source.config.num_nextn_predict_layers:
         lines.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
     least = source.config.time_step_min

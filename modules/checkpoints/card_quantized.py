@@ -139,18 +139,22 @@ def report_rows(report: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def engine_lines(written: Written, name: str) -> list[str]:
-    """Return how to run the model with engines, and why not with transformers."""
-    lines = ["With vLLM:", "```", f"vllm serve {name}", "```"]
-    if suits_transformers(written):
-        return lines
-    lost = loses_scales(written.layout, written.quantization)
-    return [*lines, TRANSFORMERS if lost else "transformers does not read this layout."]
+def use_lines(written: Written, name: str, transformers: Sequence[str]) -> list[str]:
+    """Return how to run the model with transformers and with engines.
 
-
-def suits_transformers(written: Written) -> bool:
-    """Return whether transformers (5.23, with compressed-tensors) reads the model rightly."""
-    return written.layout.name == "compressed-tensors" and not loses_scales(written.layout, written.quantization)
+    Args:
+        written: the model.
+        name: of its folder.
+        transformers: how to load and run a model with transformers, if it reads it rightly.
+    """
+    if written.layout.name == "modelopt":
+        lines = ["transformers does not read this layout."]
+    elif loses_scales(written.layout, written.quantization):
+        lines = ["With transformers (5.23), which leaves out the global scales of routed experts in NVFP4:"]
+        lines += ["```python", *MENDED.format(name=name).splitlines(), "```"]
+    else:
+        lines = [*transformers]
+    return [*lines, "With vLLM:", "```", f"vllm serve {name}", "```"]
 
 
 def loses_scales(layout: Layout, quantization: Quantization) -> bool:
@@ -160,9 +164,29 @@ def loses_scales(layout: Layout, quantization: Quantization) -> bool:
 
 
 TRANSFORMERS = (
-    "transformers (5.23) leaves out the global scales of routed experts in NVFP4, so its numbers are far off; take "
-    "`python -m app export MODEL --format hf` for it."
+    "transformers (5.23) leaves out the global scales of routed experts in NVFP4, so its numbers are far off; the "
+    "README.md written here shows how to put them in, or take --format hf"
 )
+MENDED = """\
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+scales = {{}}
+for file in Path("{name}").glob("*.safetensors"):
+    with safe_open(file, "pt") as content:
+        names = [name for name in content.keys() if name.endswith(".weight_global_scale")]
+        scales |= {{name: content.get_tensor(name) for name in names}}
+with torch.no_grad():
+    for name, stack in model.named_parameters():
+        experts, _, kind = name.replace("model.", "backbone.", 1).rpartition(".")
+        for number, weight in enumerate(stack if experts.endswith(".mixer.experts") else ()):
+            scale = scales.get(f"{{experts}}.{{number}}.{{kind}}.weight_global_scale")
+            if scale is not None:
+                weight.copy_(weight.float() / scale)
+"""
 
 
 def _kind(name: str) -> str:

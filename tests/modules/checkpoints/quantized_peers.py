@@ -7,6 +7,7 @@ reading NVFP4 does not need; empty modules stand in for them.
 import importlib.abc
 import importlib.machinery
 import json
+import os
 import sys
 import types
 from functools import partial
@@ -98,38 +99,42 @@ def _shape(packed: Tensor) -> tuple[int, int]:
 def transformers_model(folder: Path, tokens: Tensor) -> dict[str, Any]:
     """What transformers loads: its complaints, all weights once decompressed, and logits in bf16.
 
-    transformers (5.23) drops the global scales of routed experts in NVFP4. `mended` holds the logits with experts that
-    are divided by them; `layers` what each linear layer took and gave in that run.
+    `mended` holds the logits of the model that the code in our model card loads, where transformers (5.23) reads routed
+    experts wrongly, else the same; `layers` what each linear layer took and gave in that run.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True
-    )
-    model.set_experts_implementation("eager")
-    for layer in model.model.layers:
-        if layer.block_type == "linear_attention":
-            layer.mixer.time_step_limit = (0.0, float("inf"))
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
-        logits = model(tokens, use_cache=False).logits
+        logits = _comparable(model)(tokens, use_cache=False).logits
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        stored = load_file(folder / "model.safetensors")
-        for name, parameter in model.named_parameters():
-            if name.endswith(("experts.up_proj", "experts.down_proj")) and "shared" not in name:
-                before, _, last = name.replace("model.", "backbone.", 1).rpartition(".")
-                for expert, matrix in enumerate(parameter):
-                    scale = stored.get(f"{before}.{expert}.{last}.weight_global_scale")
-                    if scale is not None:
-                        matrix.copy_((matrix.float() / scale).bfloat16())
-        layers: dict[str, tuple[Tensor, Tensor]] = {}
+    card = (folder / "README.md").read_text()
+    if "weight_global_scale" in card:
+        os.chdir(folder.parent)  # as the reader of the card would
+        code = next(block for block in card.split("```python") if "weight_global_scale" in block)
+        loaded: dict[str, Any] = {}
+        exec(code.partition("```")[0], loaded)
+        model = _comparable(loaded["model"])
+    with torch.inference_mode():
+        model(tokens, use_cache=False)  # decompresses
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(partial(_keep, layers, name))
         mended = model(tokens, use_cache=False).logits
     complaints = {key: sorted(map(str, value)) for key, value in info.items()}
     return {"complaints": complaints, "weights": weights, "logits": logits, "mended": mended, "layers": layers}
+
+
+def _comparable(model: Any) -> Any:
+    """The model with experts in plain loops, and without its own bound on dt."""
+    model.set_experts_implementation("eager")
+    for layer in model.model.layers:
+        if layer.block_type == "linear_attention":
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    return model
 
 
 def _keep(layers: dict[str, tuple[Tensor, Tensor]], name: str, module: Any, inputs: tuple[Tensor], out: Tensor) -> None:

@@ -293,7 +293,7 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
             assert row in card, row
         assert "/mine" not in card, "a path of the machine"
     assert "transformers does not read this layout" in (path / "README.md").read_text()
-    assert "leaves out the global scales of routed experts" in (again / "README.md").read_text()
+    assert "which leaves out the global scales of routed experts in NVFP4" in (again / "README.md").read_text()
     late = write_quantized_folder(tmp_path / "late" / "q", source, mixed)
     add_report(late, report)
     for row in report_rows(report):

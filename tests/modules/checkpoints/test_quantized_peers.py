@@ -136,12 +136,14 @@ def test_transformers_has_nothing_to_complain_about(results, name):
 
 
 def test_transformers_computes_the_same_logits_of_quantised_weights(folders, results):
-    """In bf16; with the global scales of routed experts that it drops (5.23), which the note and the card say."""
+    """In bf16; with the global scales of routed experts that it drops (5.23), as the card shows to put them in."""
     network = load_model(folders / "weights", dtype="bf16").network
     with torch.inference_mode():
         expected = network.logits(network(TOKENS).hidden).float()
     assert relative(results["weights"]["mended"], expected) < 0.02
-    assert relative(results["weights"]["logits"], expected) > 1, "transformers applies the scales now: the note can go"
+    assert relative(results["weights"]["logits"], expected) > 1, (
+        "transformers applies the scales now: note and card are out of date"
+    )
 
 
 def test_transformers_computes_the_same_products_of_quantised_inputs(folders, results):
