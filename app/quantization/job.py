@@ -1,0 +1,221 @@
+"""The steps of `quantize`: calibrate, search where asked, write, read again and compare."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from app.errors import UserError
+from app.quantization.quality import compare
+from app.quantization.report import choice_lines, make_report, write_report
+from app.quantization.texts import Texts, missing_data
+from app.scoring.rows import Reader
+from datamodules.progress import Progress
+from modules.backbone.model import Network
+from modules.checkpoints.load import load_model
+from modules.checkpoints.quantization import LayerQuantization, write_quantized
+from modules.checkpoints.source import Source
+from modules.checkpoints.writer import size_of
+from modules.precision.quantized import QuantizedWeight, ScaleSearch
+from modules.ptq.calibration import Calibration, calibrate
+from modules.ptq.layers import INPUTS, WIDTH, Choice, Group, Rule, decide, find_groups
+from modules.ptq.mixture import CANDIDATES, check_budget, mix
+from modules.ptq.recast import Recast
+from modules.ptq.sensitivity import measure
+from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asks for."""
+
+    default: Choice | None
+    """Format of the layers that no pattern names; None: search."""
+    bits: float
+    """Budget of a search, mean bits per weight."""
+    rules: Sequence[Rule]
+    """Formats of layers by pattern."""
+    exclude: Sequence[str]
+    """Patterns of layers to keep."""
+    search: ScaleSearch
+    """How the block scales of NVFP4 weights are found."""
+    kv_cache: bool
+    """Whether keys and values get FP8 scales."""
+    search_tokens: int
+    """Most tokens that a search measures on."""
+    dtype: Literal["auto", "fp32", "bf16"]
+    """Of the tensors that are not quantised."""
+    batch_tokens: int
+    """Most tokens in a forward pass."""
+
+
+class Job:
+    """A quantisation, checked and ready to run.
+
+    Args:
+        source: the MODEL.
+        request: what is asked for.
+        texts: to calibrate on and to judge by; None: there are none.
+        device: where to compute.
+
+    Raises:
+        ValueError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
+    """
+
+    def __init__(self, source: Source, request: Request, texts: Texts | None, device: torch.device) -> None:
+        self._source, self._request, self._texts, self._device = source, request, texts, device
+        self._groups = find_groups(source.config)
+        self._decisions = decide(self._groups, request.default, request.rules, request.exclude, source.config)
+        found = [decision.choice for decision in self._decisions.values()]
+        if all(choice == "bf16" for choice in found):
+            raise UserError("nothing would be quantised: --exclude, --rules or the layers' widths keep every layer")
+        self._searches = None in found
+        if self._searches:
+            check_budget(self._groups, self._decisions, request.bits)
+        self._calibrates = request.kv_cache or self._searches or any(choice in INPUTS for choice in found)
+        if self._calibrates and texts is None:
+            raise missing_data(source)
+        self._seconds: dict[str, float] = {}
+
+    def run(self, output: Path, max_shard_bytes: int) -> dict[str, Any]:
+        """Do it, saying on stdout how far it is; return the report, which is in the folder too.
+
+        Args:
+            output: folder to make.
+            max_shard_bytes: most bytes of tensors in a file.
+        """
+        self._say_what_is_kept()
+        original = None if self._texts is None else load_model(self._source.path, "auto", self._device).network
+        calibration = None
+        if self._calibrates:
+            assert original is not None
+            calibration = self._calibrate(original)
+        maker = WeightMaker(self._source, self._groups, calibration, self._request.search)
+        losses: dict[str, dict[Choice, float]] = {}
+        if self._searches:
+            assert original is not None
+            losses = self._measure(original, maker)
+            choices = mix(self._groups, self._decisions, losses, self._request.bits)
+            print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
+        else:
+            choices = {name: found.choice for name, found in self._decisions.items() if found.choice is not None}
+        report = self._write(output, max_shard_bytes, maker, choices, calibration)
+        report["search"] = losses
+        report["quality"] = None if original is None else self._compare(original, output)
+        report["seconds"] = self._seconds
+        write_report(output, report)
+        return report
+
+    def _say_what_is_kept(self) -> None:
+        narrow = [group.name for group in self._groups if self._decisions[group.name].reason == WIDTH]
+        if narrow:
+            print(f"note: kept, for their in-features are no multiple of 16: {', '.join(narrow)}", flush=True)
+
+    def _calibrate(self, original: Network) -> Calibration:
+        assert self._texts is not None
+        wanted = [
+            layer.module
+            for group in self._groups
+            for layer in group.layers
+            if self._decisions[group.name].choice in (None, *INPUTS)
+        ]
+        rows = self._texts.calibration
+        with self._timed("calibration"), Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
+            return calibrate(original, rows, wanted, batch_tokens=self._request.batch_tokens, advance=progress.advance)
+
+    def _measure(self, original: Network, maker: WeightMaker) -> dict[str, dict[Choice, float]]:
+        assert self._texts is not None
+        rows, left = [], self._request.search_tokens
+        for row in self._texts.calibration:
+            if left > 1:
+                rows.append(row[:left])
+                left -= len(row)
+        searched = [group for group in self._groups if self._decisions[group.name].choice is None]
+        passes = 1 + len(searched) * len(CANDIDATES)
+        total = sum(map(len, rows)) * passes
+        with self._timed("search"), Progress("measuring sensitivities", total, unit="tokens") as progress:
+            return measure(
+                original,
+                searched,
+                CANDIDATES,
+                maker.make,
+                rows,
+                batch_tokens=self._request.batch_tokens,
+                advance=progress.advance,
+            )
+
+    def _write(
+        self,
+        output: Path,
+        max_shard_bytes: int,
+        maker: WeightMaker,
+        choices: Mapping[str, Choice],
+        calibration: Calibration | None,
+    ) -> dict[str, Any]:
+        """Write the folder; return what the report says of it."""
+        formats = {
+            name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
+        }
+        quantized = {
+            name: LayerQuantization("fp8" if choice == "fp8" else "nvfp4", choice in INPUTS)
+            for name, choice in formats.items()
+            if choice != "bf16"
+        }
+        scales = {}
+        if self._request.kv_cache:
+            assert calibration is not None
+            scales = kv_scales(calibration)
+        recast = Recast(self._source, self._request.dtype)
+
+        def make(name: str) -> QuantizedWeight:
+            return maker.make(name, formats[name])
+
+        with self._timed("writing"):
+            write_quantized(
+                recast,
+                quantized,
+                scales,
+                make,
+                output,
+                layout="modelopt",
+                max_shard_bytes=max_shard_bytes,
+                report=lambda line: print(line, flush=True),
+            )
+        return make_report(
+            settings=self._settings(),
+            groups=self._groups,
+            decisions=self._decisions,
+            choices=choices,
+            stored=recast.tensors,
+            attentions=len(scales),
+            coverage=[] if calibration is None else expert_coverage(self._groups, choices, calibration),
+            before=sum(map(size_of, self._source.tensors.values())),
+            files=sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        )
+
+    def _compare(self, original: Network, output: Path) -> dict[str, Any]:
+        assert self._texts is not None
+        with self._timed("comparison"):
+            served = load_model(output, "auto", self._device).network
+            sizes = Reader(self._source).token_bytes()
+            return compare(original, served, self._texts.held_out, sizes, self._request.batch_tokens)
+
+    def _settings(self) -> dict[str, Any]:
+        settings = asdict(self._request) | {"model": str(self._source.path)}
+        settings["rules"] = [f"{rule.pattern}={rule.choice}" for rule in self._request.rules]
+        if not self._searches:
+            del settings["bits"], settings["search_tokens"]
+        if self._texts is not None:
+            settings["texts"] = self._texts.origin
+            settings["calibration_tokens"] = sum(map(len, self._texts.calibration))
+        return settings
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds[name] = round(time.monotonic() - start, 1)
