@@ -63,10 +63,16 @@ def dequantize(quantized: FP8, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def quantize_dequantize(
-    x: Tensor, *, amax: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn, stacked: bool = False
+    x: Tensor,
+    *,
+    amax: Tensor | None = None,
+    encode: Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    stacked: bool = False,
 ) -> Tensor:
     """Return what is left of `x` after `quantize`, in the dtype of `x`."""
     if native.applies(x):
-        scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
-        return native.fp8(x, scale, dtype)
-    return dequantize(quantize(x, amax=amax, dtype=dtype, stacked=stacked), x.dtype)
+        if encode is None:
+            encode = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
+        return native.fp8(x, encode, dtype)
+    return dequantize(quantize(x, amax=amax, encode=encode, dtype=dtype, stacked=stacked), x.dtype)
