@@ -16,15 +16,15 @@ from app.quantization.texts import Texts, missing_data
 from app.scoring.rows import Reader
 from datamodules.progress import Progress
 from modules.backbone.model import Network
+from modules.checkpoints.export import stored_as, write_quantized
 from modules.checkpoints.load import load_model
-from modules.checkpoints.quantization import LayerQuantization, write_quantized
+from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import size_of
 from modules.precision.quantized import QuantizedWeight, ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
-from modules.ptq.layers import INPUTS, WIDTH, Choice, Group, Rule, decide, find_groups
+from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
-from modules.ptq.recast import Recast
 from modules.ptq.sensitivity import measure
 from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
 
@@ -169,19 +169,19 @@ class Job:
         if self._request.kv_cache:
             assert calibration is not None
             scales = kv_scales(calibration)
-        recast = Recast(self._source, self._request.dtype)
 
         def make(name: str) -> QuantizedWeight:
             return maker.make(name, formats[name])
 
         with self._timed("writing"):
             write_quantized(
-                recast,
+                self._source,
                 quantized,
                 scales,
                 make,
                 output,
                 layout="modelopt",
+                dtype=self._request.dtype,
                 max_shard_bytes=max_shard_bytes,
                 report=lambda line: print(line, flush=True),
             )
@@ -190,7 +190,7 @@ class Job:
             groups=self._groups,
             decisions=self._decisions,
             choices=choices,
-            stored=recast.tensors,
+            stored=stored_as(self._source, self._request.dtype),
             attentions=len(scales),
             coverage=[] if calibration is None else expert_coverage(self._groups, choices, calibration),
             before=sum(map(size_of, self._source.tensors.values())),

@@ -141,7 +141,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _quality_lines(report: Mapping[str, Any]) -> list[str]:
-    quality = report["quality"]
+    quality, texts = report["quality"], report["settings"].get("texts")
     if quality is None:
         return ["quality: not measured, for there are no texts (--data)"]
     rows = [["", "before", "after", ""]]
@@ -150,7 +150,7 @@ def _quality_lines(report: Mapping[str, Any]) -> list[str]:
         if before is not None:
             rows.append([label, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after / before - 1:+.2%}"])
     return [
-        f"held-out texts: {quality['rows']:,} rows, {quality['tokens']:,} tokens scored ({report['settings']['texts']})",
+        f"held-out texts: {quality['rows']:,} rows, {quality['tokens']:,} tokens scored ({texts})",
         *align(rows, left=(0,)),
         f"KL(original || quantised): {quality['kl']:.6f} nats per token; the same most likely token: "
         f"{quality['top1_agreement']:.2%}",

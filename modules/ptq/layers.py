@@ -194,7 +194,7 @@ def _modules_with_weights(config: BackboneConfig) -> list[str]:
 
 
 def counted(groups: Sequence[Group], decisions: Mapping[str, Decision]) -> list[Group]:
-    """Return the groups that bits per weight are averaged over: all, but the MTP block's where it is kept by default."""
+    """Return the groups that bits per weight are averaged over: all but the MTP block's where it is kept by default."""
     return [group for group in groups if decisions[group.name].reason != MTP + "*"]
 
 

@@ -7,6 +7,7 @@ known solution are dropped. That keeps some hundreds of states where the front a
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class _Relaxation:
         for options in groups:
             hull = _lower_hull(options)
             self.cost, self.loss = self.cost + hull[0].cost, self.loss + hull[0].loss
-            steps += [(b.cost - a.cost, b.loss - a.loss) for a, b in zip(hull, hull[1:], strict=False)]
+            steps += [(b.cost - a.cost, b.loss - a.loss) for a, b in pairwise(hull)]
         steps.sort(key=lambda step: step[1] / step[0])
         self.costs = self.cost + np.cumsum([0, *(step[0] for step in steps)])
         self.losses = self.loss + np.cumsum([0.0, *(step[1] for step in steps)])

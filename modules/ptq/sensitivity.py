@@ -6,7 +6,7 @@ states are kept, not the logits, which are wider by far, since the head stays as
 Shapes: N tokens of a pass, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import cast
 
