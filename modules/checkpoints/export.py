@@ -5,7 +5,7 @@ Each tensor keeps its bits unless another dtype is asked for, and what a source'
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,15 +16,28 @@ from torch import Tensor
 from modules.checkpoints.card import UNLIMITED, write_card
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.documents import read_json
+from modules.checkpoints.layouts.found import KEY as QUANTIZATION
+from modules.checkpoints.layouts.found import LAYOUTS
 from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
+from modules.checkpoints.quantization import (
+    LayerQuantization,
+    Layout,
+    LayoutName,
+    Quantization,
+    module_of,
+    stored_tensors,
+    to_stored,
+)
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import new_folder, write_json, write_tensors
+from modules.precision.quantized import QuantizedWeight
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 ROUTER_BIAS = ".gate.e_score_correction_bias"
 """End of the names that stay fp32 in bf16 models: bf16 cannot hold differences below 2^-2 of values near 2^6."""
+Dtype = Literal["auto", "fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,7 +72,7 @@ def export(
     source: Source,
     output: Path,
     *,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    dtype: Dtype = "auto",
     max_shard_bytes: int,
     report: Callable[[str], None],
 ) -> Exported:
@@ -69,7 +82,7 @@ def export(
     head, which it does not tie, and an all-zero shared expert for mixtures that have none, which it cannot build.
 
     Args:
-        source: the model.
+        source: the model; quantised weights are written as the numbers they mean.
         output: folder to make; appears when it is complete.
         dtype: `auto` keeps each tensor's dtype, `fp32` widens all, `bf16` gives what the open checkpoints have: bf16
             everywhere but the router bias, which is fp32.
@@ -81,26 +94,154 @@ def export(
         OSError: the disk is full; nothing is left behind.
     """
     tensors = stored_as(source, dtype)
+    read = _plain_reader(source, tensors)
+    return _write_folder(source, output, tensors, read, max_shard_bytes, report)
+
+
+def write_quantized(
+    source: Source,
+    quantized: Mapping[str, LayerQuantization],
+    kv_scales: Mapping[str, tuple[float, float]],
+    make: Callable[[str], QuantizedWeight],
+    output: Path,
+    *,
+    layout: LayoutName,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    documents: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Exported:
+    """Write a quantised model as a Hugging Face folder; one layer is in memory at a time. See `export`.
+
+    Args:
+        source: gives the configuration, the tokenizer and the plain tensors.
+        quantized: the weights to quantise, by public name.
+        kv_scales: see `Quantization`.
+        make: returns the quantised weight of a name; called once for each, in the order of `public_names`.
+        output: folder to make; appears when it is complete.
+        layout: how the files spell it.
+        dtype: of the plain tensors.
+        max_shard_bytes: most bytes of tensors in a file.
+        report: gets lines of progress.
+        documents: further JSON files by name, read after the last call of `make`; the model card quotes
+            quantization_report.json.
+
+    Raises:
+        ValueError: the output holds files already, or a tensor of the source is damaged.
+        OSError: the disk is full; nothing is left behind.
+    """
+    spelling = LAYOUTS[layout]
+    return write_stored(
+        source,
+        Quantization({name: quantized[name] for name in source.tensors if name in quantized}, kv_scales),
+        lambda name: to_stored(spelling, make(name)),
+        output,
+        layout=spelling,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        report=report,
+        documents=documents or {},
+    )
+
+
+def write_stored(
+    source: Source,
+    quantization: Quantization,
+    fields: Callable[[str], Mapping[str, Tensor]],
+    output: Path,
+    *,
+    layout: Layout,
+    dtype: Dtype,
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    documents: Mapping[str, Mapping[str, Any]],
+) -> Exported:
+    """Write a quantised model from tensors that are as the layout has them; the rest is as in `write_quantized`.
+
+    `fields` returns those of a weight, by field of `QuantizedWeight`; it is called once for each, in order.
+    """
+    plain = stored_as(source, dtype, besides=quantization.weights)
+    read_plain = _plain_reader(source, plain)
+    caches = {
+        f"{module}.{end}": scale
+        for module, scales in quantization.kv_scales.items()
+        for end, scale in zip(layout.kv_names, scales, strict=True)
+    }
+    parts: dict[str, tuple[str, str]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for name in dict.fromkeys([*source.tensors, *plain]):
+        if name in plain:
+            tensors[name] = plain[name]
+            continue
+        layer = quantization.weights[name]
+        for field, (part, info) in stored_tensors(layout, layer, name, source.tensors[name].shape).items():
+            parts[part], tensors[part] = (name, field), info
+    tensors |= dict.fromkeys(caches, TensorInfo(layout.scalar, torch.float32))
+    made: dict[str, Mapping[str, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        if name in caches:
+            return torch.tensor(caches[name]).reshape(layout.scalar)
+        if name not in parts:
+            return read_plain(name)
+        weight, field = parts[name]
+        if weight not in made:
+            made.clear()
+            made[weight] = fields(weight)
+        return made[weight][field]
+
+    matrices = [module_of(name) for name, info in plain.items() if len(info.shape) > 1 and name.endswith(".weight")]
+    settings = layout.documents(quantization, matrices)
+    return _write_folder(
+        source, output, tensors, read, max_shard_bytes, report, settings.pop(QUANTIZATION), settings, documents
+    )
+
+
+def _plain_reader(source: Source, tensors: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
+    """Return what reads the source's tensors, and those that are written beside them."""
 
     def read(name: str) -> Tensor:
         if name in source.tensors:
             return source.read(name)
         return source.read(EMBEDDING) if name == HEAD else torch.zeros(tensors[name].shape)
 
+    return read
+
+
+def _write_folder(
+    source: Source,
+    output: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    quantization: Mapping[str, Any] | None = None,
+    *documents: Mapping[str, Mapping[str, Any]],
+) -> Exported:
+    """Write the folder: weights, tokenizer, configuration, card, and documents by file name."""
     with new_folder(output) as target:
         write_tensors(target, tensors, read, max_shard_bytes, report)
         code = _copy_files(source, target)
-        write_json(target / CONFIG, hugging_face_config(source, tensors, code))
+        config = hugging_face_config(source, tensors, code)
+        write_json(target / CONFIG, config if quantization is None else config | {QUANTIZATION: quantization})
         write_json(target / GENERATION_CONFIG, generation_config(source))
+        for name, content in [item for group in documents for item in group.items()]:
+            write_json(target / name, content)
         (target / CARD).write_text(write_card(source, tensors, output.absolute().name), encoding="utf-8")
         files = [path for path in target.rglob("*") if path.is_file()]
         names = sorted(str(path.relative_to(target)) for path in files)
         return Exported(names, len(tensors), sum(path.stat().st_size for path in files))
 
 
-def stored_as(source: Source, dtype: Literal["auto", "fp32", "bf16"]) -> dict[str, TensorInfo]:
-    """Return shape and dtype of each tensor in the folder to write; see `export`."""
-    tensors = dict(source.tensors)
+def stored_as(source: Source, dtype: Dtype, besides: Collection[str] = ()) -> dict[str, TensorInfo]:
+    """Return shape and dtype of each plain tensor in the folder to write; see `export`.
+
+    Args:
+        source: the model.
+        dtype: see `export`.
+        besides: the weights that are written quantised.
+    """
+    tensors = {name: info for name, info in source.tensors.items() if name not in besides}
     main = main_dtype(tensors)
     tensors |= {name: TensorInfo(shape, main) for name, shape in placeholder_shapes(source.config).items()}
     if source.config.tie_word_embeddings:
@@ -145,10 +286,11 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the dtype that most elements have."""
+    """Return the dtype that most elements have, codes and block scales of quantised weights apart."""
     elements: dict[torch.dtype, int] = {}
     for info in tensors.values():
-        elements[info.dtype] = elements.get(info.dtype, 0) + prod(info.shape)
+        if info.dtype not in (torch.uint8, torch.float8_e4m3fn):
+            elements[info.dtype] = elements.get(info.dtype, 0) + prod(info.shape)
     return max(elements, key=lambda dtype: elements[dtype])
 
 
