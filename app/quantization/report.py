@@ -11,7 +11,7 @@ from typing import Any
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.writer import show_size, size_of
 from modules.precision.blocks import BLOCK
-from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group
+from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits
 from modules.ptq.mixture import CANDIDATES
 from modules.ptq.weights import FEW_TOKENS, ExpertCoverage
 
@@ -65,14 +65,10 @@ def _format(choice: Choice, info: TensorInfo) -> tuple[float, str]:
     return 8.0 * info.dtype.itemsize, str(info.dtype).removeprefix("torch.")
 
 
-def mean_bits(table: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return bits per weight: of the quantised layers (None: there are none), and of all weights."""
-    quantized = [row for row in table if row["format"] in LABELS.values()]
-    means = [
-        sum(row["bits"] * row["weights"] for row in rows) / sum(row["weights"] for row in rows) if rows else None
-        for rows in (quantized, table)
-    ]
-    return {"quantized": means[0], "all": means[1]}
+def mean_bits(table: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the bits of a weight over some kinds of layers; None: there are none."""
+    weights = sum(row["weights"] for row in table)
+    return sum(row["bits"] * row["weights"] for row in table) / weights if weights else None
 
 
 def expected_size(
@@ -128,10 +124,12 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     ]
     bits, size = report["bits"], report["size"]
     of_quantized = "" if bits["quantized"] is None else f"{bits['quantized']:.3f} of the quantised layers, "
+    budget = report["settings"].get("bits")
+    of_linear = f"{bits['linear']:.3f} of the linear layers" + ("" if budget is None else f" (budget {budget:g})")
     deviation = size["files"] / size["arithmetic"] - 1
     return [
         *align([header, *rows], left=(0, 1)),
-        f"bits per weight: {of_quantized}{bits['all']:.3f} of all",
+        f"bits per weight: {of_quantized}{of_linear}, {bits['all']:.3f} of all",
         f"size: {show_size(size['before'])} before, {show_size(size['files'])} after; by the formats' arithmetic "
         f"{show_size(size['arithmetic'])} ({deviation:+.2%}: names and shapes in the files)",
         *_quality_lines(report),
@@ -209,7 +207,11 @@ def make_report(
         "groups": {
             group.name: {"format": choices[group.name], "decided_by": decisions[group.name].reason} for group in groups
         },
-        "bits": mean_bits(table),
+        "bits": {
+            "quantized": mean_bits([row for row in table if row["format"] in LABELS.values()]),
+            "linear": effective_bits(counted(groups, decisions), choices),
+            "all": mean_bits(table),
+        },
         "size": {"before": before, "files": files, "arithmetic": expected_size(groups, choices, stored, attentions)},
         "experts": [row._asdict() for row in coverage],
     }

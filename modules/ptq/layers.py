@@ -28,8 +28,8 @@ BITS: dict[Choice, float] = {"nvfp4": 4.5, "nvfp4-weight-only": 4.5, "fp8": 8.0,
 """Bits of a weight with its share of a block scale. The scales of whole tensors, 64 bits a layer, are not counted."""
 INPUTS: tuple[Choice, ...] = ("nvfp4", "fp8")
 """Choices that quantise inputs too."""
-DEFAULT, WIDTH = "--format", "width"
-"""What stands for a pattern where no rule decided, or in-features that are no multiple of 16."""
+DEFAULT, WIDTH, KEPT = "--format", "width", "MTP block"
+"""What stands for a pattern where no rule decided, in-features are no multiple of 16, or the MTP block was left out."""
 
 
 class Rule(NamedTuple):
@@ -77,7 +77,7 @@ class Decision(NamedTuple):
     choice: Choice | None
     """None: to be searched."""
     reason: str
-    """Pattern that decided, or one of `DEFAULT` and `WIDTH`."""
+    """Pattern that decided, or one of `DEFAULT`, `WIDTH` and `KEPT`."""
 
 
 def find_groups(config: BackboneConfig) -> list[Group]:
@@ -152,7 +152,7 @@ def decide(
 
 
 def _decide(group: Group, default: Choice | None, rules: Sequence[Rule]) -> Decision:
-    usual = Decision("bf16", MTP + "*") if group.name.startswith(MTP) else Decision(default, DEFAULT)
+    usual = Decision("bf16", KEPT) if group.name.startswith(MTP) else Decision(default, DEFAULT)
     found = {
         layer.module: next((Decision(rule.choice, rule.pattern) for rule in rules if _matches(rule, layer)), usual)
         for layer in group.layers
@@ -195,7 +195,7 @@ def _modules_with_weights(config: BackboneConfig) -> list[str]:
 
 def counted(groups: Sequence[Group], decisions: Mapping[str, Decision]) -> list[Group]:
     """Return the groups that bits per weight are averaged over: all but the MTP block's where it is kept by default."""
-    return [group for group in groups if decisions[group.name].reason != MTP + "*"]
+    return [group for group in groups if decisions[group.name].reason != KEPT]
 
 
 def effective_bits(groups: Sequence[Group], choices: Mapping[str, Choice]) -> float:

@@ -56,11 +56,14 @@ class WeightMaker:
         """
         group, module = self._places[name]
         format: WeightFormat = "fp8" if choice == "fp8" else "nvfp4"
+        fused = _is_fused_attention(group)
         input_scale = None
         if choice in INPUTS:
             assert self._calibration is not None, f"{name} needs calibration"
-            input_scale = tensor_scale(self._calibration.inputs[module].amax(), format)
-        amax = self._fused_amax(group) if _is_fused_attention(group) else None
+            sharing = [layer.module for layer in group.layers] if fused else [module]
+            input_amax = torch.stack([self._calibration.inputs[other].amax() for other in sharing]).amax()
+            input_scale = tensor_scale(input_amax, format)
+        amax = self._fused_amax(group) if fused else None
         return quantize_weight(self._source.read(name), format, amax=amax, input_scale=input_scale, search=self._search)
 
     def _fused_amax(self, group: Group) -> Tensor:
