@@ -46,7 +46,7 @@ def read_texts(source: Source, data: str | None, calibration_tokens: int, held_o
     if not places:
         return None
     limits = calibration_tokens, held_out_tokens
-    if data is not None and not is_remote(data) and not Path(data).is_dir():
+    if data is not None and not is_remote(data) and Path(data).is_file():
         rows = _file_rows(Path(data), Reader(source))
         calibration, held_out = _split(rows)
         origin = f"{data}: every {HELD_OUT}th of its {len(rows):,} rows is held out"

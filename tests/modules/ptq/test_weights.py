@@ -1,6 +1,5 @@
 """Scales of fused layers, of experts and of keys and values; coverage of experts."""
 
-
 import pytest
 import torch
 
