@@ -14,17 +14,23 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
+from modules.checkpoints.card_quantized import TRANSFORMERS, Written, loses_scales
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.documents import read_json
+from modules.checkpoints.huggingface import HuggingFaceSource
 from modules.checkpoints.layouts.found import KEY as QUANTIZATION
 from modules.checkpoints.layouts.found import LAYOUTS
 from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
 from modules.checkpoints.quantization import (
+    REPORT,
+    SCALES,
     LayerQuantization,
     Layout,
     LayoutName,
     Quantization,
+    from_stored,
     module_of,
+    scaled_blocks,
     stored_tensors,
     to_stored,
 )
@@ -131,32 +137,87 @@ def write_quantized(
         OSError: the disk is full; nothing is left behind.
     """
     spelling = LAYOUTS[layout]
-    return write_stored(
-        source,
-        Quantization({name: quantized[name] for name in source.tensors if name in quantized}, kv_scales),
-        lambda name: to_stored(spelling, make(name)),
-        output,
-        layout=spelling,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        report=report,
-        documents=documents or {},
+    quantization = Quantization({name: quantized[name] for name in source.tensors if name in quantized}, kv_scales)
+
+    def fields(name: str) -> dict[str, Tensor]:
+        return to_stored(spelling, make(name))
+
+    return _write_stored(
+        source, quantization, fields, output, spelling, documents or {}, dtype, max_shard_bytes, report
     )
 
 
-def write_stored(
+def convert(
+    source: Source,
+    output: Path,
+    *,
+    layout: LayoutName,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+) -> Exported:
+    """Write a quantised model in its own or another layout, with the same codes and block scales.
+
+    In its own layout every bit stays. Another one may want reciprocals of scales: those of models quantised here are
+    exact, those of other programs may move in the last bit, and `report` gets a line that counts them.
+
+    Args:
+        source: the model, quantised.
+        output: see `export`, as for the other arguments.
+        layout: how the files spell it.
+        dtype: of the plain tensors.
+        max_shard_bytes: see `export`.
+        report: see `export`.
+
+    Raises:
+        ValueError: see `export`.
+        OSError: see `export`.
+    """
+    quantization = source.quantization
+    assert isinstance(source, HuggingFaceSource)
+    assert quantization is not None
+    assert source.layout is not None
+    old, new, moved = source.layout, LAYOUTS[layout], 0
+
+    def fields(name: str) -> dict[str, Tensor]:
+        nonlocal moved
+        stored, format = source.read_stored(name), quantization.weights[name].format
+        if old is new:
+            return stored
+        made = to_stored(new, from_stored(old, format, stored))
+        back = to_stored(old, from_stored(new, format, made))
+        moved += not (
+            torch.equal(scaled_blocks(old, format, stored), scaled_blocks(new, format, made))
+            and all(
+                torch.equal(back[field], stored[field].float().reshape(old.scalar)) for field in SCALES & made.keys()
+            )
+        )
+        return made
+
+    documents = {REPORT: source.facts["quantization"]} if "quantization" in source.facts else {}
+    written = _write_stored(source, quantization, fields, output, new, documents, dtype, max_shard_bytes, report)
+    if moved:
+        report(
+            f"note: {moved:,} of {len(quantization.weights):,} quantised weights have a scale without an exact "
+            "reciprocal; their numbers move by up to one unit in the last place of fp32"
+        )
+    if loses_scales(new, quantization):
+        report(f"note: {TRANSFORMERS}")
+    return written
+
+
+def _write_stored(
     source: Source,
     quantization: Quantization,
     fields: Callable[[str], Mapping[str, Tensor]],
     output: Path,
-    *,
     layout: Layout,
+    documents: Mapping[str, Mapping[str, Any]],
     dtype: Dtype,
     max_shard_bytes: int,
     report: Callable[[str], None],
-    documents: Mapping[str, Mapping[str, Any]],
 ) -> Exported:
-    """Write a quantised model from tensors that are as the layout has them; the rest is as in `write_quantized`.
+    """Write a quantised model from tensors that are as the layout has them.
 
     `fields` returns those of a weight, by field of `QuantizedWeight`; it is called once for each, in order.
     """
@@ -188,13 +249,11 @@ def write_stored(
         if weight not in made:
             made.clear()
             made[weight] = fields(weight)
-        return made[weight][field]
+        return made[weight][field].reshape(tensors[name].shape)
 
     matrices = [module_of(name) for name, info in plain.items() if len(info.shape) > 1 and name.endswith(".weight")]
-    settings = layout.documents(quantization, matrices)
-    return _write_folder(
-        source, output, tensors, read, max_shard_bytes, report, settings.pop(QUANTIZATION), settings, documents
-    )
+    written = Written(quantization, layout, matrices, documents)
+    return _write_folder(source, output, tensors, read, max_shard_bytes, report, written)
 
 
 def _plain_reader(source: Source, tensors: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
@@ -215,19 +274,22 @@ def _write_folder(
     read: Callable[[str], Tensor],
     max_shard_bytes: int,
     report: Callable[[str], None],
-    quantization: Mapping[str, Any] | None = None,
-    *documents: Mapping[str, Mapping[str, Any]],
+    quantized: Written | None = None,
 ) -> Exported:
-    """Write the folder: weights, tokenizer, configuration, card, and documents by file name."""
+    """Write the folder: weights, tokenizer, configuration, card."""
     with new_folder(output) as target:
         write_tensors(target, tensors, read, max_shard_bytes, report)
         code = _copy_files(source, target)
         config = hugging_face_config(source, tensors, code)
-        write_json(target / CONFIG, config if quantization is None else config | {QUANTIZATION: quantization})
+        if quantized is not None:
+            settings = quantized.layout.documents(quantized.quantization, quantized.plain)
+            config[QUANTIZATION] = settings.pop(QUANTIZATION)
+            for name, content in (settings | dict(quantized.documents)).items():
+                write_json(target / name, content)
+        write_json(target / CONFIG, config)
         write_json(target / GENERATION_CONFIG, generation_config(source))
-        for name, content in [item for group in documents for item in group.items()]:
-            write_json(target / name, content)
-        (target / CARD).write_text(write_card(source, tensors, output.absolute().name), encoding="utf-8")
+        card = write_card(source, tensors, output.absolute().name, quantized)
+        (target / CARD).write_text(card, encoding="utf-8")
         files = [path for path in target.rglob("*") if path.is_file()]
         names = sorted(str(path.relative_to(target)) for path in files)
         return Exported(names, len(tensors), sum(path.stat().st_size for path in files))

@@ -166,7 +166,13 @@ class HuggingFaceSource:
 
 def _public(entries: dict[str, Entry]) -> dict[str, Entry]:
     """Return the tensors of a quantised folder by public name: some tools save it under the names in memory."""
-    return {IN_MEMORY.sub("backbone.", name): entry for name, entry in entries.items()}
+    public: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        new = IN_MEMORY.sub("backbone.", name)
+        if new in public:
+            raise ValueError(f"{entry.file}: tensor {new} is there under two names, the other is {name}; remove one")
+        public[new] = entry
+    return public
 
 
 def _count(names: list[str]) -> str:

@@ -46,6 +46,11 @@ class MergedSource:
         self.tensors: Mapping[str, TensorInfo] = first.tensors
         self.quantization: Quantization | None = None
         self.notes = [note for source in sources for note in source.notes] + _different_tokenizers(sources)
+        self.notes += [
+            f"{source.path} is quantised; its weights are averaged as the numbers they mean, and the result is plain"
+            for source in sources
+            if source.quantization is not None
+        ]
         models = [
             {"label": label(source), "weight": weight} for source, weight in zip(sources, self._weights, strict=True)
         ]

@@ -21,6 +21,8 @@ from modules.precision.quantized import QuantizedWeight, WeightFormat
 LayoutName = Literal["modelopt", "compressed-tensors"]
 REPORT = "quantization_report.json"
 """File in which `quantize` says what it did; it travels along, and the model card quotes it."""
+SCALES = frozenset({"scale", "input_scale"})
+"""Fields of a `QuantizedWeight` that are one fp32 number."""
 ROUTER = ".gate.weight"
 """End of the names of routers, which are fp32 everywhere."""
 
@@ -142,7 +144,7 @@ def stored_tensors(
 def to_stored(layout: Layout, weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors of a quantised weight as the layout stores them, by field."""
     fields = {field: tensor for field, tensor in weight._asdict().items() if isinstance(tensor, Tensor)}
-    for field in fields.keys() & {"scale", "input_scale"}:
+    for field in fields.keys() & SCALES:
         fields[field] = _turned(layout, weight.format, fields[field].float()).reshape(layout.scalar)
     return fields
 
@@ -158,19 +160,25 @@ def from_stored(layout: Layout, format: WeightFormat, fields: Mapping[str, Tenso
 
 
 def dequantize_stored(layout: Layout, format: WeightFormat, fields: Mapping[str, Tensor]) -> Tensor:
-    """Return fp32 [O, I]: what the layout's own library computes of the stored tensors.
+    """Return fp32 [O, I]: what the layout's own library computes of the stored tensors."""
+    scales = scaled_blocks(layout, format, fields)
+    if format == "fp8":
+        return fields["codes"].float() * scales
+    numbers = e2m1.decode(e2m1.unpack(fields["codes"])).unflatten(-1, (-1, BLOCK))
+    return (numbers * scales.unsqueeze(-1)).flatten(-2)
 
-    The block scales are scaled first, by a product in Model Optimizer (0.47, `NVFP4QTensor.dequantize`), by a quotient
-    in compressed-tensors (0.20, `dequantize`); weights quantised here come out of both, and of
-    `modules.precision.quantized.dequantize_weight`, to the bit, others differ in the last one.
+
+def scaled_blocks(layout: Layout, format: WeightFormat, fields: Mapping[str, Tensor]) -> Tensor:
+    """Return what the codes are multiplied with, fp32 [O, I/16], or a scalar in FP8.
+
+    It is a product in Model Optimizer (0.47, `NVFP4QTensor.dequantize`) and a quotient in compressed-tensors (0.20,
+    `dequantize`). For weights quantised here the two are equal to the bit, for others they may differ in the last one.
     """
     scale = fields["scale"].float().reshape(())
     if format == "fp8":
-        return fields["codes"].float() * scale
+        return scale
     blocks = fields["block_scales"].float()
-    blocks = blocks / scale if layout.reciprocal else blocks * scale
-    numbers = e2m1.decode(e2m1.unpack(fields["codes"])).unflatten(-1, (-1, BLOCK))
-    return (numbers * blocks.unsqueeze(-1)).flatten(-2)
+    return blocks / scale if layout.reciprocal else blocks * scale
 
 
 def _turned(layout: Layout, format: WeightFormat, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from modules.checkpoints.quantization import (
 )
 from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry
 from modules.checkpoints.values import check_finite
+from modules.precision.blocks import BLOCK
 from modules.precision.quantized import WeightFormat
 
 CODES: dict[torch.dtype, WeightFormat] = {torch.uint8: "nvfp4", torch.float8_e4m3fn: "fp8"}
@@ -81,11 +82,16 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
         ValueError: a tensor of a quantised layer is missing, or has another shape or dtype than it must have.
     """
     suffixes = {stored.suffix for tensors in layout.stored.values() for stored in tensors.values()}
-    modules = {
-        module_of(name): None
-        for name, entry in entries.items()
-        if name.rpartition(".")[2] in suffixes - {"weight"} or entry.info.dtype in CODES
-    }
+    modules: dict[str, None] = {}
+    for name, entry in entries.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in suffixes and (suffix != "weight" or entry.info.dtype in CODES):
+            modules[module] = None
+        elif entry.info.dtype in CODES:
+            raise ValueError(
+                f"{entry.file}: tensor {name} is {_short(entry.info.dtype)}, but {layout.name} has no such tensor of a "
+                f"quantised layer; {AGAIN}, or take the model in bf16"
+            )
     layers = {f"{module}.weight": _layer(module, entries, layout) for module in modules}
     used = {name for layer in layers.values() for name, _ in layer.parts.values()}
     caches = {name: entry for name, entry in entries.items() if name.endswith(KV_ENDS)}
@@ -94,16 +100,13 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
 
 
 def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
-    held = {stored.suffix for tensors in layout.stored.values() for stored in tensors.values()}
+    held = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
     there = {suffix: entries[f"{module}.{suffix}"] for suffix in held if f"{module}.{suffix}" in entries}
-    format = next(
-        (
-            format
-            for format, tensors in layout.stored.items()
-            if (codes := there.get(tensors["codes"].suffix)) and CODES.get(codes.info.dtype) == format
-        ),
-        None,
-    )
+    format: WeightFormat | None = None
+    for candidate, tensors in layout.stored.items():
+        codes = there.get(tensors["codes"].suffix)
+        if codes is not None and CODES.get(codes.info.dtype) == candidate:
+            format = candidate
     if format is None:
         suffix, entry = next(iter(there.items()))
         wanted = " or ".join(
@@ -120,6 +123,11 @@ def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
         raise ValueError(
             f"{codes.file}: tensor {module}.{tensors['codes'].suffix} is quantised, which only the matrices of linear "
             "layers can be here, routers and embeddings apart; take the model in bf16"
+        )
+    if format == "nvfp4" and shape[1] % BLOCK:
+        raise ValueError(
+            f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[1]} codes, but blocks of "
+            f"NVFP4 have {BLOCK}; {AGAIN}"
         )
     layer = LayerQuantization(format, inputs=tensors["input_scale"].suffix in there)
     wanted = stored_tensors(layout, layer, f"{module}.weight", shape)
@@ -181,21 +189,27 @@ def check_settings(settings: Settings, quantization: Quantization, plain: Iterab
     for name, layer in quantization.weights.items():
         said = settings.says(module_of(name))
         if said != layer:
+            lacks = " (there is no scale of its inputs)" if said is not None and said.inputs > layer.inputs else ""
             raise ValueError(
                 f"{settings.place} says that {module_of(name)} is {said.label if said else 'not quantised'}, but its "
-                f"tensors are {layer.label}; one of the two is not of this model: download both again"
+                f"tensors are {layer.label}{lacks}; one of the two is not of this model: download both again"
             )
     if quantization.kv_scales and not settings.kv:
         raise ValueError(
             f"{settings.place} says nothing of an FP8 KV cache, but the weight files hold scales for it "
             f"({next(iter(quantization.kv_scales))}); one of the two is not of this model: download both again"
         )
-    open_ = [name for name in plain if settings.says(module_of(name)) is not None]
-    if not open_:
+    unlisted = [name for name in plain if settings.says(module_of(name)) is not None]
+    if unlisted and not quantization.weights:
+        raise ValueError(
+            f"{settings.place} says that weights are quantised, but no tensor is; remove it if the model is plain, or "
+            "download the model again"
+        )
+    if not unlisted:
         return []
     return [
-        f"{settings.place} does not list {len(open_)} plain weights as such ({open_[0]}), so that engines may not load "
-        "them; export writes them into the list"
+        f"{settings.place} does not say that {len(unlisted)} plain weights are plain (first {unlisted[0]}), so that "
+        "engines may fail on them; an export says it"
     ]
 
 

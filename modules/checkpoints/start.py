@@ -49,6 +49,8 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
         raise ValueError(f"model.init_from: {error}") from None
     check_fits(network.config, source.config, path)
     lines = [str(source.path), *source.notes]
+    if source.quantization is not None:
+        lines.append("its weights are quantised; the run starts from the numbers they mean")
     if source.config.num_nextn_predict_layers and network.mtp is None:
         lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
     if source.tokenizer_folder is not None and tokenizer_folder is not None:

@@ -8,10 +8,14 @@ from modules.checkpoints.documents import read_json
 from modules.checkpoints.layouts import compressed_tensors, modelopt
 from modules.checkpoints.layouts.compressed_tensors import COMPRESSED_TENSORS
 from modules.checkpoints.layouts.modelopt import MODELOPT
-from modules.checkpoints.quantization import Layout, LayoutName, Settings
+from modules.checkpoints.quantization import Layout, LayoutName, Quantization, Settings
 
 KEY = "quantization_config"
 LAYOUTS: dict[LayoutName, Layout] = {layout.name: layout for layout in (MODELOPT, COMPRESSED_TENSORS)}
+
+
+KINDS = {frozenset({"nvfp4"}): "nvfp4", frozenset({"fp8"}): "fp8", frozenset({"nvfp4", "fp8"}): "mixed"}
+"""Formats of weights -> the first part of the name of an export's format."""
 
 
 class Found(NamedTuple):
@@ -55,3 +59,30 @@ def find_layout(folder: Path, raw: dict[str, Any]) -> Found | None:
         )
     settings = [modelopt.settings(inner, place)]
     return Found(MODELOPT, settings if separate is None else [*settings, modelopt.settings(separate, str(file))])
+
+
+def fitting_layout(format: str, quantization: Quantization | None, model: Path) -> LayoutName | None:
+    """Return the layout that an export's format means for a model; None: plain weights.
+
+    Args:
+        format: hf, or nvfp4, fp8 or mixed with the layout, e.g. nvfp4-modelopt.
+        quantization: of the model.
+        model: its folder, for messages.
+
+    Raises:
+        ValueError: the format wants another quantisation than the model has.
+    """
+    if format == "hf":
+        return None
+    if quantization is None:
+        raise ValueError(
+            f"--format {format}: {model} is not quantised; first do that: python -m app quantize {model} --output DIR"
+        )
+    kind, _, layout = format.partition("-")
+    found = KINDS.get(frozenset(layer.format for layer in quantization.weights.values()))
+    if found is None:
+        raise ValueError(f"--format {format}: {model} has no quantised weights, only a KV cache; take --format hf")
+    if kind != found:
+        has = {"nvfp4": "NVFP4 weights", "fp8": "FP8 weights", "mixed": "both NVFP4 and FP8 weights"}[found]
+        raise ValueError(f"--format {format}: {model} has {has}; take --format {found}-{layout}")
+    return "modelopt" if layout == "modelopt" else "compressed-tensors"

@@ -57,6 +57,8 @@ def settings(document: Mapping[str, Any], place: str) -> Settings:
     plain = ModuleList(name for name in excluded)
     kv = is_fp8_cache(inner.get("kv_cache_quant_algo", inner.get("kv_cache_scheme")), place)
     algorithm = inner.get("quant_algo")
+    if algorithm is None and kv:  # nothing but the cache
+        return Settings(lambda module: None, kv, place)
     if str(algorithm).upper() != MIXED:
         layer = _layer(inner, place)
         return Settings(lambda module: None if module in plain else layer, kv, place)
