@@ -150,13 +150,13 @@ def _describe(network: Network, source: Source, quantized: dict[str, list[str]],
     assert source.quantization is not None
     if dtype != "auto":
         return f"{source.path}: runs with dequantised weights in {dtype}; inputs, keys and values are not quantised"
-    layers = [source.quantization.weights[names[0]] for names in quantized.values()]
-    kinds = Counter(f"{layer.format.upper()} weights{' and inputs' if layer.inputs else ''}" for layer in layers)
+    kinds: Counter[str] = Counter()
+    for parameter, names in quantized.items():
+        layer, codes = source.quantization.weights[names[0]], _owner(network, parameter).weight.dtype != torch.bfloat16
+        what = f"{layer.format.upper()} weights{' and inputs' if layer.inputs else ''}"
+        kinds[f"{what}, {'by scaled_mm' if codes else 'emulated'}"] += 1
     modules = [module for module in network.modules() if isinstance(module, FormattedModule)]
-    plain = {module.format for module in modules if module.served is None}
-    parts = [
-        *(f"{kind} (modules: {count})" for kind, count in kinds.items()),
-        f"{' and '.join(sorted(plain))} (the rest)",
-    ]
+    plain = " and ".join(sorted({module.format for module in modules if module.served is None}))
+    parts = [*(f"{kind} (modules: {count})" for kind, count in kinds.items()), f"{plain} (the rest)"]
     cached = "; keys and values in FP8" if source.quantization.kv_scales else ""
-    return f"{source.path}: runs as it is served: {', '.join(parts)}{cached}"
+    return f"{source.path}: runs as it is served: {'; '.join(parts)}{cached}"

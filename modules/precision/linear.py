@@ -53,9 +53,9 @@ class Linear(FormattedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
         dtype, scheme = self.compute_dtype, self.scheme
-        x, weight = x.to(dtype), self.weight.to(dtype)
         if self.served is not None:
-            return self.served.linear(x, weight)
+            return self.served.linear(x.to(dtype), self.weight)
+        x, weight = x.to(dtype), self.weight.to(dtype)
         if scheme is None or scheme.products.plain:
             return F.linear(x, weight)
         return scheme.backend.linear(x, weight, scheme)
@@ -77,9 +77,9 @@ class GroupedLinear(FormattedModule):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
         dtype, scheme = self.compute_dtype, self.scheme
-        x, weight = x.to(dtype), self.weight.to(dtype)
         if self.served is not None:
-            return self.served.grouped_linear(x, weight, offsets)
+            return self.served.grouped_linear(x.to(dtype), self.weight, offsets)
+        x, weight = x.to(dtype), self.weight.to(dtype)
         if scheme is None or scheme.products.plain:
             return grouped_linear(x, weight, offsets)
         return scheme.backend.grouped_linear(x, weight, offsets, scheme)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import modules.precision.served
 from modules.ops.native import quantization as native
 from modules.precision.backends import EMULATED
 from modules.precision.linear import GroupedLinear, Head, Linear
@@ -155,6 +156,35 @@ def test_a_head_gives_logits_of_the_lowest_ids_too() -> None:
     assert_close(head(x), expected(x, weight), ROUNDED_ONCE)
     assert torch.equal(head(x, vocabulary=8), head(x)[:, :8])
     assert head(x).dtype == torch.float32
+
+
+def test_codes_of_fp8_give_the_same_product(monkeypatch) -> None:
+    """What a GPU computes, on the CPU; rows that are no multiple of 16, a head's lowest ids that are none either."""
+    weight, x = quantized(48, 32, "fp8", 5.0), inputs(21, 32)
+    plain, head = Linear(32, 48), Head(32, 48)
+    serve(plain, [weight])
+    monkeypatch.setattr(modules.precision.served, "_multiplies_fp8", lambda weight: True)
+    with served(plain, [weight]):
+        assert plain.weight.dtype == torch.float8_e4m3fn
+        y = plain(x.view(3, 7, 32))
+        assert plain(x[:0]).shape == (0, 48)
+    assert_close(y.view(21, 48), expected(x, weight), ROUNDED_ONCE)
+    assert_close(y.view(21, 48), plain(x), ROUNDED_ONCE)
+    serve(head, [weight])
+    assert_close(head(x, vocabulary=20), expected(x, weight)[:, :20], ROUNDED_ONCE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("format", "with_inputs"), FORMATS)
+def test_a_gpu_agrees_with_the_formulas(format, with_inputs, rows) -> None:
+    weight, x = quantized(64, 128, format, 5.0 if with_inputs else None), inputs(rows, 128)
+    module, grouped = Linear(128, 64).cuda(), GroupedLinear(2, 128, 64).cuda()
+    serve(module, [weight])
+    serve(grouped, [weight, weight])
+    assert_close(module(x.cuda()).cpu(), expected(x, weight), 2 * ROUNDED_ONCE)
+    ends = torch.tensor([rows // 2, rows], dtype=torch.int32, device="cuda")
+    assert_close(grouped(x.cuda(), ends).cpu(), expected(x, weight), 2 * ROUNDED_ONCE)
 
 
 def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
