@@ -18,12 +18,11 @@ from datamodules.progress import Progress
 from modules.backbone.model import Network
 from modules.checkpoints.export import stored_as, write_quantized
 from modules.checkpoints.load import load_model
-from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import size_of
 from modules.precision.quantized import QuantizedWeight, ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
-from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups
+from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
 from modules.ptq.sensitivity import measure
 from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
@@ -125,7 +124,14 @@ class Job:
         ]
         rows = self._texts.calibration
         with self._timed("calibration"), Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
-            return calibrate(original, rows, wanted, batch_tokens=self._request.batch_tokens, advance=progress.advance)
+            return calibrate(
+                original,
+                rows,
+                wanted,
+                keys_and_values=self._request.kv_cache,
+                batch_tokens=self._request.batch_tokens,
+                advance=progress.advance,
+            )
 
     def _measure(self, original: Network, maker: WeightMaker) -> dict[str, dict[Choice, float]]:
         assert self._texts is not None
@@ -160,11 +166,7 @@ class Job:
         formats = {
             name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
         }
-        quantized = {
-            name: LayerQuantization("fp8" if choice == "fp8" else "nvfp4", choice in INPUTS)
-            for name, choice in formats.items()
-            if choice != "bf16"
-        }
+        quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}
         scales = {}
         if self._request.kv_cache:
             assert calibration is not None

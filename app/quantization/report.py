@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from modules.checkpoints.names import TensorInfo
+from modules.checkpoints.quantization import REPORT
 from modules.checkpoints.writer import show_size, size_of
 from modules.precision.blocks import BLOCK
-from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits
+from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits, quantization_of
 from modules.ptq.mixture import CANDIDATES
 from modules.ptq.weights import FEW_TOKENS, ExpertCoverage
 
-REPORT = "quantization_report.json"
-LABELS: dict[Choice, str] = {
-    "nvfp4": "NVFP4 W4A4",
-    "nvfp4-weight-only": "NVFP4 W4A16",
-    "fp8": "FP8 W8A8",
-}
 REST = "embeddings, head, routers, norms, ..."
 SCALAR_BYTES = 4
 """Of an fp32 scale."""
@@ -29,40 +24,42 @@ SCALAR_BYTES = 4
 def layer_table(
     groups: Sequence[Group], choices: Mapping[str, Choice], stored: Mapping[str, TensorInfo]
 ) -> list[dict[str, Any]]:
-    """Return what became of each kind of layer: kind, format, layers, weights, bits (of a weight); all else is last.
+    """Return what became of each kind of layer, all else last: kind, format, quantized, layers, weights, bits.
 
     Args:
         groups: of the network's linear layers.
         choices: what became of each.
         stored: shape and dtype of each tensor that is not quantised, as written; of the others, what they would be.
     """
-    kinds: dict[tuple[str, str], list[float]] = {}
-    seen: set[str] = set()
+    kinds: dict[tuple[str, str, bool], list[float]] = {}
+
+    def add(kind: str, choice: Choice, info: TensorInfo, layers: int, weights: int) -> None:
+        quantization = quantization_of(choice)
+        bits = 8.0 * info.dtype.itemsize if quantization is None else BITS[choice]
+        label = str(info.dtype).removeprefix("torch.") if quantization is None else quantization.label
+        row = kinds.setdefault((kind, label, quantization is not None), [0, 0, 0])
+        row[:] = row[0] + layers, row[1] + weights, row[2] + weights * bits
+
+    linear: set[str] = set()
     for group in groups:
         names = [name for layer in group.layers for name in layer.weights]
-        seen |= set(names)
-        bits, label = _format(choices[group.name], stored[names[0]])
-        row = kinds.setdefault((re.sub(r"\.\d+\b", ".*", group.name), label), [0, 0, 0])
-        row[0] += len(names)
-        row[1] += group.size
-        row[2] += group.size * bits
+        linear.update(names)
+        kind = re.sub(r"\.\d+\b", ".*", group.name)
+        add(kind, choices[group.name], stored[names[0]], len(names), group.size)
     for name, info in stored.items():
-        if name not in seen:
-            row = kinds.setdefault((REST, _format("bf16", info)[1]), [0, 0, 0])
-            row[0] += 1
-            row[1] += prod(info.shape)
-            row[2] += 8 * size_of(info)
+        if name not in linear:
+            add(REST, "bf16", info, 1, prod(info.shape))
     return [
-        {"kind": kind, "format": label, "layers": int(count), "weights": int(weights), "bits": bits / weights}
-        for (kind, label), (count, weights, bits) in kinds.items()
+        {
+            "kind": kind,
+            "format": label,
+            "quantized": quantized,
+            "layers": int(layers),
+            "weights": int(weights),
+            "bits": bits / weights,
+        }
+        for (kind, label, quantized), (layers, weights, bits) in kinds.items()
     ]
-
-
-def _format(choice: Choice, info: TensorInfo) -> tuple[float, str]:
-    """Return bits of a weight and the name of its format."""
-    if choice != "bf16":
-        return BITS[choice], LABELS[choice]
-    return 8.0 * info.dtype.itemsize, str(info.dtype).removeprefix("torch.")
 
 
 def mean_bits(table: Sequence[Mapping[str, Any]]) -> float | None:
@@ -208,7 +205,7 @@ def make_report(
             group.name: {"format": choices[group.name], "decided_by": decisions[group.name].reason} for group in groups
         },
         "bits": {
-            "quantized": mean_bits([row for row in table if row["format"] in LABELS.values()]),
+            "quantized": mean_bits([row for row in table if row["quantized"]]),
             "linear": effective_bits(counted(groups, decisions), choices),
             "all": mean_bits(table),
         },

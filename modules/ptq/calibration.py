@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
     tokens: dict[str, Tensor]
     """Tokens of each expert, by name of a module of stacked experts: int64 [E]."""
     keys: dict[str, Tensor]
-    """Largest magnitude of keys in bf16, by attention module outside the MTP block: fp32 scalar."""
+    """Largest magnitude of keys in bf16, by attention module: fp32 scalar."""
     values: dict[str, Tensor]
     """Largest magnitude of values, likewise."""
 
@@ -67,6 +67,7 @@ def calibrate(
     rows: Sequence[Sequence[int]],
     modules: Sequence[str],
     *,
+    keys_and_values: bool,
     batch_tokens: int,
     advance: Callable[[int], None],
 ) -> Calibration:
@@ -76,6 +77,7 @@ def calibrate(
         network: in evaluation mode.
         rows: token ids of each text.
         modules: names of the linear modules to look at; with one of the MTP block, that runs too, at every depth.
+        keys_and_values: whether to look at them too, the MTP block's included.
         batch_tokens: most tokens in a forward pass.
         advance: gets the tokens of each pass.
 
@@ -83,13 +85,14 @@ def calibrate(
         ValueError: a layer gets numbers that are not finite.
     """
     found = Calibration({}, {}, {}, {})
-    depths = network.config.num_nextn_predict_layers if any(name.startswith(MTP) for name in modules) else 0
+    attentions = {name for name, module in network.named_modules() if isinstance(module, Attention)}
+    seen = {*modules, *(attentions if keys_and_values else ())}
+    depths = network.config.num_nextn_predict_layers if any(name.startswith(MTP) for name in seen) else 0
     with ExitStack() as hooks:
         for name, module in network.named_modules():
-            if name in modules:
-                assert isinstance(module, Linear | GroupedLinear), name
+            if name in seen and isinstance(module, Linear | GroupedLinear):
                 hooks.enter_context(module.register_forward_pre_hook(_see_inputs(found, name)))
-            if isinstance(module, Attention) and not name.startswith(MTP):
+            if name in seen and isinstance(module, Attention):
                 for projection, maxima in ((module.k_proj, found.keys), (module.v_proj, found.values)):
                     hooks.enter_context(projection.register_forward_hook(_see_results(maxima, name)))
         device = network.backbone.embeddings.weight.device

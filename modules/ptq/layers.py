@@ -18,6 +18,7 @@ import torch
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.checkpoints.names import MTP, STACKED, public_names, public_shapes
+from modules.checkpoints.quantization import LayerQuantization
 from modules.precision.blocks import BLOCK
 from modules.precision.linear import GroupedLinear, Head, Linear
 
@@ -30,6 +31,13 @@ INPUTS: tuple[Choice, ...] = ("nvfp4", "fp8")
 """Choices that quantise inputs too."""
 DEFAULT, WIDTH, KEPT = "--format", "width", "MTP block"
 """What stands for a pattern where no rule decided, in-features are no multiple of 16, or the MTP block was left out."""
+
+
+def quantization_of(choice: Choice) -> LayerQuantization | None:
+    """Return what files say of a layer; None: it is not quantised."""
+    if choice == "bf16":
+        return None
+    return LayerQuantization("fp8" if choice == "fp8" else "nvfp4", choice in INPUTS)
 
 
 class Rule(NamedTuple):

@@ -27,7 +27,12 @@ def names(network, mtp: bool = True) -> list[str]:
 
 def calibrated(network, modules=None, batch_tokens: int = 64):
     return calibrate(
-        network, ROWS, names(network) if modules is None else modules, batch_tokens=batch_tokens, advance=lambda _: None
+        network,
+        ROWS,
+        names(network) if modules is None else modules,
+        keys_and_values=modules is None,
+        batch_tokens=batch_tokens,
+        advance=lambda _: None,
     )
 
 
@@ -86,13 +91,14 @@ def test_maxima_and_counts_are_those_of_the_texts_one_by_one(network, batch_toke
 @torch.no_grad()
 def test_keys_and_values_are_those_of_attention(network):
     found = calibrated(network)
-    assert found.keys.keys() == found.values.keys() == {"backbone.layers.2.mixer"}
-    mixer = network.get_submodule("backbone.layers.2.mixer")
+    assert found.keys.keys() == found.values.keys() == {"backbone.layers.2.mixer", "mtp.layers.0.mixer"}
     inputs, _ = by_hand(network)
-    for projection, maxima in ((mixer.k_proj, found.keys), (mixer.v_proj, found.values)):
-        states = [F.linear(call, projection.weight) for call in inputs["backbone.layers.2.mixer.k_proj"]]
-        expected = as_served(max(state.abs().max() for state in states))
-        assert float(maxima["backbone.layers.2.mixer"]) == pytest.approx(expected, rel=2**-7)
+    for name in found.keys:
+        mixer = network.get_submodule(name)
+        for projection, maxima in ((mixer.k_proj, found.keys), (mixer.v_proj, found.values)):
+            states = [F.linear(call, projection.weight) for call in inputs[f"{name}.k_proj"]]
+            expected = as_served(max(state.abs().max() for state in states))
+            assert float(maxima[name]) == pytest.approx(expected, rel=2**-7)
 
 
 def test_maxima_are_numbers_of_bf16(network):
@@ -103,7 +109,9 @@ def test_maxima_are_numbers_of_bf16(network):
 
 
 def test_only_what_is_asked_for_is_looked_at_and_the_network_stays_as_it_is(network):
-    assert calibrated(network, ["backbone.layers.0.mixer.in_proj"]).inputs.keys() == {"backbone.layers.0.mixer.in_proj"}
+    found = calibrated(network, ["backbone.layers.0.mixer.in_proj"])
+    assert found.inputs.keys() == {"backbone.layers.0.mixer.in_proj"}
+    assert found.keys == found.values == found.tokens == {}
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in network.modules())
 
 
@@ -121,7 +129,7 @@ def test_texts_are_packed_in_order_without_padding_and_long_ones_are_cut():
 
 def test_progress_counts_every_token(network):
     seen: list[int] = []
-    calibrate(network, ROWS, names(network), batch_tokens=32, advance=seen.append)
+    calibrate(network, ROWS, names(network), keys_and_values=True, batch_tokens=32, advance=seen.append)
     assert sum(seen) == TOKENS
 
 

@@ -30,7 +30,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory):
     network = make_network(CONFIG).eval()
     source = open_model(write_hf_folder(tmp_path_factory.mktemp("hf") / "model", network))
     modules = [layer.module for group in GROUPS for layer in group.layers]
-    calibration = calibrate(network, ROWS, modules, batch_tokens=64, advance=lambda _: None)
+    calibration = calibrate(network, ROWS, modules, keys_and_values=False, batch_tokens=64, advance=lambda _: None)
     return network, WeightMaker(source, GROUPS, calibration, "max")
 
 
