@@ -79,9 +79,8 @@ class Served:
         assert not (x.requires_grad and torch.is_grad_enabled()), "served layers have no gradient"
         if encode is None:
             return x
-        if self.format == "fp8":
-            return fp8.quantize(x, encode=encode).codes.bfloat16()
-        return nvfp4.gemm_operand(x, encode=encode)[0]
+        gemm_operand = fp8.gemm_operand if self.format == "fp8" else nvfp4.gemm_operand
+        return gemm_operand(x, encode=encode)[0]
 
 
 @torch.no_grad()

@@ -182,8 +182,7 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
     elif chosen == "mxfp8":
         operand = Operand(mxfp8.quantize_dequantize(x, axis=axis), _one(x))
     elif chosen == "fp8":
-        codes, encode = fp8.quantize(x, amax=amax, dtype=_FP8[kind], stacked=stacked)
-        operand = Operand(codes.to(x.dtype), encode.reciprocal())
+        operand = Operand(*fp8.gemm_operand(x, amax=amax, dtype=_FP8[kind], stacked=stacked))
     else:
         operand = Operand(x, _one(x))
     if arithmetic.observer is not None:
