@@ -1,8 +1,7 @@
 """The steps of `quantize`: calibrate, search where asked, write, read again and compare."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +10,15 @@ import torch
 
 from app.errors import UserError
 from app.quantization.quality import compare
-from app.quantization.report import choice_lines, make_report, write_report
+from app.quantization.report import choice_lines, make_report
 from app.quantization.texts import Texts, missing_data
 from app.scoring.rows import Reader
 from datamodules.progress import Progress
 from modules.backbone.model import Network
-from modules.checkpoints.export import stored_as, write_quantized
+from modules.checkpoints.card import label
+from modules.checkpoints.export import Documents, stored_as, write_quantized
 from modules.checkpoints.load import load_model
+from modules.checkpoints.quantization import REPORT
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import size_of
 from modules.precision.quantized import QuantizedWeight, ScaleSearch
@@ -25,7 +26,7 @@ from modules.ptq.calibration import Calibration, calibrate
 from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
 from modules.ptq.sensitivity import measure
-from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
+from modules.ptq.weights import ExpertCoverage, WeightMaker, expert_coverage, kv_scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +80,18 @@ class Job:
         if self._calibrates and texts is None:
             raise missing_data(source)
         self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
 
     def run(self, output: Path, max_shard_bytes: int) -> dict[str, Any]:
         """Do it, saying on stdout how far it is; return the report, which is in the folder too.
 
         Args:
-            output: folder to make.
+            output: folder to make; appears with the report in it, when all is done.
             max_shard_bytes: most bytes of tensors in a file.
         """
         self._say_what_is_kept()
         original = None if self._texts is None else load_model(self._source.path, "auto", self._device).network
+        self._lap("loading")
         calibration = None
         if self._calibrates:
             assert original is not None
@@ -102,11 +105,18 @@ class Job:
             print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
         else:
             choices = {name: found.choice for name, found in self._decisions.items() if found.choice is not None}
-        report = self._write(output, max_shard_bytes, maker, choices, calibration)
-        report["search"] = losses
-        report["quality"] = None if original is None else self._compare(original, output)
-        report["seconds"] = self._seconds
-        write_report(output, report)
+        scales = {} if calibration is None else kv_scales(calibration)
+        report: dict[str, Any] = {}
+
+        def describe(folder: Path) -> dict[str, Any]:
+            self._lap("writing")
+            coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
+            report.update(self._describe(folder, choices, len(scales), coverage), search=losses)
+            report["quality"] = None if original is None else self._compare(original, folder)
+            report["seconds"] = self._seconds
+            return {REPORT: report}
+
+        self._write(output, max_shard_bytes, maker, choices, scales, describe)
         return report
 
     def _say_what_is_kept(self) -> None:
@@ -123,8 +133,8 @@ class Job:
             if self._decisions[group.name].choice in (None, *INPUTS)
         ]
         rows = self._texts.calibration
-        with self._timed("calibration"), Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
-            return calibrate(
+        with Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
+            found = calibrate(
                 original,
                 rows,
                 wanted,
@@ -132,6 +142,8 @@ class Job:
                 batch_tokens=self._request.batch_tokens,
                 advance=progress.advance,
             )
+        self._lap("calibration")
+        return found
 
     def _measure(self, original: Network, maker: WeightMaker) -> dict[str, dict[Choice, float]]:
         assert self._texts is not None
@@ -143,8 +155,8 @@ class Job:
         searched = [group for group in self._groups if self._decisions[group.name].choice is None]
         passes = 1 + len(searched) * len(CANDIDATES)
         total = sum(map(len, rows)) * passes
-        with self._timed("search"), Progress("measuring sensitivities", total, unit="tokens") as progress:
-            return measure(
+        with Progress("measuring sensitivities", total, unit="tokens") as progress:
+            losses = measure(
                 original,
                 searched,
                 CANDIDATES,
@@ -153,6 +165,8 @@ class Job:
                 batch_tokens=self._request.batch_tokens,
                 advance=progress.advance,
             )
+        self._lap("search")
+        return losses
 
     def _write(
         self,
@@ -160,54 +174,55 @@ class Job:
         max_shard_bytes: int,
         maker: WeightMaker,
         choices: Mapping[str, Choice],
-        calibration: Calibration | None,
-    ) -> dict[str, Any]:
-        """Write the folder; return what the report says of it."""
+        scales: Mapping[str, tuple[float, float]],
+        describe: Documents,
+    ) -> None:
         formats = {
             name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
         }
         quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}
-        scales = {}
-        if self._request.kv_cache:
-            assert calibration is not None
-            scales = kv_scales(calibration)
 
         def make(name: str) -> QuantizedWeight:
             return maker.make(name, formats[name])
 
-        with self._timed("writing"):
-            write_quantized(
-                self._source,
-                quantized,
-                scales,
-                make,
-                output,
-                layout="modelopt",
-                dtype=self._request.dtype,
-                max_shard_bytes=max_shard_bytes,
-                report=lambda line: print(line, flush=True),
-            )
+        write_quantized(
+            self._source,
+            quantized,
+            scales,
+            make,
+            output,
+            layout="modelopt",
+            dtype=self._request.dtype,
+            max_shard_bytes=max_shard_bytes,
+            report=lambda line: print(line, flush=True),
+            documents=describe,
+        )
+
+    def _describe(
+        self, folder: Path, choices: Mapping[str, Choice], caches: int, coverage: Sequence[ExpertCoverage]
+    ) -> dict[str, Any]:
         return make_report(
             settings=self._settings(),
             groups=self._groups,
             decisions=self._decisions,
             choices=choices,
             stored=stored_as(self._source, self._request.dtype),
-            attentions=len(scales),
-            coverage=[] if calibration is None else expert_coverage(self._groups, choices, calibration),
+            caches=caches,
+            coverage=coverage,
             before=sum(map(size_of, self._source.tensors.values())),
-            files=sum(path.stat().st_size for path in output.glob("*.safetensors")),
+            files=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         )
 
-    def _compare(self, original: Network, output: Path) -> dict[str, Any]:
+    def _compare(self, original: Network, folder: Path) -> dict[str, Any]:
         assert self._texts is not None
-        with self._timed("comparison"):
-            served = load_model(output, "auto", self._device).network
-            sizes = Reader(self._source).token_bytes()
-            return compare(original, served, self._texts.held_out, sizes, self._request.batch_tokens)
+        served = load_model(folder, "auto", self._device).network
+        sizes = Reader(self._source).token_bytes()
+        quality = compare(original, served, self._texts.held_out, sizes, self._request.batch_tokens)
+        self._lap("comparison")
+        return quality
 
     def _settings(self) -> dict[str, Any]:
-        settings = asdict(self._request) | {"model": str(self._source.path)}
+        settings = asdict(self._request) | {"model": label(self._source)}
         settings["rules"] = [f"{rule.pattern}={rule.choice}" for rule in self._request.rules]
         if not self._searches:
             del settings["bits"], settings["search_tokens"]
@@ -216,8 +231,7 @@ class Job:
             settings["calibration_tokens"] = sum(map(len, self._texts.calibration))
         return settings
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._seconds[name] = round(time.monotonic() - start, 1)
+    def _lap(self, name: str) -> None:
+        """Note how long a step took that ends now."""
+        now = time.monotonic()
+        self._seconds[name], self._since = round(now - self._since, 1), now

@@ -1,15 +1,11 @@
 """The report of `quantize`: what was done to which layers, how large the result is, and how well it predicts."""
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from modules.checkpoints.names import TensorInfo
-from modules.checkpoints.quantization import REPORT
 from modules.checkpoints.writer import show_size, size_of
 from modules.precision.blocks import BLOCK
 from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits, quantization_of
@@ -69,7 +65,7 @@ def mean_bits(table: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def expected_size(
-    groups: Sequence[Group], choices: Mapping[str, Choice], stored: Mapping[str, TensorInfo], attentions: int
+    groups: Sequence[Group], choices: Mapping[str, Choice], stored: Mapping[str, TensorInfo], caches: int
 ) -> int:
     """Return the bytes of all tensors by the arithmetic of the formats.
 
@@ -77,9 +73,9 @@ def expected_size(
         groups: see `layer_table`.
         choices: see `layer_table`.
         stored: see `layer_table`.
-        attentions: attention layers whose keys and values have a scale each.
+        caches: attention layers whose keys and values have a scale each.
     """
-    size = 2 * SCALAR_BYTES * attentions
+    size = 2 * SCALAR_BYTES * caches
     quantized: set[str] = set()
     for group in groups:
         choice = choices[group.name]
@@ -179,7 +175,7 @@ def make_report(
     decisions: Mapping[str, Decision],
     choices: Mapping[str, Choice],
     stored: Mapping[str, TensorInfo],
-    attentions: int,
+    caches: int,
     coverage: Sequence[ExpertCoverage],
     before: int,
     files: int,
@@ -192,7 +188,7 @@ def make_report(
         decisions: who decided what becomes of each group.
         choices: see `layer_table`.
         stored: see `layer_table`.
-        attentions: see `expected_size`.
+        caches: see `expected_size`.
         coverage: of the experts.
         before: bytes of the original's tensors.
         files: bytes of the weight files written.
@@ -209,16 +205,9 @@ def make_report(
             "linear": effective_bits(counted(groups, decisions), choices),
             "all": mean_bits(table),
         },
-        "size": {"before": before, "files": files, "arithmetic": expected_size(groups, choices, stored, attentions)},
+        "size": {"before": before, "files": files, "arithmetic": expected_size(groups, choices, stored, caches)},
         "experts": [row._asdict() for row in coverage],
     }
-
-
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write the report into a folder, complete or not at all."""
-    draft = folder / f".{REPORT}.tmp"
-    draft.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, folder / REPORT)
 
 
 def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

@@ -49,7 +49,7 @@ def read_texts(source: Source, data: str | None, calibration_tokens: int, held_o
     if data is not None and not is_remote(data) and Path(data).is_file():
         rows = _file_rows(Path(data), Reader(source))
         calibration, held_out = _split(rows)
-        origin = f"{data}: every {HELD_OUT}th of its {len(rows):,} rows is held out"
+        origin = f"{Path(data).name}: every {HELD_OUT}th of its {len(rows):,} rows is held out"
     else:
         calibration, held_out, origin = _corpus_rows([_open_corpus(place, source) for place in places], limits)
     texts = Texts(_cut(calibration, calibration_tokens), _cut(held_out, held_out_tokens), origin)
@@ -106,7 +106,7 @@ def _open_corpus(path: str, source: Source) -> Corpus:
 
 def _corpus_rows(corpora: Sequence[Corpus], limits: tuple[int, int]) -> tuple[list[list[int]], list[list[int]], str]:
     """Return documents of the training rows and of the held-out rows of corpora, evenly from each."""
-    names = ", ".join(corpus.path for corpus in corpora)
+    names = ", ".join(corpus.path.rstrip("/").rpartition("/")[2] for corpus in corpora)
     train = [corpus.rows("train") for corpus in corpora]
     validation = [corpus.rows("validation") for corpus in corpora]
     lengths = [corpus.sequence_length for corpus in corpora]

@@ -267,7 +267,7 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
     quality = {"before": {"perplexity": 8.25}, "after": {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
     path = write_quantized_folder(
-        tmp_path / "q", source, mixed, documents={"quantization_report.json": report, "more.json": {"a": 1}}
+        tmp_path / "q", source, mixed, documents=lambda _: {"quantization_report.json": report, "more.json": {"a": 1}}
     )
     assert json.loads((path / "more.json").read_text()) == {"a": 1}
     again, _ = change_layout(path, tmp_path / "again", "compressed-tensors")
