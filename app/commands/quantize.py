@@ -37,9 +37,9 @@ def quantize(
     one. The scale of a layer's inputs is that of the largest magnitude that calibration saw; inputs beyond it saturate.
 
     The output is a Hugging Face folder in Model Optimizer's layout; `score`, `generate`, `chat` and `evaluate` run it
-    as it is served, and `export` gives other layouts. It appears under its name when it is complete; then it is read
-    again and compared with the original on texts that calibration did not see, and the figures are printed and written
-    into it as quantization_report.json.
+    as it is served, and `export` gives other layouts. Before it appears under its name it is read again and compared
+    with the original on texts that calibration did not see (what the MTP block drafts is not); the figures are printed
+    and written into it as quantization_report.json.
 
     --format auto searches a mixture of nvfp4, fp8 and layers that are kept: for each group of layers and each format it
     measures the KL divergence of the next-token distributions when that group alone is quantised, and takes the mixture

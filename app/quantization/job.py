@@ -98,13 +98,14 @@ class Job:
             calibration = self._calibrate(original)
         maker = WeightMaker(self._source, self._groups, calibration, self._request.search)
         losses: dict[str, dict[Choice, float]] = {}
+        choices: dict[str, Choice] = {
+            name: decision.choice for name, decision in self._decisions.items() if decision.choice is not None
+        }
         if self._searches:
             assert original is not None
             losses = self._measure(original, maker)
             choices = mix(self._groups, self._decisions, losses, self._request.bits)
             print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
-        else:
-            choices = {name: found.choice for name, found in self._decisions.items() if found.choice is not None}
         scales = {} if calibration is None else kv_scales(calibration)
         report: dict[str, Any] = {}
 
@@ -177,7 +178,7 @@ class Job:
         scales: Mapping[str, tuple[float, float]],
         describe: Documents,
     ) -> None:
-        formats = {
+        formats: dict[str, Choice] = {
             name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
         }
         quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}

@@ -98,7 +98,7 @@ def choice_lines(
         [
             group.name,
             f"{group.size:,}",
-            *(f"{losses[group.name][choice]:.6f}" for choice in CANDIDATES),
+            *(f"{losses[group.name][choice]:.2e}" for choice in CANDIDATES),
             choices[group.name],
             f"{BITS[choices[group.name]]:g}",
         ]

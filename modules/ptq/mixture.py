@@ -49,7 +49,9 @@ def mix(
     Returns:
         What becomes of each group, by name.
     """
-    choices = {name: decision.choice for name, decision in decisions.items() if decision.choice is not None}
+    choices: dict[str, Choice] = {
+        name: decision.choice for name, decision in decisions.items() if decision.choice is not None
+    }
     members = counted(groups, decisions)
     budget = math.floor(bits * _UNITS * sum(group.size for group in members))
     budget -= sum(_cost(group, choices[group.name]) for group in members if group.name in choices)

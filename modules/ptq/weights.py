@@ -38,7 +38,8 @@ class WeightMaker:
     def __init__(
         self, source: Source, groups: Sequence[Group], calibration: Calibration | None, search: ScaleSearch
     ) -> None:
-        self._source, self._calibration, self._search = source, calibration, search
+        self._source, self._calibration = source, calibration
+        self._search: ScaleSearch = search
         self._places = {
             name: _Place(group, layer.module) for group in groups for layer in group.layers for name in layer.weights
         }

@@ -174,7 +174,7 @@ def test_auto_keeps_to_its_budget_and_prints_the_choice(
     for name, losses in report["search"].items():
         line = next(line for line in printed.splitlines() if line.startswith(name))
         choice = report["groups"][name]["format"]
-        assert f"{losses['nvfp4']:.6f}" in line
+        assert f"{losses['nvfp4']:.2e}" in line
         assert choice in line
     formats = {group["format"] for name, group in report["groups"].items() if name in report["search"]}
     assert len(formats) > 1
