@@ -8,7 +8,13 @@ from typing import Any
 import yaml
 
 from modules.backbone.config import MIXERS, BackboneConfig
-from modules.checkpoints.card_quantized import Written, engine_lines, quantization_parts
+from modules.checkpoints.card_quantized import (
+    Written,
+    engine_lines,
+    quantization_parts,
+    report_parts,
+    suits_transformers,
+)
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import Source
 from modules.precision.formats import QUANTIZED
@@ -22,6 +28,8 @@ METRICS = {
 UNLIMITED = 1e-30
 """`time_step_min` in config.json of models trained here. It shaped their initial weights only, but transformers (5.23)
 raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
+USE = "## Use"
+"""Title of the last part."""
 _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 """Keys of a precision recipe that are true as a rule."""
 Rows = list[tuple[str, str]]
@@ -64,7 +72,14 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, qua
             f"The newest validation of the run when this checkpoint was saved{of}.",
             _table(rows),
         ]
-    return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
+    return "\n\n".join([*parts, USE, _use(source, name, quantized)]) + "\n"
+
+
+def add_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Put into a model's card what a quantization_report.json says that was not known when the card was written."""
+    file = folder / "README.md"
+    parts = [*report_parts(report, _table), USE]
+    file.write_text(file.read_text(encoding="utf-8").replace(USE, "\n\n".join(parts), 1), encoding="utf-8")
 
 
 def label(source: Source) -> str:
@@ -237,7 +252,7 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
 
 def _use(source: Source, name: str, quantized: Written | None) -> str:
     has_tokenizer = source.tokenizer_folder is not None
-    lines = [] if quantized is not None and quantized.layout.name == "modelopt" else _transformers(name, has_tokenizer)
+    lines = _transformers(name, has_tokenizer) if quantized is None or suits_transformers(quantized) else []
     if source.tokenizer_folder is not None:
         chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
         lines += ["With Superbolt:", "```", f'python -m app generate {name} --prompt "import "']

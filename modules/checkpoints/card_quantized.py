@@ -57,17 +57,19 @@ def quantization_parts(
         table: makes a table of rows.
     """
     quantization, layout = written.quantization, written.layout
-    parts = [
+    return [
         "## Quantisation",
         table(layer_rows(quantization, logical)),
         table(size_rows(quantization, layout, logical, tensors)),
+        *report_parts(written.documents.get(REPORT, {}), table),
     ]
-    if rows := report_rows(written.documents.get(REPORT, {})):
-        parts += [
-            "How it was made, and how well it predicts held-out text (`quantization_report.json` says more):",
-            table(rows),
-        ]
-    return parts
+
+
+def report_parts(report: Mapping[str, Any], table: Callable[[Rows], str]) -> list[str]:
+    """Return the paragraphs on how a model was quantised, and how well it does, as far as a report says so."""
+    rows = report_rows(report)
+    title = f"How it was quantised, and how well it predicts held-out text; `{REPORT}` says more."
+    return [title, table(rows)] if rows else []
 
 
 def layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> Rows:
@@ -138,11 +140,17 @@ def report_rows(report: Mapping[str, Any]) -> Rows:
 
 
 def engine_lines(written: Written, name: str) -> list[str]:
-    """Return how to run the model with engines, and what transformers makes of it."""
+    """Return how to run the model with engines, and why not with transformers."""
     lines = ["With vLLM:", "```", f"vllm serve {name}", "```"]
-    if written.layout.name == "modelopt":
-        return [*lines, "transformers does not read this layout."]
-    return [*lines, TRANSFORMERS] if loses_scales(written.layout, written.quantization) else lines
+    if suits_transformers(written):
+        return lines
+    lost = loses_scales(written.layout, written.quantization)
+    return [*lines, TRANSFORMERS if lost else "transformers does not read this layout."]
+
+
+def suits_transformers(written: Written) -> bool:
+    """Return whether transformers (5.23, with compressed-tensors) reads the model rightly."""
+    return written.layout.name == "compressed-tensors" and not loses_scales(written.layout, written.quantization)
 
 
 def loses_scales(layout: Layout, quantization: Quantization) -> bool:

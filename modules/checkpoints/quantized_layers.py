@@ -118,15 +118,16 @@ def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
         )
     tensors = layout.stored[format]
     codes = there[tensors["codes"].suffix]
-    shape = (*codes.info.shape[:-1], codes.info.shape[-1] * (2 if format == "nvfp4" else 1)) if codes.info.shape else ()
+    packed = codes.info.shape
+    shape = (*packed[:-1], packed[-1] * (2 if format == "nvfp4" else 1)) if packed else packed
     if not may_be_quantized(f"{module}.weight", shape):
         raise ValueError(
             f"{codes.file}: tensor {module}.{tensors['codes'].suffix} is quantised, which only the matrices of linear "
             "layers can be here, routers and embeddings apart; take the model in bf16"
         )
-    if format == "nvfp4" and shape[1] % BLOCK:
+    if format == "nvfp4" and shape[-1] % BLOCK:
         raise ValueError(
-            f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[1]} codes, but blocks of "
+            f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[-1]} codes, but blocks of "
             f"NVFP4 have {BLOCK}; {AGAIN}"
         )
     layer = LayerQuantization(format, inputs=tensors["input_scale"].suffix in there)

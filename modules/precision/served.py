@@ -43,7 +43,6 @@ class Served:
 
     def __init__(self, format: WeightFormat, scales: Tensor, input_scales: Tensor | None) -> None:
         self.format: WeightFormat = format
-        self.quantizes_inputs = input_scales is not None
         self._scales = scales
         self._encode: Tensor | None = None  # S, of all inputs or [E]
         if input_scales is not None:
@@ -70,9 +69,8 @@ class Served:
 
     def _multiply_codes(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Map rounded rows [R, I] by codes [O, I] to bf16 [R, O]."""
-        scales, kind = (self._scales, torch.ones_like(self._scales)), F.ScalingType.TensorWise
-        codes = rows.to(weight.dtype)
-        return F.scaled_mm(codes, weight.T, scales[0], kind, scales[1], kind, output_dtype=torch.bfloat16)
+        codes, one, kind = rows.to(weight.dtype), torch.ones_like(self._scales), F.ScalingType.TensorWise
+        return F.scaled_mm(codes, weight.T, self._scales, kind, one, kind, output_dtype=torch.bfloat16)
 
     def _round(self, x: Tensor, encode: Tensor | None) -> Tensor:
         """Return inputs [R, I] times S, rounded: bf16, exact; as they are in a weight-only layer."""

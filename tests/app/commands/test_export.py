@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from app.__main__ import main
+from modules.checkpoints.source import open_model
 from tests.app.commands.helpers import refusal, run_tensors, write_run
 from tests.modules.checkpoints.folders import stored_tensors, write_hf_folder
+from tests.modules.checkpoints.quantized_folders import (
+    W4A4,
+    W8A8,
+    all_bytes,
+    make_source,
+    mixed,
+    write_quantized_folder,
+)
 from tests.modules.helpers import make_network, tiny_config
 
 
@@ -63,3 +72,57 @@ def test_a_full_disk_leaves_nothing_behind(run: Path, tmp_path: Path, capsys: py
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.startswith(f"error: {tmp_path / 'hf'}: File too large; make room")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of quantised models by the first part of the formats' names."""
+    root = tmp_path_factory.mktemp("quantized")
+    source = make_source(root / "plain", tokenizer=True, vocab_size=288)
+    write_quantized_folder(root / "nvfp4", source, lambda name: None if "head" in name else W4A4)
+    write_quantized_folder(root / "fp8", source, lambda name: None if "head" in name else W8A8, kv=False)
+    write_quantized_folder(root / "mixed", source, mixed)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8", "mixed"])
+def test_a_quantised_model_changes_its_layout_and_back(quantized: Path, tmp_path: Path, kind: str, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert (
+        main(["export", str(quantized / kind), "--output", str(there), "--format", f"{kind}-compressed-tensors"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" tensors")
+    assert any("leaves out the global scales of routed experts" in line for line in lines) == (kind != "fp8")
+    assert main(["export", str(there), "--output", str(back), "--format", f"{kind}-modelopt"]) == 0
+    assert all_bytes(back) == all_bytes(quantized / kind)
+    assert (back / "tokenizer.json").read_bytes() == (quantized / "plain" / "tokenizer.json").read_bytes()
+
+
+def test_plain_weights_of_a_quantised_model(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(quantized / "mixed"), "--output", str(tmp_path / "hf")]) == 0
+    assert "as the numbers they mean, in fp32, which holds them exactly" in capsys.readouterr().out
+    source = open_model(quantized / "mixed")
+    for name, tensor in stored_tensors(tmp_path / "hf").items():
+        assert torch.equal(tensor, source.read(name)), name
+    assert main(["export", str(quantized / "mixed"), "--output", str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    assert "rounded to bf16" in capsys.readouterr().out
+
+
+def test_formats_that_do_not_fit_cost_one_line(quantized: Path, run: Path, tmp_path: Path, capsys):
+    def said(model: Path, format: str) -> str:
+        return refusal(capsys, "export", model, "--output", tmp_path / "out", "--format", format)
+
+    assert f"is not quantised; first do that: python -m app quantize {run}" in said(run, "nvfp4-modelopt")
+    assert "take --format mixed-modelopt" in said(quantized / "mixed", "nvfp4-modelopt")
+    assert "take --format nvfp4-modelopt" in said(quantized / "nvfp4", "fp8-modelopt")
+    assert "take --format fp8-compressed-tensors" in said(quantized / "fp8", "mixed-compressed-tensors")
+    assert "nvfp4-compressed-tensors" in said(quantized / "fp8", "awq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_model_may_be_merged(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    models = [str(quantized / "nvfp4"), str(quantized / "plain")]
+    assert main(["merge", *models, "--output", str(tmp_path / "merged")]) == 0
+    assert "averaged as the numbers they mean, and the result is plain" in capsys.readouterr().out
+    assert open_model(tmp_path / "merged").quantization is None

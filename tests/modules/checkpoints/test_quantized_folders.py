@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modules.checkpoints.card import add_report
+from modules.checkpoints.card_quantized import report_rows
 from modules.checkpoints.export import convert, export, write_quantized
 from modules.checkpoints.load import load_model
 from modules.checkpoints.merge import MergedSource
@@ -232,11 +235,14 @@ def test_the_size_is_that_of_the_format(tmp_path: Path, layout: Any, choice: str
 @pytest.mark.parametrize("limit", [10**9, SHARDS], ids=["one file", "shards"])
 def test_weights_are_made_one_at_a_time_and_in_order(tmp_path: Path, limit: int):
     source = make_source(tmp_path / "bf16")
-    quantized, calls = choose(source, mixed), []
+    quantized, calls, made = choose(source, mixed), [], []
 
     def make(name: str):
+        assert not [codes for codes in made if codes() is not None], "the one before is gone"
+        weight = make_weight(source, name, quantized[name])
         calls.append(name)
-        return make_weight(source, name, quantized[name])
+        made.append(weakref.ref(weight.codes))
+        return weight
 
     write_quantized(
         source, quantized, {}, make, tmp_path / "q", layout="modelopt", max_shard_bytes=limit, report=silent
@@ -263,7 +269,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, layout: Any):
 
 def test_reports_and_documents_travel_along(tmp_path: Path):
     source = make_source(tmp_path / "bf16")
-    settings = {"default": "nvfp4", "search": "mse", "model": "/home/me/secret", "texts": "/home/me/texts"}
+    settings = {"default": "nvfp4", "search": "mse", "model": "/mine/secret", "texts": "/mine/texts"}
     quality = {"before": {"perplexity": 8.25}, "after": {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
     path = write_quantized_folder(
@@ -285,9 +291,13 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
             "| KV cache | FP8 with scales of 2 layers |",
         ):
             assert row in card, row
-        assert "/home" not in card, "a path of the machine"
+        assert "/mine" not in card, "a path of the machine"
     assert "transformers does not read this layout" in (path / "README.md").read_text()
     assert "leaves out the global scales of routed experts" in (again / "README.md").read_text()
+    late = write_quantized_folder(tmp_path / "late" / "q", source, mixed)
+    add_report(late, report)
+    for row in report_rows(report):
+        assert f"| {row[0]} | {row[1]} |" in (late / "README.md").read_text()
     (path / "quantization_report.json").write_text('{"settings": [3], "quality": {"before": 7, "kl": "low"}}')
     change_layout(path, tmp_path / "strange", "modelopt")
 

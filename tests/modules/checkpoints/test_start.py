@@ -13,8 +13,11 @@ import torch
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints import start
 from modules.checkpoints.config import to_hugging_face
-from modules.checkpoints.start import check_fits
+from modules.checkpoints.names import public_names
+from modules.checkpoints.source import open_model
+from modules.checkpoints.start import check_fits, start_from
 from tests.modules.checkpoints.helpers import public_tensors, write_fit_folder, write_shards
+from tests.modules.checkpoints.quantized_folders import config, make_source, mixed, write_quantized_folder
 from tests.modules.helpers import build, make_module, make_network, tiny_config
 
 ROOT = Path(__file__).parents[3]
@@ -156,3 +159,16 @@ def test_another_tokenizer_is_told(tmp_path, words, warned):
     tokenizer(path / "tokenizer", ["a", "b", "c"])
     lines = start.start_from(make_network(tiny_config()), path, tokenizer(tmp_path / "data", words))
     assert any(line.startswith("warning: the data have another tokenizer") for line in lines) is warned
+
+
+def test_a_run_that_starts_from_a_quantised_model(tmp_path):
+    """It starts from the numbers that the codes mean, in its own plain weights, and says so."""
+    source = make_source(tmp_path / "bf16")
+    path = write_quantized_folder(tmp_path / "q", source, mixed)
+    network = make_network(config(), seed=5)
+    lines = start_from(network, path, None)
+    assert "its weights are quantised; the run starts from the numbers they mean" in lines
+    state, quantized = network.state_dict(), open_model(path)
+    for name, place in public_names(config()).items():
+        held = state[place.parameter] if place.expert is None else state[place.parameter][place.expert]
+        assert torch.equal(held, quantized.read(name).float()), name

@@ -20,6 +20,8 @@ TENSORS = {
     "d": torch.tensor(2.5),
     "e": torch.zeros(0, 3),
     "f": torch.full((5,), -0.0).bfloat16(),
+    "g": torch.arange(7).to(torch.uint8),
+    "h": torch.linspace(-2, 2, 5).to(torch.float8_e4m3fn),
 }
 
 
@@ -34,6 +36,22 @@ def read_back(folder: Path) -> dict[str, Tensor]:
             assert content.metadata() == {"format": "pt"}
             found |= {name: content.get_tensor(name) for name in content.keys()}
     return found
+
+
+def test_tensors_are_read_in_order_and_lie_aligned(tmp_path: Path):
+    calls: list[str] = []
+
+    def read(name: str) -> Tensor:
+        calls.append(name)
+        return TENSORS[name]
+
+    write_tensors(tmp_path, infos(TENSORS), read, 10**9, lambda line: None)
+    assert calls == list(TENSORS)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, tensor in TENSORS.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.element_size() == 0
 
 
 @pytest.mark.parametrize("limit", [10**9, 50, 16, 1])

@@ -5,6 +5,7 @@ import torch
 
 from modules.backbone.attention import Attention
 from modules.backbone.model import Network
+from modules.backbone.native import NativeLayers
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
 from modules.generation.scoring import score
@@ -62,6 +63,15 @@ def test_the_c_code_is_for_other_networks(network) -> None:
     plain.backbone.layers[2].mixer.kv_scales = (1.0, 1.0)
     assert plain.new_cache(1, 8).native is None, "FP8 keys and values alone"
     assert (plain.new_mtp_cache(1, 8).native is None) == (native.load()[0] is None), "they are not the MTP block's"
+
+
+def test_nor_is_it_for_layers_that_are_all_served_alike() -> None:
+    network = make_network(tiny_config(hybrid_override_pattern="--")).eval()
+    layers = network.backbone.layers
+    for module in layers.modules():
+        if isinstance(module, Linear):
+            serve(module, [quantize_weight(module.weight, "nvfp4")])
+    assert not NativeLayers.fits(layers, torch.float32)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"prefill_tokens": 12}, {"draft_tokens": 2}], ids=str)
