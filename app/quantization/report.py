@@ -45,6 +45,7 @@ def layer_table(
     for name, info in stored.items():
         if name not in linear:
             add(REST, "bf16", info, 1, prod(info.shape))
+    order = list(dict.fromkeys(kind for kind, *_ in kinds))
     return [
         {
             "kind": kind,
@@ -54,7 +55,9 @@ def layer_table(
             "weights": int(weights),
             "bits": bits / weights,
         }
-        for (kind, label, quantized), (layers, weights, bits) in kinds.items()
+        for (kind, label, quantized), (layers, weights, bits) in sorted(
+            kinds.items(), key=lambda item: order.index(item[0][0])
+        )
     ]
 
 
