@@ -22,6 +22,7 @@ TIERS = {
     "modules.objectives": BELOW_OBJECTIVES,
     "modules.generation": BELOW_OBJECTIVES,
     "modules.optim": BELOW_OBJECTIVES,
+    "modules.ptq": ("modules.objectives", *BELOW_OBJECTIVES),
     "modules": ("modules",),  # the LightningModules, directly under modules/
     "datamodules": ("modules.batch",),
     "callbacks": ("modules",),
@@ -35,6 +36,7 @@ OUTSIDE = {
     "modules.precision": ("lightning", "litdata", "transformers"),
     "modules.backbone": ("lightning", "litdata", "transformers"),
     "modules.objectives": ("lightning", "litdata"),
+    "modules.ptq": ("lightning", "litdata", "transformers"),
 }
 """Other people's packages that a part must not know."""
 

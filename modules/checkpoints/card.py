@@ -11,7 +11,6 @@ from modules.backbone.config import MIXERS, BackboneConfig
 from modules.checkpoints.card_quantized import (
     Written,
     quantization_parts,
-    report_parts,
     use_lines,
 )
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
@@ -27,8 +26,6 @@ METRICS = {
 UNLIMITED = 1e-30
 """`time_step_min` in config.json of models trained here. It shaped their initial weights only, but transformers (5.23)
 raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
-USE = "## Use"
-"""Title of the last part."""
 _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 """Keys of a precision recipe that are true as a rule."""
 Rows = list[tuple[str, str]]
@@ -71,14 +68,7 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, qua
             f"The newest validation of the run when this checkpoint was saved{of}.",
             _table(rows),
         ]
-    return "\n\n".join([*parts, USE, _use(source, name, quantized)]) + "\n"
-
-
-def add_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Put into a model's card what a quantization_report.json says that was not known when the card was written."""
-    file = folder / "README.md"
-    parts = [*report_parts(report, _table), USE]
-    file.write_text(file.read_text(encoding="utf-8").replace(USE, "\n\n".join(parts), 1), encoding="utf-8")
+    return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
 
 
 def label(source: Source) -> str:

@@ -62,6 +62,9 @@ TOKENIZER_FILES = (
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 CODE_FILES = "*.py"
 
+Documents = Callable[[Path], Mapping[str, Mapping[str, Any]]]
+"""Returns JSON files by name for a folder that holds a model."""
+
 
 class Exported(NamedTuple):
     """What was written."""
@@ -115,7 +118,7 @@ def write_quantized(
     dtype: Dtype = "auto",
     max_shard_bytes: int,
     report: Callable[[str], None],
-    documents: Mapping[str, Mapping[str, Any]] | None = None,
+    documents: Documents | None = None,
 ) -> Exported:
     """Write a quantised model as a Hugging Face folder; one layer is in memory at a time. See `export`.
 
@@ -129,8 +132,8 @@ def write_quantized(
         dtype: of the plain tensors.
         max_shard_bytes: most bytes of tensors in a file.
         report: gets lines of progress.
-        documents: further JSON files by name, read after the last call of `make`; the model card quotes
-            quantization_report.json.
+        documents: returns further JSON files by name; called once the folder, still under its temporary name, can be
+            read as a MODEL. The model card quotes quantization_report.json.
 
     Raises:
         ValueError: the output holds files already, or a tensor of the source is damaged.
@@ -142,9 +145,7 @@ def write_quantized(
     def fields(name: str) -> dict[str, Tensor]:
         return to_stored(spelling, make(name))
 
-    return _write_stored(
-        source, quantization, fields, output, spelling, documents or {}, dtype, max_shard_bytes, report
-    )
+    return _write_stored(source, quantization, fields, output, spelling, documents, dtype, max_shard_bytes, report)
 
 
 def convert(
@@ -194,7 +195,9 @@ def convert(
         )
         return made
 
-    documents = {REPORT: source.facts["quantization"]} if "quantization" in source.facts else {}
+    def documents(_: Path) -> dict[str, Any]:
+        return {REPORT: source.facts["quantization"]} if "quantization" in source.facts else {}
+
     written = _write_stored(source, quantization, fields, output, new, documents, dtype, max_shard_bytes, report)
     if moved:
         report(
@@ -212,7 +215,7 @@ def _write_stored(
     fields: Callable[[str], Mapping[str, Tensor]],
     output: Path,
     layout: Layout,
-    documents: Mapping[str, Mapping[str, Any]],
+    documents: Documents | None,
     dtype: Dtype,
     max_shard_bytes: int,
     report: Callable[[str], None],
@@ -252,8 +255,8 @@ def _write_stored(
         return made[weight][field].reshape(tensors[name].shape)
 
     matrices = [module_of(name) for name, info in plain.items() if len(info.shape) > 1 and name.endswith(".weight")]
-    written = Written(quantization, layout, matrices, documents)
-    return _write_folder(source, output, tensors, read, max_shard_bytes, report, written)
+    written = Written(quantization, layout, matrices, {})
+    return _write_folder(source, output, tensors, read, max_shard_bytes, report, written, documents)
 
 
 def _plain_reader(source: Source, tensors: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
@@ -275,8 +278,9 @@ def _write_folder(
     max_shard_bytes: int,
     report: Callable[[str], None],
     quantized: Written | None = None,
+    documents: Documents | None = None,
 ) -> Exported:
-    """Write the folder: weights, tokenizer, configuration, card."""
+    """Write the folder: weights, tokenizer, configuration, what `documents` returns, card."""
     with new_folder(output) as target:
         write_tensors(target, tensors, read, max_shard_bytes, report)
         code = _copy_files(source, target)
@@ -284,10 +288,14 @@ def _write_folder(
         if quantized is not None:
             settings = quantized.layout.documents(quantized.quantization, quantized.plain)
             config[QUANTIZATION] = settings.pop(QUANTIZATION)
-            for name, content in (settings | dict(quantized.documents)).items():
+            for name, content in settings.items():
                 write_json(target / name, content)
         write_json(target / CONFIG, config)
         write_json(target / GENERATION_CONFIG, generation_config(source))
+        if quantized is not None and documents is not None:
+            quantized = quantized._replace(documents=documents(target))
+            for name, content in quantized.documents.items():
+                write_json(target / name, content)
         card = write_card(source, tensors, output.absolute().name, quantized)
         (target / CARD).write_text(card, encoding="utf-8")
         files = [path for path in target.rglob("*") if path.is_file()]

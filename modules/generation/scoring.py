@@ -32,6 +32,10 @@ class Scores(NamedTuple):
     kl: Tensor | None = None
     """fp32 [n - 1]: KL(reference || network) of the distributions over the vocabulary, in nats; None: no reference.
     Rounding can make a zero slightly negative."""
+    reference_logprobs: Tensor | None = None
+    """fp32 [n - 1]: `logprobs` of the reference."""
+    agreement: Tensor | None = None
+    """bool [n - 1]: whether the most likely token is the reference's."""
 
 
 def score(
@@ -78,7 +82,8 @@ def _score_batch(networks: list[Network], rows: list[Sequence[int]], batch_token
     device, length = networks[0].backbone.embeddings.weight.device, counts[0]
     tokens = torch.tensor([[*row, *[0] * (length + 1 - len(row))] for row in rows], device=device)
     valid = torch.arange(length, device=device) < torch.tensor(counts, device=device)[:, None]
-    nothing = [torch.empty(0), torch.empty(0, dtype=torch.bool), *[torch.empty(0)] * (len(networks) - 1)]
+    numbers, flags = torch.empty(0), torch.empty(0, dtype=torch.bool)
+    nothing = [numbers, flags] if len(networks) == 1 else [numbers, flags, numbers, numbers, flags]
     # Several rows are one piece and one row is one column: either way the positions come row by row.
     parts = [nothing, *_score_pieces(networks, tokens, valid, batch_tokens)]
     columns = [torch.cat(column).split(counts) for column in zip(*parts, strict=True)]
@@ -120,6 +125,13 @@ def _score_positions(networks: list[Network], targets: Tensor, *hidden: Tensor) 
         hidden: of each network, [n, D].
     """
     ours, *others = (network.logits(states).log_softmax(-1) for network, states in zip(networks, hidden, strict=True))
-    logprobs = ours.gather(-1, targets[:, None]).squeeze(-1)
-    kl = [(other.exp() * (other - ours)).sum(-1) for other in others]
-    return [values.cpu() for values in (logprobs, ours.argmax(-1) == targets, *kl)]
+    best = ours.argmax(-1)
+    fields = [_pick(ours, targets), best == targets]
+    for other in others:
+        fields += [(other.exp() * (other - ours)).sum(-1), _pick(other, targets), best == other.argmax(-1)]
+    return [values.cpu() for values in fields]
+
+
+def _pick(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """Return the entries [n] of [n, V] at the targets."""
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1)

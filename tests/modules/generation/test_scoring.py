@@ -83,6 +83,18 @@ def test_kl_is_that_of_the_full_distributions_and_has_a_direction(network, refer
             assert not torch.allclose(scores.kl.double(), (ours.exp() * (ours - theirs)).sum(-1), rtol=1e-3)
 
 
+def test_the_reference_is_scored_beside_it(network, reference) -> None:
+    for row, scores in zip(ROWS, in_order(network, ROWS, reference=reference, batch_tokens=64), strict=True):
+        assert scores.reference_logprobs is not None
+        assert scores.agreement is not None
+        assert scores.agreement.shape == scores.reference_logprobs.shape == scores.logprobs.shape
+        if len(row) > 1:
+            ours, theirs = full_logprobs(network, row), full_logprobs(reference, row)
+            expected = theirs[torch.arange(len(row) - 1), row[1:]]
+            torch.testing.assert_close(scores.reference_logprobs.double(), expected, atol=1e-5, rtol=1e-4)
+            assert torch.equal(scores.agreement, ours.argmax(-1) == theirs.argmax(-1))
+
+
 def test_a_network_does_not_diverge_from_itself(network) -> None:
     assert all(scores.kl.eq(0).all() for scores in in_order(network, ROWS, reference=network))
 

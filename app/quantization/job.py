@@ -1,0 +1,238 @@
+"""The steps of `quantize`: calibrate, search where asked, write, read again and compare."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from app.errors import UserError
+from app.quantization.quality import compare
+from app.quantization.report import choice_lines, make_report
+from app.quantization.texts import Texts, missing_data
+from app.scoring.rows import Reader
+from datamodules.progress import Progress
+from modules.backbone.model import Network
+from modules.checkpoints.card import label
+from modules.checkpoints.export import Documents, stored_as, write_quantized
+from modules.checkpoints.load import load_model
+from modules.checkpoints.quantization import REPORT
+from modules.checkpoints.source import Source
+from modules.checkpoints.writer import size_of
+from modules.precision.quantized import QuantizedWeight, ScaleSearch
+from modules.ptq.calibration import Calibration, calibrate
+from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
+from modules.ptq.mixture import CANDIDATES, check_budget, mix
+from modules.ptq.sensitivity import measure
+from modules.ptq.weights import ExpertCoverage, WeightMaker, expert_coverage, kv_scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asks for."""
+
+    default: Choice | None
+    """Format of the layers that no pattern names; None: search."""
+    bits: float
+    """Budget of a search, mean bits per weight."""
+    rules: Sequence[Rule]
+    """Formats of layers by pattern."""
+    exclude: Sequence[str]
+    """Patterns of layers to keep."""
+    search: ScaleSearch
+    """How the block scales of NVFP4 weights are found."""
+    kv_cache: bool
+    """Whether keys and values get FP8 scales."""
+    search_tokens: int
+    """Most tokens that a search measures on."""
+    dtype: Literal["auto", "fp32", "bf16"]
+    """Of the tensors that are not quantised."""
+    batch_tokens: int
+    """Most tokens in a forward pass."""
+
+
+class Job:
+    """A quantisation, checked and ready to run.
+
+    Args:
+        source: the MODEL.
+        request: what is asked for.
+        texts: to calibrate on and to judge by; None: there are none.
+        device: where to compute.
+
+    Raises:
+        ValueError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
+    """
+
+    def __init__(self, source: Source, request: Request, texts: Texts | None, device: torch.device) -> None:
+        self._source, self._request, self._texts, self._device = source, request, texts, device
+        self._groups = find_groups(source.config)
+        self._decisions = decide(self._groups, request.default, request.rules, request.exclude, source.config)
+        found = [decision.choice for decision in self._decisions.values()]
+        if all(choice == "bf16" for choice in found):
+            raise UserError("nothing would be quantised: --exclude, --rules or the layers' widths keep every layer")
+        self._searches = None in found
+        if self._searches:
+            check_budget(self._groups, self._decisions, request.bits)
+        self._calibrates = request.kv_cache or self._searches or any(choice in INPUTS for choice in found)
+        if self._calibrates and texts is None:
+            raise missing_data(source)
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def run(self, output: Path, max_shard_bytes: int) -> dict[str, Any]:
+        """Do it, saying on stdout how far it is; return the report, which is in the folder too.
+
+        Args:
+            output: folder to make; appears with the report in it, when all is done.
+            max_shard_bytes: most bytes of tensors in a file.
+        """
+        self._say_what_is_kept()
+        original = None if self._texts is None else load_model(self._source.path, "auto", self._device).network
+        self._lap("loading")
+        calibration = None
+        if self._calibrates:
+            assert original is not None
+            calibration = self._calibrate(original)
+        maker = WeightMaker(self._source, self._groups, calibration, self._request.search)
+        losses: dict[str, dict[Choice, float]] = {}
+        choices: dict[str, Choice] = {
+            name: decision.choice for name, decision in self._decisions.items() if decision.choice is not None
+        }
+        if self._searches:
+            assert original is not None
+            losses = self._measure(original, maker)
+            choices = mix(self._groups, self._decisions, losses, self._request.bits)
+            print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
+        scales = {} if calibration is None else kv_scales(calibration)
+        report: dict[str, Any] = {}
+
+        def describe(folder: Path) -> dict[str, Any]:
+            self._lap("writing")
+            coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
+            report.update(self._describe(folder, choices, len(scales), coverage), search=losses)
+            report["quality"] = None if original is None else self._compare(original, folder)
+            report["seconds"] = self._seconds
+            return {REPORT: report}
+
+        self._write(output, max_shard_bytes, maker, choices, scales, describe)
+        return report
+
+    def _say_what_is_kept(self) -> None:
+        narrow = [group.name for group in self._groups if self._decisions[group.name].reason == WIDTH]
+        if narrow:
+            print(f"note: kept, for their in-features are no multiple of 16: {', '.join(narrow)}", flush=True)
+
+    def _calibrate(self, original: Network) -> Calibration:
+        assert self._texts is not None
+        wanted = [
+            layer.module
+            for group in self._groups
+            for layer in group.layers
+            if self._decisions[group.name].choice in (None, *INPUTS)
+        ]
+        rows = self._texts.calibration
+        with Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
+            found = calibrate(
+                original,
+                rows,
+                wanted,
+                keys_and_values=self._request.kv_cache,
+                batch_tokens=self._request.batch_tokens,
+                advance=progress.advance,
+            )
+        self._lap("calibration")
+        return found
+
+    def _measure(self, original: Network, maker: WeightMaker) -> dict[str, dict[Choice, float]]:
+        assert self._texts is not None
+        rows, left = [], self._request.search_tokens
+        for row in self._texts.calibration:
+            if left > 1:
+                rows.append(row[:left])
+                left -= len(row)
+        searched = [group for group in self._groups if self._decisions[group.name].choice is None]
+        passes = 1 + len(searched) * len(CANDIDATES)
+        total = sum(map(len, rows)) * passes
+        with Progress("measuring sensitivities", total, unit="tokens") as progress:
+            losses = measure(
+                original,
+                searched,
+                CANDIDATES,
+                maker.make,
+                rows,
+                batch_tokens=self._request.batch_tokens,
+                advance=progress.advance,
+            )
+        self._lap("search")
+        return losses
+
+    def _write(
+        self,
+        output: Path,
+        max_shard_bytes: int,
+        maker: WeightMaker,
+        choices: Mapping[str, Choice],
+        scales: Mapping[str, tuple[float, float]],
+        describe: Documents,
+    ) -> None:
+        formats: dict[str, Choice] = {
+            name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
+        }
+        quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}
+
+        def make(name: str) -> QuantizedWeight:
+            return maker.make(name, formats[name])
+
+        write_quantized(
+            self._source,
+            quantized,
+            scales,
+            make,
+            output,
+            layout="modelopt",
+            dtype=self._request.dtype,
+            max_shard_bytes=max_shard_bytes,
+            report=lambda line: print(line, flush=True),
+            documents=describe,
+        )
+
+    def _describe(
+        self, folder: Path, choices: Mapping[str, Choice], caches: int, coverage: Sequence[ExpertCoverage]
+    ) -> dict[str, Any]:
+        return make_report(
+            settings=self._settings(),
+            groups=self._groups,
+            decisions=self._decisions,
+            choices=choices,
+            stored=stored_as(self._source, self._request.dtype),
+            caches=caches,
+            coverage=coverage,
+            before=sum(map(size_of, self._source.tensors.values())),
+            files=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        )
+
+    def _compare(self, original: Network, folder: Path) -> dict[str, Any]:
+        assert self._texts is not None
+        served = load_model(folder, "auto", self._device).network
+        sizes = Reader(self._source).token_bytes()
+        quality = compare(original, served, self._texts.held_out, sizes, self._request.batch_tokens)
+        self._lap("comparison")
+        return quality
+
+    def _settings(self) -> dict[str, Any]:
+        settings = asdict(self._request) | {"model": label(self._source)}
+        settings["rules"] = [f"{rule.pattern}={rule.choice}" for rule in self._request.rules]
+        if not self._searches:
+            del settings["bits"], settings["search_tokens"]
+        if self._texts is not None:
+            settings["texts"] = self._texts.origin
+            settings["calibration_tokens"] = sum(map(len, self._texts.calibration))
+        return settings
+
+    def _lap(self, name: str) -> None:
+        """Note how long a step took that ends now."""
+        now = time.monotonic()
+        self._seconds[name], self._since = round(now - self._since, 1), now
