@@ -1,18 +1,25 @@
 """Health of training in few bits: a step against plain loops over what was multiplied, and warnings only when due."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from callbacks.curves import curve_name
 from callbacks.operands import OPERANDS
-from callbacks.quantization import QuantizationHealth, dead_line, unseen_lines
+from callbacks.quantization import QuantizationHealth, Watch, dead_line, unseen_lines
 from callbacks.weights import DECAYED
+from modules.backbone.initialization import initialize, local_rows
 from modules.batch import PackedBatch
+from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.recipe import PrecisionConfig, quantized_schemes
 from modules.precision.scheme import Products, Scheme
@@ -29,6 +36,7 @@ from tests.modules.helpers import (
     row_batches,
 )
 
+ROOT = Path(__file__).parent.parent.parent
 NEAREST = PrecisionConfig(bf16_tail=0, stochastic_rounding=False)
 """The recipe of Super for all layers, without random numbers."""
 RANDOM = PrecisionConfig(bf16_tail=0)
@@ -270,3 +278,65 @@ def test_what_other_backends_hide_is_said_once(capsys) -> None:
 def test_intervals_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantization_health\.every_n_steps is 0"):
         QuantizationHealth(every_n_steps=0)
+
+
+RANKS_PROGRAM = """
+import sys, torch, torch.distributed as dist
+from types import SimpleNamespace
+from torch.distributed.device_mesh import init_device_mesh
+from app.strategies import ShardedStrategy
+from tests.callbacks.test_quantization import watch_step
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
+strategy = ShardedStrategy()
+strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+torch.save(watch_step([rank], strategy.shard), f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def watch_step(seeds: list[int], shard) -> list:
+    """Watch forward and backward passes over a micro-batch for each seed, on a network with a decayed channel."""
+    module = make_module(precision=NEAREST)
+    network = module.build_network()
+    shard(network)
+    network.to_empty(device="cpu")
+    initialize(network, 0)
+    up = network.backbone.layers[3].mixer.up_proj.weight
+    local = up.detach().to_local() if isinstance(up, DTensor) else up.detach()
+    local[[row % 7 == 0 for row in local_rows(up)]] = 0.0
+    module.network, watch, counts = network, Watch(network), 0
+    for seed in seeds:
+        batch = packed_batch(document_ids([9, 7], [3, 13]), 64, 2, seed)
+        loss = next_token_loss(network, batch, 2 * batch.counts, 2, 0.3)
+        loss.loss.backward()
+        counts = counts + torch.stack([routing.counts.sum(0) for routing in loss.output.router])
+    module.expert_counts = module.all_reduce(counts)
+    module.metrics = {"training/loss": module.all_reduce(loss.nats.sum())}
+    watch.look_at_weights(module)
+    return [*watch.end(module)]
+
+
+def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
+    """Sharded weights and gradients, the same operands: on both ranks the values of the whole step."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS_PROGRAM, str(rank), str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]
+    metrics, dead, alive = watch_step([0, 1], lambda network: None)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert metrics["weights/decayed_channels/layer_03.up_proj"] == pytest.approx(7 / 48)
+    for rank in range(2):
+        others, *names = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert names == [dead, alive]
+        assert others.keys() == metrics.keys()
+        for (
+            name,
+            value,
+        ) in metrics.items():  # gradients of the MTP block's depths are summed in bf16 where it is gathered
+            few = 3e-3 if name.startswith("gradients/") else 1e-6
+            assert others[name] == pytest.approx(value, rel=1e-5, abs=few), name

@@ -193,10 +193,10 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
         return Operand(x, _one(x))
     if arithmetic.observer is not None:
         before = rotate(x, axis) if hadamard else x
-        scale = broadcast_scale(operand.scale, x.ndim)
+        scale = broadcast_scale(operand.scale, x.ndim)  # has axes: bf16 times it is fp32
         if bound is None:  # MXFP8 clips nothing: its scales are rounded up
             bound = scale * (fp8.clipping_bound(_FP8[kind]) if chosen == "fp8" else math.inf)
-        arithmetic.observer(scheme, f"{product}.{kind}", before, operand.values.float() * scale, bound)
+        arithmetic.observer(scheme, f"{product}.{kind}", before, operand.values * scale, bound)
     return operand
 
 
