@@ -80,7 +80,8 @@ class QuantizationHealth(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the accumulated gradients, and at the weights that they are of."""
         if self._watch is not None:
-            self._watch.look_at_weights(pl_module)  # type: ignore[arg-type]
+            assert isinstance(pl_module, StageModule)
+            self._watch.look_at_weights(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
