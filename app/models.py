@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from app.errors import UserError
-from app.options import Device
+from app.options import Device, Dtype, short_dtype
 from datamodules.tokenizer import Tokenizer
+from modules.backbone.model import Network
+from modules.checkpoints.load import load_model
 from modules.checkpoints.source import Source, open_model
 from modules.ops import native
 
@@ -22,6 +24,18 @@ def open_source(model: Path) -> Source:
     for note in source.notes:
         print(note, file=sys.stderr)
     return source
+
+
+def load_network(source: Source, dtype: Dtype, device: torch.device) -> Network:
+    """Load the network of a MODEL, and say on stderr how it runs if it is quantised.
+
+    Raises:
+        ValueError: it is damaged, or weights cannot be served as they are quantised.
+    """
+    model = load_model(source.path, short_dtype(dtype), device)
+    if model.note is not None:
+        print(f"note: {model.note}", file=sys.stderr)
+    return model.network
 
 
 def open_tokenizer(source: Source) -> Tokenizer:
@@ -52,8 +66,10 @@ def choose_device(name: Device) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def note_decoding(device: torch.device) -> None:
+def note_decoding(network: Network) -> None:
     """Say on stderr if decoding has to do without the C code that makes it fast on a CPU."""
     library, reason = native.load()
-    if device.type == "cpu" and library is None:
+    if library is not None:
+        reason = "that is for plain weights, all in fp32 or all in bf16"
+    if network.backbone.embeddings.weight.device.type == "cpu" and network.new_cache(1, 1).native is None:
         print(f"decoding runs in torch alone, several times slower than in C: {reason}", file=sys.stderr)

@@ -15,17 +15,15 @@ import resource
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.distributed.device_mesh import init_device_mesh
 
 from app.strategies.sharded import ShardedStrategy
-from benchmarks.training_step import CONFIG, OPTIMIZER
+from benchmarks.training_step import MTP_LOSS_FACTOR, OPTIMIZER, models
 from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
 from modules.backbone.layer import Layer
@@ -70,12 +68,6 @@ class Result(NamedTuple):
     """Median compiled step."""
 
 
-def models() -> dict[str, tuple[BackboneConfig, int]]:
-    """Return (configuration, MTP depths) by name."""
-    run = yaml.safe_load(Path("configs/pretrain.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
-    return {"tiny": (BackboneConfig(**run["backbone"]), run["mtp_depths"]), "hybrid": (CONFIG, 0)}
-
-
 def build(config: BackboneConfig, number_format: str, kinds: str) -> Network:
     """Return a network compiled and laid out as `StageModule.configure_model` does."""
     with torch.device("meta"):
@@ -114,7 +106,7 @@ def measure(model: str, number_format: str, kinds: str, rounds: int, threads: in
         torch.compiler.set_stance(stance)
         data = batch(config, depths, seed)
         cpu, wall = cpu_seconds(), time.perf_counter()
-        next_token_loss(network, data, data.counts, depths, 0.3).loss.backward()
+        next_token_loss(network, data, data.counts, depths, MTP_LOSS_FACTOR).loss.backward()
         clip_gradients(network.parameters(), OPTIMIZER.gradient_clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,13 +1,17 @@
-"""What emulated NVFP4 costs on a CPU: quantise and dequantise, against torchao's and a plain copy of memory.
+"""What emulated NVFP4 costs on a CPU: a quantiser, a linear layer, a whole training step.
 
-    python -m benchmarks.nvfp4_emulation [--sizes 1024 2048 4096] [--formats bf16 fp32] [--threads 1 2] [--rounds 9]
+    python -m benchmarks.nvfp4_emulation [--parts quantiser linear step] [--sizes 1024 2048 4096] [--formats bf16]
+        [--threads 1 2] [--rounds 3]
 
-torchao's is `NVFP4Tensor.to_nvfp4` with a scale a tensor and `dequantize`, eager and through torch.compile, whose time
-is printed. All round every matrix to the nearest in blocks of 1x16 and return it in its dtype; "equal" is the share of
-numbers that are ours to five digits (torchao breaks ties in another way). Below: what else training asks of a
+Quantiser: to NVFP4 and back, against torchao's (`NVFP4Tensor.to_nvfp4` with a scale a tensor and `dequantize`) and a
+plain copy of memory. All round every matrix to the nearest in blocks of 1x16 and return it in its dtype; "equal" is the
+share of numbers that are ours to five digits (torchao breaks ties in another way). Below: what else training asks of a
 quantiser, on our side alone, each with the ratio to our first row.
-Each side lives in a process of its own and takes turns; a ratio is the median of the ratios of neighbouring turns. All
-have our settings of memory and threads (`app.__main__.settle_process`).
+Linear layer: see `benchmarks.nvfp4_linears`. Training step: see `benchmarks.nvfp4_steps`.
+torchao's runs eager and through torch.compile, whose time is printed (that of the first call); ours eager, with its C
+code, whose time of compilation is printed too, and, as without a compiler, in torch alone ("portable"). Each side lives
+in a process of its own and takes turns; a ratio is the median of the ratios of neighbouring turns. All have our
+settings of memory and threads (`app.__main__.settle_process`).
 """
 
 import argparse
@@ -20,13 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from app.__main__ import settle_process
+from benchmarks import nvfp4_linears, nvfp4_steps
+from benchmarks.nvfp4_sides import COMPILED, OURS, PLAIN, PORTABLE, SIDES, compilation_seconds, enter, torchao_leaves
 from benchmarks.side import Side, timed
+from benchmarks.training_step import models
 from modules.ops.native import quantization
 from modules.precision import nvfp4
 
-OURS, PORTABLE, TORCHAO, COMPILED, COPY = "ours", "ours, portable", "torchao", "torchao, compiled", "copy"
-SIDES = [OURS, PORTABLE, TORCHAO, COMPILED, COPY]
+PARTS = ["quantiser", "linear", "step"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 USES: dict[str, nvfp4.Options] = {
     "weight, 16x16": {"tiles": True},
@@ -49,27 +54,14 @@ class Request(NamedTuple):
     size: int
 
 
-def torchao_function() -> Function:
-    """Return what torchao leaves of a matrix."""
-    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
-
-    def function(x: Tensor) -> Tensor:
-        scale = per_tensor_amax_to_scale(x.abs().max())
-        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(x.dtype)
-
-    return function
-
-
 def functions_of(side: str) -> dict[str, Function]:
     """Return what a side can be asked for; "" is rounding to the nearest."""
-    if side == PORTABLE:
-        quantization.applies = lambda x: False
     if side in (OURS, PORTABLE):
         every: dict[str, nvfp4.Options] = {"": {}, **USES}
         return {use: functools.partial(nvfp4.quantize_dequantize, **options) for use, options in every.items()}
-    if side == COPY:
+    if side == PLAIN:
         return {"": torch.clone}
-    return {"": torch.compile(torchao_function(), dynamic=False) if side == COMPILED else torchao_function()}
+    return {"": torch.compile(torchao_leaves, dynamic=False) if side == COMPILED else torchao_leaves}
 
 
 def matrix(precision: str, size: int) -> Tensor:
@@ -79,8 +71,7 @@ def matrix(precision: str, size: int) -> Tensor:
 
 def serve(connection: Connection, side: str, threads: int) -> None:
     """Answer requests with the seconds of a call, or (as "left") with what is left of the matrix."""
-    settle_process()
-    torch.set_num_threads(threads)
+    enter(side, threads)
     functions = functions_of(side)
     x, last = torch.empty(0), None
     connection.send(None)
@@ -100,7 +91,19 @@ def serve(connection: Connection, side: str, threads: int) -> None:
             connection.send(tuple(seconds / calls for seconds in times))
 
 
-def compare(sides: list[Side], request: Request, rounds: int) -> None:
+def compare(names: list[str], precisions: list[str], sizes: list[int], threads: int, rounds: int) -> None:
+    """Print the tables of one number of threads."""
+    sides = [Side(name, serve, name, threads) for name in dict.fromkeys([OURS, *names])]
+    for precision in precisions:
+        for size in sizes:
+            print(f"\nquantiser, {size} x {size} {precision}, {threads} thread(s), {rounds} rounds, median ms a call")
+            print(f"{'':<48}{'CPU':>9}{'wall':>9}{'CPU ratio':>11}{'wall ratio':>12}  {'equal':>8}")
+            compare_matrix(sides, Request("", precision, size), rounds)
+    for side in sides:
+        side.close()
+
+
+def compare_matrix(sides: list[Side], request: Request, rounds: int) -> None:
     """Print the table of one matrix."""
     first = {side.name: side.ask(("first", request)) for side in sides}
     turn = ("turn", request)
@@ -112,7 +115,7 @@ def compare(sides: list[Side], request: Request, rounds: int) -> None:
     for side in sides:
         equal = torch.isclose(side.ask(("left", request)), expected, rtol=1e-5, atol=0).float().mean().item()
         note = f"  first call {first[side.name]:.1f} s" if side.name == COMPILED else ""
-        print_row(side.name, side, turn, ours, turn, f"{equal:8.2%}{note}")
+        print_row("copy" if side.name == PLAIN else side.name, side, turn, ours, turn, f"{equal:8.2%}{note}")
     for use in USES:
         other = ("turn", request._replace(function=use))
         ours.ask(other)
@@ -137,25 +140,28 @@ def print_row(name: str, side: Side, request: object, base: Side, base_request: 
 def main() -> None:
     """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="rows and columns of a matrix")
-    parser.add_argument("--formats", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes of it")
+    parser.add_argument(
+        "--formats", nargs="+", choices=list(DTYPES), default=["bf16"], help="dtypes of the quantiser's (default: bf16)"
+    )
+    parser.add_argument("--models", nargs="+", choices=list(models()), default=list(models()), help="of the step")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: 9)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="ours is always there (default: all)")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, C code: {quantization.load()[1]}")
+    status = quantization.load()[1]
+    if status == "active":
+        status += f" (compiled in {compilation_seconds():.1f} s, once a machine)"
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, C code: {status}")
     for threads in options.threads:
-        names = list(dict.fromkeys([OURS, *options.sides]))
-        sides = [Side(name, serve, name, threads) for name in names]
-        for precision in options.formats:
-            for size in options.sizes:
-                print(
-                    f"\n{size} x {size} {precision}, {threads} thread(s), median of {options.rounds} rounds, ms a call"
-                )
-                print(f"{'':<48}{'CPU':>9}{'wall':>9}{'CPU ratio':>11}{'wall ratio':>12}  {'equal':>8}")
-                compare(sides, Request("", precision, size), options.rounds)
-        for side in sides:
-            side.close()
+        if "quantiser" in options.parts:
+            compare(options.sides, options.formats, options.sizes, threads, options.rounds)
+        if "linear" in options.parts:
+            nvfp4_linears.compare(options.sides, options.sizes, threads, options.rounds)
+        if "step" in options.parts:
+            for model in options.models:
+                nvfp4_steps.compare(model, threads, options.rounds)
 
 
 if __name__ == "__main__":

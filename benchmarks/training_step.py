@@ -17,9 +17,11 @@ import os
 import resource
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -56,6 +58,7 @@ CONFIG = BackboneConfig(
 )
 """A hybrid of 14 million parameters; Mamba-2 heads, state and heads a group are those of Nemotron 3 Nano."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
+MTP_LOSS_FACTOR = 0.3
 OURS, THEIRS, SETTLED, PURE = "ours", "transformers", "transformers, memory kept", "transformers, bf16 weights"
 SIDES = [OURS, THEIRS, SETTLED, PURE]
 PEAK_SIZE = 2048
@@ -63,24 +66,30 @@ PEAK_SIZE = 2048
 Step = Callable[[], Tensor]
 
 
-def our_network(precision: str) -> Network:
-    """Return our network with its initial weights, every matrix product in `precision`."""
-    network = Network(CONFIG)
-    apply(PrecisionConfig(recipe=precision), network)  # type: ignore[arg-type]
+def models() -> dict[str, tuple[BackboneConfig, int]]:
+    """Return (configuration, MTP depths) by name: the model of configs/pretrain.yaml, and the larger one above."""
+    run = yaml.safe_load(Path("configs/pretrain.yaml").read_text(encoding="utf-8"))["model"]["init_args"]
+    return {"tiny": (BackboneConfig(**run["backbone"]), run["mtp_depths"]), "hybrid": (CONFIG, 0)}
+
+
+def our_network(precision: PrecisionConfig, config: BackboneConfig) -> Network:
+    """Return our network with its initial weights, which computes by a recipe."""
+    network = Network(config)
+    apply(precision, network)
     initialize(network, seed=0)
     return network
 
 
-def our_step(precision: str, tokens: Tensor) -> Step:
-    """Return a function that trains one step and returns the loss before it."""
-    network = our_network(precision)
+def our_step(precision: PrecisionConfig, tokens: Tensor, config: BackboneConfig, depths: int = 0) -> Step:
+    """Return a function that trains one step, with so many MTP depths, and returns the loss before it."""
+    network = our_network(precision, config)
     optimizer = AdamW(parameter_groups(network, OPTIMIZER.weight_decay), OPTIMIZER)
     ids = torch.zeros_like(tokens, dtype=torch.int32)
     labels = next_token_labels(tokens, ids)
-    batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, 0))
+    batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
 
     def step() -> Tensor:
-        loss = next_token_loss(network, batch, batch.counts, 0, 0.0).loss
+        loss = next_token_loss(network, batch, batch.counts, depths, MTP_LOSS_FACTOR).loss
         loss.backward()
         clip_gradients(network.parameters(), OPTIMIZER.gradient_clip_norm)
         optimizer.step()
@@ -104,9 +113,8 @@ def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
         if layer.block_type == "linear_attention":
             mixer: Any = layer.mixer
             mixer.time_step_limit = (0.0, float("inf"))
-    state = {
-        name.replace("backbone.", "model.", 1): tensor for name, tensor in our_network("fp32").state_dict().items()
-    }
+    ours = our_network(PrecisionConfig(recipe="fp32"), CONFIG).state_dict()
+    state = {name.replace("backbone.", "model.", 1): tensor for name, tensor in ours.items()}
     state = {name.removesuffix(".weight") if ".experts." in name else name: value for name, value in state.items()}
     model.load_state_dict(state)
     return model.train()
@@ -138,7 +146,9 @@ def their_step(precision: str, tokens: Tensor, pure: bool = False) -> Step:
 
 def build_step(side: str, precision: str, tokens: Tensor) -> Step:
     """Return the step of a side."""
-    return our_step(precision, tokens) if side == OURS else their_step(precision, tokens, pure=side == PURE)
+    if side == OURS:
+        return our_step(PrecisionConfig(recipe=precision), tokens, CONFIG)  # type: ignore[arg-type]
+    return their_step(precision, tokens, pure=side == PURE)
 
 
 def serve(connection: Connection, side: str, precision: str, rows: int, length: int, threads: int) -> None:
@@ -226,7 +236,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides
-    size = sum(parameter.numel() for parameter in our_network("fp32").parameters())
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in Network(CONFIG).parameters())
     print(f"{size / 1e6:.1f}M parameters, torch {torch.__version__}, {os.cpu_count()} cores")
     for threads in options.threads:
         for precision in options.formats:

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError
-from app.options import Device, Dtype, StateDtype, short_dtype, short_state_dtype
+from app.options import Device, Dtype, StateDtype, short_state_dtype
 from app.terminal import read_text, write_text
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def chat(
             model's generation_config.json says.
         min_p: Leave out tokens less likely than this share of the most likely one's probability; 0: none.
         seed: Seed of the draws.
-        dtype: Format of the matrix products: the checkpoint's own (auto), fp32 or bf16.
+        dtype: Format of the matrix products: the checkpoint's own (auto; a quantised model runs as it is served, its
+            inputs quantised too), fp32 or bf16 (quantised weights are then dequantised).
         state_dtype: Format of the Mamba states between tokens; fp16 is rounded stochastically.
         device: Where to compute; auto takes the GPU if there is one.
     """
@@ -62,9 +63,8 @@ def chat(
         raise UserError(f"--max_new_tokens: {max_new_tokens} must be at least 1")
     import torch
 
-    from app.models import choose_device, note_decoding, open_source, open_tokenizer
+    from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
-    from modules.checkpoints.load import load_model
     from modules.generation.sampling import Sampling
     from modules.generation.session import Session
 
@@ -80,9 +80,10 @@ def chat(
     )
     template = ChatTemplate(tokenizer)
     ends = [*source.generation.eos_token_ids, template.turn_end()]
-    note_decoding(where)
+    network = load_network(source, dtype, where)
+    note_decoding(network)
     session = Session(
-        load_model(source.path, short_dtype(dtype), where).network,
+        network,
         sampling,
         [end for end in ends if end is not None],
         tokenizer.decode,

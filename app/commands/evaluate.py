@@ -53,7 +53,8 @@ def evaluate(
             left. null: any number, for the network has no limit.
         batch_size: Completions that are written together.
         batch_tokens: Tokens in one forward pass, padding included: bounds the memory.
-        dtype: Format of the matrix products: auto is that of each weight in the checkpoint.
+        dtype: Format of the matrix products: auto is that of each weight in the checkpoint, and runs a quantised model
+            as it is served, its inputs quantised too; fp32 and bf16 run it with dequantised weights.
         device: Where to compute; auto takes a GPU if there is one.
         seed: Seed of sampled completions and of the choice of examples.
         output: JSON file to write: figures, tasks, settings and versions.
@@ -81,9 +82,8 @@ def evaluate(
     from app.evaluation.harness import HarnessModel, prefix_id
     from app.evaluation.report import describe, write_results, write_samples
     from app.evaluation.tasks import load_tasks
-    from app.models import choose_device, open_source, open_tokenizer
+    from app.models import choose_device, load_network, open_source, open_tokenizer
     from datamodules.chat_template import ChatTemplate
-    from modules.checkpoints.load import load_model
 
     where, source = choose_device(device), open_source(model)
     tokenizer = open_tokenizer(source)
@@ -94,7 +94,7 @@ def evaluate(
         raise UserError("tasks: name at least one task")
     loaded = load_tasks(names, tasks_path, num_fewshot, seed)
     lm = HarnessModel(
-        load_model(source.path, short_dtype(dtype), where).network,
+        load_network(source, dtype, where),
         tokenizer,
         eos_ids=source.generation.eos_token_ids or [tokenizer.eos_id],
         prefix_token=prefix,

@@ -65,7 +65,8 @@ def generate(
         ignore_eos: Whether to go on after end-of-text tokens.
         batch_size: Completions that are written together.
         draft_tokens: Tokens that the model's MTP block drafts ahead for each verification; 0: none.
-        dtype: Format of the matrix products: the checkpoint's own (auto), fp32 or bf16.
+        dtype: Format of the matrix products: the checkpoint's own (auto; a quantised model runs as it is served, its
+            inputs quantised too), fp32 or bf16 (quantised weights are then dequantised).
         state_dtype: Format of the Mamba states between tokens; fp16 is rounded stochastically.
         device: Where to compute; auto takes the GPU if there is one.
     """
@@ -79,10 +80,9 @@ def generate(
         raise UserError("--stop: a stop string is empty; leave it out")
     import torch
 
-    from app.models import choose_device, note_decoding, open_source, open_tokenizer
+    from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
     from app.rows_file import Answers, read_rows, text_of
     from app.scoring.rows import Reader
-    from modules.checkpoints.load import load_model
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
@@ -109,10 +109,11 @@ def generate(
     choices: dict[str, Any] = {"stop": stop or [], "batch_size": batch_size, "draft_tokens": draft_tokens}
 
     def prepare() -> Complete:
-        note_decoding(where)
+        network = load_network(source, dtype, where)
+        note_decoding(network)
         return functools.partial(
             engine.generate,
-            load_model(source.path, short_dtype(dtype), where).network,
+            network,
             requests,
             sampling,
             eos_ids=eos_ids,

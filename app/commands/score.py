@@ -50,18 +50,18 @@ def score(
         input: JSONL file to read.
         output: JSONL file to write, rows in the order of the input.
         reference: MODEL with the same tokenizer: adds `kl`, KL(reference || model) in nats over the whole vocabulary.
-        dtype: Format of the matrix products: auto is that of each weight in the checkpoint. Log-probabilities are
-            always computed in fp32 from the logits.
+        dtype: Format of the matrix products: auto is that of each weight in the checkpoint, and runs a quantised model
+            as it is served, its inputs quantised too; fp32 and bf16 run it with dequantised weights. Log-probabilities
+            are always computed in fp32 from the logits.
         device: Where to compute; auto takes a GPU if there is one.
         batch_tokens: Tokens in one forward pass, padding included: bounds the memory. Longer rows go through in pieces.
 
     Raises:
         ValueError: a file, row or option is wrong; the message names it and the mend.
     """
-    from app.models import choose_device, open_source
+    from app.models import choose_device, load_network, open_source
     from app.scoring.rows import Reader, same_vocabulary
     from app.scoring.summary import describe, summarise
-    from modules.checkpoints.load import load_model
 
     if batch_tokens < 1:
         raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")
@@ -77,10 +77,8 @@ def score(
         print(f"{output} is complete already; remove it to score again")
     else:
         if answers.count < len(rows):
-            models = [
-                load_model(folder.path, short_dtype(dtype), where) for folder in (source, other) if folder is not None
-            ]
-            _answer(rows, tokens, answers, [loaded.network for loaded in models], batch_tokens)
+            networks = [load_network(folder, dtype, where) for folder in (source, other) if folder is not None]
+            _answer(rows, tokens, answers, networks, batch_tokens)
         answers.finish(summarise(answers.read(), reader.token_bytes()))
     assert answers.summary is not None
     print(describe(answers.summary))

@@ -1,11 +1,13 @@
 """Grouped-query attention without positions and biases (Mamba layers give the order of tokens)."""
 
+import torch
 from torch import Tensor, nn
 
 from modules.backbone.cache import AttentionState
 from modules.backbone.config import BackboneConfig
 from modules.ops.attention import attention
 from modules.ops.documents import DocumentLayout
+from modules.precision import fp8
 from modules.precision.linear import Linear
 
 
@@ -15,6 +17,10 @@ class Attention(nn.Module):
     Args:
         config: the backbone's configuration.
     """
+
+    kv_scales: tuple[float, float] | None = None
+    """Scales of keys and values where engines cache them in FP8 (E4M3), largest magnitude over 448: what is attended to
+    is then what is left of them, with a cache and without. None: they stay as they are. There is no gradient then."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -30,5 +36,13 @@ class Attention(nn.Module):
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.kv_scales is not None:
+            key, value = (_rounded(x, scale) for x, scale in zip((key, value), self.kv_scales, strict=True))
         out = attention(query, key, value, documents) if state is None else state.attend(query, key, value)
         return self.o_proj(out.flatten(-2))
+
+
+def _rounded(x: Tensor, scale: float) -> Tensor:
+    """Return what FP8 leaves of keys or values [B, T, K, P], in their dtype."""
+    assert not (x.requires_grad and torch.is_grad_enabled()), "keys and values in FP8 have no gradient"
+    return fp8.quantize_dequantize(x, encode=torch.full((), 1 / scale, device=x.device))

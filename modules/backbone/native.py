@@ -1,8 +1,8 @@
 """The cached forward pass of decoding and short prompts in one call of C code (`modules/ops/native`), where it applies.
 
 It applies to plain weights on a CPU, all in one format, with fp32 SSM states. All else (prompts that are long or of
-unequal length, GPUs, sharded networks, mixed formats) takes the portable pass, whose results are the same but for
-rounding.
+unequal length, GPUs, sharded networks, mixed formats, quantised weights, keys and values) takes the portable pass,
+whose results are the same but for rounding.
 Shapes: B rows, T new positions, D hidden.
 """
 
@@ -84,7 +84,8 @@ class NativeLayers:
         return (
             state_dtype == torch.float32
             and len({part.format for part in formatted}) == 1
-            and all(part.scheme is None for part in formatted)
+            and all(part.scheme is None and part.served is None for part in formatted)
+            and all(part.kv_scales is None for part in parts if isinstance(part, Attention))
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
                 type(parameter) is nn.Parameter

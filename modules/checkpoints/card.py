@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from modules.backbone.config import MIXERS, BackboneConfig
+from modules.checkpoints.card_quantized import Written, engine_lines, quantization_parts, suits_transformers
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import Source
 from modules.precision.formats import QUANTIZED
@@ -26,13 +27,14 @@ _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 Rows = list[tuple[str, str]]
 
 
-def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> str:
+def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, quantized: Written | None = None) -> str:
     """Return the README.md of a model.
 
     Args:
         source: the model.
         tensors: shape and dtype of each tensor as written.
         name: of the folder, for the commands.
+        quantized: how it is quantised; None: it is not.
     """
     parts = [
         _front_matter(source),
@@ -43,6 +45,10 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> 
         "## Parameters",
         _table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
     ]
+    if quantized is not None:
+        logical = {name: tensors.get(name, info) for name, info in source.tensors.items()}
+        logical |= {name: source.tensors[name] for name in quantized.quantization.weights}
+        parts += quantization_parts(quantized, logical, tensors, _table)
     if "merge" in source.facts:
         parts += ["## Merge", *_merge(source.facts["merge"])]
     if "run" in source.facts:
@@ -52,8 +58,13 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str) -> 
         rows = [
             (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()
         ]
-        parts += ["## Validation", "The newest validation of the run when this checkpoint was saved.", _table(rows)]
-    return "\n\n".join([*parts, "## Use", _use(source, name)]) + "\n"
+        of = ", before it was quantised" if quantized is not None else ""
+        parts += [
+            "## Validation",
+            f"The newest validation of the run when this checkpoint was saved{of}.",
+            _table(rows),
+        ]
+    return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
 
 
 def label(source: Source) -> str:
@@ -224,22 +235,31 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _use(source: Source, name: str) -> str:
-    load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")'
-    notes = []
+def _use(source: Source, name: str, quantized: Written | None) -> str:
+    has_tokenizer = source.tokenizer_folder is not None
+    lines = _transformers(name, has_tokenizer) if quantized is None or suits_transformers(quantized) else []
+    if source.tokenizer_folder is not None:
+        chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
+        lines += ["With Superbolt:", "```", f'python -m app generate {name} --prompt "import "']
+        lines += [*([f"python -m app chat {name}"] if chat else []), "```"]
+    if quantized is not None:
+        lines += engine_lines(quantized, name)
     if source.config.num_nextn_predict_layers:
-        notes.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
+        lines.append("transformers leaves the MTP block (`mtp.*`) out; Superbolt drafts with it.")
     least = source.config.time_step_min
     if "M" in source.config.hybrid_override_pattern and "run" not in source.facts and least > UNLIMITED:
-        notes.append(
+        lines.append(
             f"transformers raises Mamba's time steps to at least `time_step_min` ({least:g}), Superbolt does not; "
             '`layer.mixer.time_step_limit = (0.0, float("inf"))` on its Mamba layers gives equal numbers.'
         )
-    if source.tokenizer_folder is None:
-        notes.append("The model came without a tokenizer.")
-        return "\n".join(["```python", "from transformers import AutoModelForCausalLM", "", load, "```", *notes])
-    chat = any((source.tokenizer_folder / file).exists() for file in ("chat_template.jinja", "chat_template.json"))
-    lines = [
+    return "\n".join(lines if has_tokenizer else [*lines, "The model came without a tokenizer."])
+
+
+def _transformers(name: str, has_tokenizer: bool) -> list[str]:
+    load = f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")'
+    if not has_tokenizer:
+        return ["```python", "from transformers import AutoModelForCausalLM", "", load, "```"]
+    return [
         "With transformers (5.17 or later):",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -249,13 +269,7 @@ def _use(source: Source, name: str) -> str:
         'inputs = tokenizer("import ", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         "```",
-        "With Superbolt:",
-        "```",
-        f'python -m app generate {name} --prompt "import "',
-        *([f"python -m app chat {name}"] if chat else []),
-        "```",
     ]
-    return "\n".join([*lines, *notes])
 
 
 def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:

@@ -5,7 +5,7 @@ Each tensor keeps its bits unless another dtype is asked for, and what a source'
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,17 +14,36 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
+from modules.checkpoints.card_quantized import TRANSFORMERS, Written, loses_scales
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.documents import read_json
+from modules.checkpoints.huggingface import HuggingFaceSource
+from modules.checkpoints.layouts.found import KEY as QUANTIZATION
+from modules.checkpoints.layouts.found import LAYOUTS
 from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
+from modules.checkpoints.quantization import (
+    REPORT,
+    SCALES,
+    LayerQuantization,
+    Layout,
+    LayoutName,
+    Quantization,
+    from_stored,
+    module_of,
+    scaled_blocks,
+    stored_tensors,
+    to_stored,
+)
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import new_folder, write_json, write_tensors
+from modules.precision.quantized import QuantizedWeight
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 ROUTER_BIAS = ".gate.e_score_correction_bias"
 """End of the names that stay fp32 in bf16 models: bf16 cannot hold differences below 2^-2 of values near 2^6."""
+Dtype = Literal["auto", "fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,7 +78,7 @@ def export(
     source: Source,
     output: Path,
     *,
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+    dtype: Dtype = "auto",
     max_shard_bytes: int,
     report: Callable[[str], None],
 ) -> Exported:
@@ -69,7 +88,7 @@ def export(
     head, which it does not tie, and an all-zero shared expert for mixtures that have none, which it cannot build.
 
     Args:
-        source: the model.
+        source: the model; quantised weights are written as the numbers they mean.
         output: folder to make; appears when it is complete.
         dtype: `auto` keeps each tensor's dtype, `fp32` widens all, `bf16` gives what the open checkpoints have: bf16
             everywhere but the router bias, which is fp32.
@@ -81,26 +100,210 @@ def export(
         OSError: the disk is full; nothing is left behind.
     """
     tensors = stored_as(source, dtype)
+    read = _plain_reader(source, tensors)
+    return _write_folder(source, output, tensors, read, max_shard_bytes, report)
+
+
+def write_quantized(
+    source: Source,
+    quantized: Mapping[str, LayerQuantization],
+    kv_scales: Mapping[str, tuple[float, float]],
+    make: Callable[[str], QuantizedWeight],
+    output: Path,
+    *,
+    layout: LayoutName,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    documents: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Exported:
+    """Write a quantised model as a Hugging Face folder; one layer is in memory at a time. See `export`.
+
+    Args:
+        source: gives the configuration, the tokenizer and the plain tensors.
+        quantized: the weights to quantise, by public name.
+        kv_scales: see `Quantization`.
+        make: returns the quantised weight of a name; called once for each, in the order of `public_names`.
+        output: folder to make; appears when it is complete.
+        layout: how the files spell it.
+        dtype: of the plain tensors.
+        max_shard_bytes: most bytes of tensors in a file.
+        report: gets lines of progress.
+        documents: further JSON files by name, read after the last call of `make`; the model card quotes
+            quantization_report.json.
+
+    Raises:
+        ValueError: the output holds files already, or a tensor of the source is damaged.
+        OSError: the disk is full; nothing is left behind.
+    """
+    spelling = LAYOUTS[layout]
+    quantization = Quantization({name: quantized[name] for name in source.tensors if name in quantized}, kv_scales)
+
+    def fields(name: str) -> dict[str, Tensor]:
+        return to_stored(spelling, make(name))
+
+    return _write_stored(
+        source, quantization, fields, output, spelling, documents or {}, dtype, max_shard_bytes, report
+    )
+
+
+def convert(
+    source: Source,
+    output: Path,
+    *,
+    layout: LayoutName,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+) -> Exported:
+    """Write a quantised model in its own or another layout, with the same codes and block scales.
+
+    In its own layout every bit stays. Another one may want reciprocals of scales: those of models quantised here are
+    exact, those of other programs may move in the last bit, and `report` gets a line that counts them.
+
+    Args:
+        source: the model, quantised.
+        output: see `export`, as for the other arguments.
+        layout: how the files spell it.
+        dtype: of the plain tensors.
+        max_shard_bytes: see `export`.
+        report: see `export`.
+
+    Raises:
+        ValueError: see `export`.
+        OSError: see `export`.
+    """
+    quantization = source.quantization
+    assert isinstance(source, HuggingFaceSource)
+    assert quantization is not None
+    assert source.layout is not None
+    old, new, moved = source.layout, LAYOUTS[layout], 0
+
+    def fields(name: str) -> dict[str, Tensor]:
+        nonlocal moved
+        stored, format = source.read_stored(name), quantization.weights[name].format
+        if old is new:
+            return stored
+        made = to_stored(new, from_stored(old, format, stored))
+        back = to_stored(old, from_stored(new, format, made))
+        moved += not (
+            torch.equal(scaled_blocks(old, format, stored), scaled_blocks(new, format, made))
+            and all(
+                torch.equal(back[field], stored[field].float().reshape(old.scalar)) for field in SCALES & made.keys()
+            )
+        )
+        return made
+
+    documents = {REPORT: source.facts["quantization"]} if "quantization" in source.facts else {}
+    written = _write_stored(source, quantization, fields, output, new, documents, dtype, max_shard_bytes, report)
+    if moved:
+        report(
+            f"note: {moved:,} of {len(quantization.weights):,} quantised weights have a scale without an exact "
+            "reciprocal; their numbers move by up to one unit in the last place of fp32"
+        )
+    if loses_scales(new, quantization):
+        report(f"note: {TRANSFORMERS}")
+    return written
+
+
+def _write_stored(
+    source: Source,
+    quantization: Quantization,
+    fields: Callable[[str], Mapping[str, Tensor]],
+    output: Path,
+    layout: Layout,
+    documents: Mapping[str, Mapping[str, Any]],
+    dtype: Dtype,
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+) -> Exported:
+    """Write a quantised model from tensors that are as the layout has them.
+
+    `fields` returns those of a weight, by field of `QuantizedWeight`; it is called once for each, in order.
+    """
+    plain = stored_as(source, dtype, besides=quantization.weights)
+    read_plain = _plain_reader(source, plain)
+    caches = {
+        f"{module}.{end}": scale
+        for module, scales in quantization.kv_scales.items()
+        for end, scale in zip(layout.kv_names, scales, strict=True)
+    }
+    parts: dict[str, tuple[str, str]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for name in dict.fromkeys([*source.tensors, *plain]):
+        if name in plain:
+            tensors[name] = plain[name]
+            continue
+        layer = quantization.weights[name]
+        for field, (part, info) in stored_tensors(layout, layer, name, source.tensors[name].shape).items():
+            parts[part], tensors[part] = (name, field), info
+    tensors |= dict.fromkeys(caches, TensorInfo(layout.scalar, torch.float32))
+    made: dict[str, Mapping[str, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        if name in caches:
+            return torch.tensor(caches[name]).reshape(layout.scalar)
+        if name not in parts:
+            return read_plain(name)
+        weight, field = parts[name]
+        if weight not in made:
+            made.clear()
+            made[weight] = fields(weight)
+        return made[weight][field].reshape(tensors[name].shape)
+
+    matrices = [module_of(name) for name, info in plain.items() if len(info.shape) > 1 and name.endswith(".weight")]
+    written = Written(quantization, layout, matrices, documents)
+    return _write_folder(source, output, tensors, read, max_shard_bytes, report, written)
+
+
+def _plain_reader(source: Source, tensors: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
+    """Return what reads the source's tensors, and those that are written beside them."""
 
     def read(name: str) -> Tensor:
         if name in source.tensors:
             return source.read(name)
         return source.read(EMBEDDING) if name == HEAD else torch.zeros(tensors[name].shape)
 
+    return read
+
+
+def _write_folder(
+    source: Source,
+    output: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    quantized: Written | None = None,
+) -> Exported:
+    """Write the folder: weights, tokenizer, configuration, card."""
     with new_folder(output) as target:
         write_tensors(target, tensors, read, max_shard_bytes, report)
         code = _copy_files(source, target)
-        write_json(target / CONFIG, hugging_face_config(source, tensors, code))
+        config = hugging_face_config(source, tensors, code)
+        if quantized is not None:
+            settings = quantized.layout.documents(quantized.quantization, quantized.plain)
+            config[QUANTIZATION] = settings.pop(QUANTIZATION)
+            for name, content in (settings | dict(quantized.documents)).items():
+                write_json(target / name, content)
+        write_json(target / CONFIG, config)
         write_json(target / GENERATION_CONFIG, generation_config(source))
-        (target / CARD).write_text(write_card(source, tensors, output.absolute().name), encoding="utf-8")
+        card = write_card(source, tensors, output.absolute().name, quantized)
+        (target / CARD).write_text(card, encoding="utf-8")
         files = [path for path in target.rglob("*") if path.is_file()]
         names = sorted(str(path.relative_to(target)) for path in files)
         return Exported(names, len(tensors), sum(path.stat().st_size for path in files))
 
 
-def stored_as(source: Source, dtype: Literal["auto", "fp32", "bf16"]) -> dict[str, TensorInfo]:
-    """Return shape and dtype of each tensor in the folder to write; see `export`."""
-    tensors = dict(source.tensors)
+def stored_as(source: Source, dtype: Dtype, besides: Collection[str] = ()) -> dict[str, TensorInfo]:
+    """Return shape and dtype of each plain tensor in the folder to write; see `export`.
+
+    Args:
+        source: the model.
+        dtype: see `export`.
+        besides: the weights that are written quantised.
+    """
+    tensors = {name: info for name, info in source.tensors.items() if name not in besides}
     main = main_dtype(tensors)
     tensors |= {name: TensorInfo(shape, main) for name, shape in placeholder_shapes(source.config).items()}
     if source.config.tie_word_embeddings:
@@ -145,10 +348,11 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """Return the dtype that most elements have."""
+    """Return the dtype that most elements have, codes and block scales of quantised weights apart."""
     elements: dict[torch.dtype, int] = {}
     for info in tensors.values():
-        elements[info.dtype] = elements.get(info.dtype, 0) + prod(info.shape)
+        if info.dtype not in (torch.uint8, torch.float8_e4m3fn):
+            elements[info.dtype] = elements.get(info.dtype, 0) + prod(info.shape)
     return max(elements, key=lambda dtype: elements[dtype])
 
 

@@ -16,8 +16,10 @@ from modules.checkpoints import folder
 from modules.checkpoints.config import make_config
 from modules.checkpoints.defaults import read_defaults
 from modules.checkpoints.names import HEAD, STACKED, TensorInfo, public_names, shapes_in_files
+from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.reader import SafeReader
 from modules.checkpoints.values import check_finite
+from modules.precision.quantized import QuantizedWeight
 
 RUN_CONFIG = "config.yaml"
 TOKENIZER = "tokenizer"
@@ -50,6 +52,7 @@ class FitSource:
         self.generation = read_defaults(path, {}, self.tokenizer_folder)
         self._reader = _Reader(path)
         self.tensors: Mapping[str, TensorInfo] = self._account()
+        self.quantization: Quantization | None = None
         self._places = public_names(self.config)
         self._stacked: tuple[str, Tensor] | None = None
 
@@ -61,6 +64,10 @@ class FitSource:
         if self._stacked is None or self._stacked[0] != parameter:
             self._stacked = parameter, self._load(parameter)
         return self._stacked[1][expert]
+
+    def read_quantized(self, name: str) -> QuantizedWeight:
+        """Nothing is quantised here; see `Source.read_quantized`."""
+        raise AssertionError(f"{name} is not quantised")
 
     def _load(self, parameter: str) -> Tensor:
         self._stacked = None  # two large tensors at a time would double the peak

@@ -1,21 +1,28 @@
 """A network from a MODEL: built on the meta device, filled tensor by tensor, so that the peak is model plus one tensor.
 
-What is fp32 always (norms, router, A_log, D, dt_bias, convolution) is so in memory whatever the file holds.
+What is fp32 always (norms, router, A_log, D, dt_bias, convolution) is so in memory whatever the file holds. Quantised
+weights are run as they are served (`modules.precision.served`, in bf16 memory), or loaded dequantised where a dtype is
+asked for.
 """
 
+from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from modules.backbone.attention import Attention
 from modules.backbone.initialization import local_rows
 from modules.backbone.model import Network
 from modules.checkpoints.names import EMBEDDING, HEAD, public_names
 from modules.checkpoints.source import Source, open_model
 from modules.precision.formats import Format
-from modules.precision.linear import FormattedModule
+from modules.precision.linear import FormattedModule, GroupedLinear, Linear
+from modules.precision.served import serve
 
 DTYPES: dict[str, Format | None] = {"auto": None, "fp32": "fp32", "bf16": "bf16"}
 
@@ -28,6 +35,8 @@ class Model:
     """In eval mode, without gradients."""
     source: Source
     """The folder."""
+    note: str | None
+    """How a quantised MODEL runs, in a line; None: it is not quantised."""
 
 
 def load_model(path: Path | str, dtype: str = "auto", device: torch.device | str = "cpu") -> Model:
@@ -36,38 +45,48 @@ def load_model(path: Path | str, dtype: str = "auto", device: torch.device | str
     Args:
         path: see `open_model`.
         dtype: format of matrix products and of the weights they read: `auto` takes each tensor's own (bf16 in bf16,
-            all else in fp32), or fp32, or bf16.
+            quantised as it is served, all else in fp32), or fp32, or bf16, quantised weights dequantised.
         device: where the network lives.
 
     Raises:
-        ValueError: the folder is no MODEL or damaged, or the dtype is unknown.
+        ValueError: the folder is no MODEL or damaged, the dtype is unknown, or weights cannot be served as they are
+            quantised.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
     source = open_model(Path(path))
     with torch.device("meta"):
         network = Network(source.config)
-    _set_formats(network, source, DTYPES[dtype])
+    quantized = _quantized(source) if dtype == "auto" else {}
+    _set_formats(network, source, DTYPES[dtype], quantized)
     network.to_empty(device=device)
     network.tie_weights()
     network.eval().requires_grad_(False)
-    load_weights(network, source)
-    return Model(network, source)
+    load_weights(network, source, leave=quantized)
+    for parameter, names in quantized.items():
+        serve(_owner(network, parameter), map(source.read_quantized, names))
+    if source.quantization is not None and dtype == "auto":
+        for name, scales in source.quantization.kv_scales.items():
+            cast(Attention, network.get_submodule(name)).kv_scales = scales
+    return Model(network, source, None if source.quantization is None else _describe(network, source, quantized, dtype))
 
 
 @torch.no_grad()
-def load_weights(network: Network, source: Source) -> None:
+def load_weights(network: Network, source: Source, leave: Container[str] = ()) -> None:
     """Fill a network with the tensors of a MODEL, in the network's own dtypes; a rank keeps only what it holds.
 
     Args:
         network: materialised, sharded along dimension 0 or not.
         source: the MODEL; holds all tensors of the network (it may have an MTP block more).
+        leave: parameters to leave as they are.
 
     Raises:
         ValueError: a tensor cannot be read or holds values that are not finite.
     """
     state = network.state_dict()
     for name, place in public_names(network.config).items():
+        if place.parameter in leave:
+            continue
         target = state[place.parameter]
         local = target.to_local() if isinstance(target, DTensor) else target
         rows = local_rows(target)
@@ -82,8 +101,32 @@ def _take(local: Tensor, rows: list[int], tensor: Tensor) -> None:
     local.copy_(tensor if len(rows) == len(tensor) else tensor[rows])
 
 
-def _set_formats(network: Network, source: Source, chosen: Format | None) -> None:
-    """Set each module's format and its weight's dtype on the meta device."""
+def _quantized(source: Source) -> dict[str, list[str]]:
+    """Return the public names of the quantised weights, by parameter: one, or one for each expert.
+
+    Raises:
+        ValueError: the experts of a layer are not all quantised in the same way.
+    """
+    if source.quantization is None:
+        return {}
+    names: dict[str, list[str]] = {}
+    for name, place in public_names(source.config).items():
+        names.setdefault(place.parameter, []).append(name)
+    weights, found = source.quantization.weights, {}
+    for parameter, parts in names.items():
+        layers = {weights.get(name) for name in parts}
+        if len(layers) > 1:
+            raise ValueError(
+                f"{source.path}: the experts of {parameter.removesuffix('.weight')} are quantised in more than one way "
+                "and cannot be run so; --dtype bf16 runs the model with plain, dequantised weights"
+            )
+        if layers != {None}:
+            found[parameter] = parts
+    return found
+
+
+def _set_formats(network: Network, source: Source, chosen: Format | None, quantized: Container[str]) -> None:
+    """Set each module's format and its weight's dtype on the meta device; quantised weights set theirs later."""
     stored: dict[str, set[torch.dtype]] = {}
     for name, place in public_names(source.config).items():
         stored.setdefault(place.parameter, set()).add(source.tensors[name].dtype)
@@ -91,6 +134,29 @@ def _set_formats(network: Network, source: Source, chosen: Format | None) -> Non
         stored[HEAD] = stored[EMBEDDING]
     for name, module in network.named_modules():
         if isinstance(module, FormattedModule):
-            own: Format = "bf16" if stored[f"{name}.weight"] == {torch.bfloat16} else "fp32"
+            parameter = f"{name}.weight"
+            low = parameter in quantized or stored[parameter] == {torch.bfloat16}
+            own: Format = "bf16" if low else "fp32"
             module.format = chosen or own
             module.to(module.compute_dtype)
+
+
+def _owner(network: Network, parameter: str) -> Linear | GroupedLinear:
+    return cast("Linear | GroupedLinear", network.get_submodule(parameter.removesuffix(".weight")))
+
+
+def _describe(network: Network, source: Source, quantized: dict[str, list[str]], dtype: str) -> str:
+    """Return in a line how a quantised model runs."""
+    assert source.quantization is not None
+    if dtype != "auto":
+        return f"{source.path}: runs with dequantised weights in {dtype}; inputs, keys and values are not quantised"
+    kinds: Counter[str] = Counter()
+    for parameter, names in quantized.items():
+        layer, codes = source.quantization.weights[names[0]], _owner(network, parameter).weight.dtype != torch.bfloat16
+        what = f"{layer.format.upper()} weights{' and inputs' if layer.inputs else ''}"
+        kinds[f"{what}, {'by scaled_mm' if codes else 'emulated'}"] += 1
+    modules = [module for module in network.modules() if isinstance(module, FormattedModule)]
+    plain = " and ".join(sorted({module.format for module in modules if module.served is None}))
+    parts = [*(f"{kind} (modules: {count})" for kind, count in kinds.items()), f"{plain} (the rest)"]
+    cached = "; keys and values in FP8" if source.quantization.kv_scales else ""
+    return f"{source.path}: runs as it is served: {'; '.join(parts)}{cached}"

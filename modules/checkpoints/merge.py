@@ -15,8 +15,10 @@ from torch import Tensor
 
 from modules.checkpoints.card import label
 from modules.checkpoints.names import TensorInfo
+from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.source import Source
 from modules.checkpoints.start import ALWAYS, OF_LETTER
+from modules.precision.quantized import QuantizedWeight
 
 
 class MergedSource:
@@ -42,7 +44,13 @@ class MergedSource:
         self.path, self.config = first.path, first.config
         self.tokenizer_folder, self.generation = first.tokenizer_folder, first.generation
         self.tensors: Mapping[str, TensorInfo] = first.tensors
+        self.quantization: Quantization | None = None
         self.notes = [note for source in sources for note in source.notes] + _different_tokenizers(sources)
+        self.notes += [
+            f"{source.path} is quantised; its weights are averaged as the numbers they mean, and the result is plain"
+            for source in sources
+            if source.quantization is not None
+        ]
         models = [
             {"label": label(source), "weight": weight} for source, weight in zip(sources, self._weights, strict=True)
         ]
@@ -56,6 +64,10 @@ class MergedSource:
             if weight:
                 total.add_(source.read(name).float(), alpha=weight)
         return total.to(self.tensors[name].dtype)
+
+    def read_quantized(self, name: str) -> QuantizedWeight:
+        """Nothing is quantised here; see `Source.read_quantized`."""
+        raise AssertionError(f"{name} is not quantised")
 
 
 def normalize(weights: Sequence[float], models: int) -> list[float]:

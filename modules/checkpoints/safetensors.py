@@ -18,6 +18,8 @@ from modules.checkpoints.names import TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+QUANTIZED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+"""Dtypes of the codes and block scales of quantised weights."""
 LARGEST_HEADER = 100_000_000
 """The format's own bound."""
 AGAIN = "copy or download the file again"
@@ -34,8 +36,12 @@ class Entry(NamedTuple):
     """Position of its first byte in the file."""
 
 
-def read_folder(folder: Path) -> dict[str, Entry]:
+def read_folder(folder: Path, quantized: bool = False) -> dict[str, Entry]:
     """Return where every tensor of a folder lies: one model.safetensors, or an index and its shards.
+
+    Args:
+        folder: the folder.
+        quantized: whether it may hold quantised weights.
 
     Raises:
         ValueError: a file is missing or damaged, or index and shards contradict each other.
@@ -44,9 +50,9 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     if single.exists() and index.exists():
         raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}: two models; remove the one that is not meant")
     if index.exists():
-        return _read_shards(folder, index)
+        return _read_shards(folder, index, quantized)
     if single.exists():
-        return read_header(single)
+        return read_header(single, quantized)
     others = sorted(path.name for path in folder.glob("*.safetensors")) or sorted(
         path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"}
     )
@@ -70,8 +76,12 @@ def read_entry(entry: Entry) -> Tensor:
     return tensor
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:
     """Return the tensors of a file by name, after checking that its header and its size agree.
+
+    Args:
+        file: the file.
+        quantized: whether it may hold quantised weights.
 
     Raises:
         ValueError: they do not, or the file is no safetensors file.
@@ -89,7 +99,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
     header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, said, 8 + length) for name, said in header.items()}
+    dtypes = DTYPES | QUANTIZED_DTYPES if quantized else DTYPES
+    entries = {name: _entry(file, name, said, 8 + length, dtypes) for name, said in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != end and math.prod(entry.info.shape):
@@ -109,7 +120,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(file: Path, name: str, said: Any, data: int) -> Entry:  # noqa: ANN401
+def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.dtype]) -> Entry:  # noqa: ANN401
     """Return the entry that a header gives of a tensor, checked but for its place; `data` is where the data begin."""
     try:
         kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
@@ -118,21 +129,24 @@ def _entry(file: Path, name: str, said: Any, data: int) -> Entry:  # noqa: ANN40
         kind, shape, start, end, valid = None, (), 0, 0, False
     if not valid:
         raise ValueError(f"{file}: its header is damaged at tensor {name}; {AGAIN}")
-    if not isinstance(kind, str) or kind not in DTYPES:
-        raise ValueError(
-            f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; take the model in bf16, "
-            "not a quantised one"
+    if not isinstance(kind, str) or kind not in dtypes:
+        quantized = isinstance(kind, str) and kind in QUANTIZED_DTYPES
+        mend = (
+            "no configuration says that the model is quantised: download its JSON files too"
+            if quantized
+            else ("take the model in bf16")
         )
-    needed = math.prod(shape) * DTYPES[kind].itemsize
+        raise ValueError(f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; {mend}")
+    needed = math.prod(shape) * dtypes[kind].itemsize
     if end - start != needed:
         raise ValueError(
             f"{file}: its header gives tensor {name} {end - start} bytes, but {kind} {list(shape)} needs "
             f"{needed}; {AGAIN}"
         )
-    return Entry(file, TensorInfo(shape, DTYPES[kind]), data + start)
+    return Entry(file, TensorInfo(shape, dtypes[kind]), data + start)
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
+def _read_shards(folder: Path, index: Path, quantized: bool) -> dict[str, Entry]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(_is_file_name(value) for value in places.values()):
         raise ValueError(f"{index}: weight_map must give the file of each tensor; {AGAIN}")
@@ -141,7 +155,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
         if not (folder / shard).is_file():
             problem = "is no file" if (folder / shard).exists() else "is missing"
             raise ValueError(f"{folder / shard} {problem}, though {index.name} names it; download it")
-        for name, entry in read_header(folder / shard).items():
+        for name, entry in read_header(folder / shard, quantized).items():
             if name in entries:
                 raise ValueError(
                     f"tensor {name} is in two files, {entries[name].file} and {entry.file}; download both again"

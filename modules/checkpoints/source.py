@@ -12,6 +12,8 @@ from modules.checkpoints.defaults import GenerationDefaults
 from modules.checkpoints.fit import FitSource
 from modules.checkpoints.huggingface import CONFIG, HuggingFaceSource
 from modules.checkpoints.names import TensorInfo
+from modules.checkpoints.quantization import Quantization
+from modules.precision.quantized import QuantizedWeight
 
 CHECKPOINTS = "checkpoints"
 INDEX = ".metadata"
@@ -33,13 +35,24 @@ class Source(Protocol):
     notes: list[str]
     """What the user should know of how the folder was read, one line each; shown once by `open_model`'s callers."""
     tensors: Mapping[str, TensorInfo]
-    """By public name, in the order of `public_names(config)`: complete, checked against `config`."""
+    """By public name, in the order of `public_names(config)`: complete, checked against `config`. A quantised weight
+    is here by the name of the weight, with the shape of the layer and as fp32."""
+    quantization: Quantization | None
+    """What of it is quantised; None: nothing is."""
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor on the CPU in the dtype it is stored in.
+        """Return a tensor on the CPU in the dtype it is stored in; of a quantised weight the numbers it means, in fp32.
 
         Raises:
             ValueError: it cannot be read, or holds values that are not finite; names file, tensor and mend.
+        """
+        ...
+
+    def read_quantized(self, name: str) -> QuantizedWeight:
+        """Return a quantised weight; `name` is in `quantization.weights`.
+
+        Raises:
+            ValueError: see `read`.
         """
         ...
 

@@ -49,6 +49,8 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
         raise ValueError(f"model.init_from: {error}") from None
     check_fits(network.config, source.config, path)
     lines = [str(source.path), *source.notes]
+    if source.quantization is not None:
+        lines.append("its weights are quantised; the run starts from the numbers they mean")
     if source.config.num_nextn_predict_layers and network.mtp is None:
         lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
     if source.tokenizer_folder is not None and tokenizer_folder is not None:
@@ -58,6 +60,8 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
                 f"warning: the data have another tokenizer than the model ({tokenizer_folder}), so ids mean other text "
                 f"to it; prepare the data again with --tokenizer {source.tokenizer_folder}"
             )
+    if source.quantization is not None:
+        lines.append("its quantised weights are dequantised: the run starts from the numbers that they stand for")
     load_weights(network, source)
     return lines
 

@@ -9,7 +9,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -25,7 +25,14 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ALIGNMENT = 8
 """Bytes the header is filled up to a multiple of, so that the first tensor lies on one."""
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
 """Names of dtypes in the header."""
 UNITS = {"": 1} | {
     prefix + suffix: base ** (power + 1)
@@ -120,8 +127,7 @@ def write_tensors(
     Args:
         target: folder to write into.
         tensors: shape and dtype on the disk, by name.
-        read: returns a tensor by name, on the CPU, in any dtype; called once for each, in order but for tensors of a
-            wider dtype, which come first in their file.
+        read: returns a tensor by name, on the CPU, in any dtype; called once for each, in order.
         max_bytes: most bytes of tensors in a file.
         report: gets a line for each file that is written.
 
@@ -162,24 +168,37 @@ def show_size(size: float) -> str:
 
 
 def _write_file(file: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> int:
-    """Write one safetensors file; return its size in bytes."""
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # keeps every tensor aligned to its dtype
-    header = _header(names, tensors)
+    """Write one safetensors file; return its size in bytes.
+
+    Wider dtypes come first in the file, which keeps every tensor aligned to its dtype; they are written in the order
+    given all the same, so that what comes from one source is read at one time.
+    """
+    places, size = _places(tensors)
+    header = _header(tensors, places)
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            stream.write(_bytes(read(name), name, tensors[name]))
-        return stream.tell()
+        start = stream.tell()
+        for name, info in tensors.items():
+            stream.seek(start + places[name])
+            stream.write(_bytes(read(name), name, info))
+    return start + size
 
 
-def _header(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> bytes:
+def _places(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, int], int]:
+    """Return the first byte of each tensor among the data, in the order they lie there, and the bytes of all."""
+    places, end = {}, 0
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
+        places[name] = end
+        end += size_of(tensors[name])
+    return places, end
+
+
+def _header(tensors: Mapping[str, TensorInfo], places: Mapping[str, int]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in names:
+    for name, start in places.items():
         info = tensors[name]
-        end = start + size_of(info)
-        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-        start = end
+        offsets = [start, start + size_of(info)]
+        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
     header = json.dumps(entries, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % ALIGNMENT)
 

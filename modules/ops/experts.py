@@ -90,13 +90,14 @@ def multiply_rows(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | No
     if x.is_cuda:
         out = _grouped_mm(x, weight.transpose(1, 2), offsets) if len(x) else F.linear(x, weight[0].T)
         return out if scale is None else (out * scale[row_experts(len(x), offsets), None]).to(x.dtype)
-    out = x.new_empty(len(x), weight.shape[2])
+    out, factors = x.new_empty(len(x), weight.shape[2]), None if scale is None else scale.tolist()
     for expert, start, end, rounded in _row_ranges(offsets, x.dtype):
+        factor = None if factors is None else factors[expert]
         if rounded <= len(x):
-            _multiply(x[start:rounded], weight[expert], scale, expert, out[start:rounded])
+            _multiply(x[start:rounded], weight[expert], factor, out[start:rounded])
         else:
             rows = F.pad(x[start:end], (0, 0, 0, rounded - end))
-            out[start:end] = _multiply(rows, weight[expert], scale, expert)[: end - start]
+            out[start:end] = _multiply(rows, weight[expert], factor)[: end - start]
     return out
 
 
@@ -119,11 +120,11 @@ def outer_products(grad: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | Non
         grad, others = (F.pad(rows, (0, -rows.shape[1] % multiple)) for rows in (grad, x))
         out = F.grouped_mm(grad.T, others, offs=offsets)[:, :features, : x.shape[1]]
         return out.contiguous() if scale is None else (out * scale[:, None, None]).to(x.dtype)
-    out = x.new_zeros(len(offsets), features, x.shape[1])
+    out, factors = x.new_zeros(len(offsets), features, x.shape[1]), None if scale is None else scale.tolist()
     for expert, start, end, rounded in _row_ranges(offsets, x.dtype):
         rows = F.pad(grad[start:end], (0, 0, 0, rounded - end)) if rounded > end else grad[start:end]
         others = x[start:rounded] if rounded <= len(x) else F.pad(x[start:end], (0, 0, 0, rounded - end))
-        _multiply(rows.T, others, scale, expert, out[expert])
+        _multiply(rows.T, others, None if factors is None else factors[expert], out[expert])
     return out
 
 
@@ -149,10 +150,10 @@ def padded_places(rows: int, offsets: Tensor, block: int) -> tuple[Tensor, Tenso
     return torch.arange(rows, device=offsets.device) + shift[row_experts(rows, offsets)], ends
 
 
-def _multiply(a: Tensor, b: Tensor, scale: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
-    if scale is None:
+def _multiply(a: Tensor, b: Tensor, factor: float | None, out: Tensor | None = None) -> Tensor:
+    if factor is None:
         return torch.mm(a, b, out=out)
-    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale[expert]), out=out)
+    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=factor, out=out)
 
 
 def _row_ranges(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:

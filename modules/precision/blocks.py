@@ -23,7 +23,10 @@ def block_scales(scaled_maxima: Tensor) -> Tensor:
 
 def maxima(blocks: Tensor, tiles: bool) -> Tensor:
     """Return the largest magnitude of each block, or for each block that of its 16x16 tile."""
-    amax = blocks.abs().amax(-1)
+    folded = blocks.abs()
+    for _ in range(4):  # several times as fast as `amax` of 16 numbers on a CPU
+        folded = torch.maximum(*folded.chunk(2, -1))
+    amax = folded.squeeze(-1)
     return _over_tiles(amax, "amax") if tiles else amax
 
 
@@ -37,7 +40,7 @@ def round_blocks(blocks: Tensor, scales: Tensor, encode: Tensor, bits: Tensor | 
         bits: uint8 like `blocks` to round stochastically; None: to the nearest.
     """
     factor = (scales.float() * encode.reciprocal()).reciprocal().clamp(max=FLOAT32_MAX)
-    scaled = (blocks * factor.unsqueeze(-1)).clamp(-e2m1.MAX, e2m1.MAX)
+    scaled = blocks * factor.unsqueeze(-1)
     return e2m1.round_nearest(scaled) if bits is None else e2m1.round_stochastic(scaled, bits)
 
 

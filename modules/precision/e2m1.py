@@ -14,17 +14,23 @@ GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The number of each code 0 to 7."""
 
 
-def _step(magnitude: Tensor) -> Tensor:
-    """Return the distance of neighbours on the grid: 0.5 below 2, 1 below 4, else 2."""
-    half = magnitude.new_tensor(0.5)
-    return torch.where(magnitude < 2, half, torch.where(magnitude < 4, half * 2, half * 4))
+def _power(magnitude: Tensor) -> Tensor:
+    """Return twice the distance of neighbours on the grid, the power of two below a number: 1 below 2, 2 below 4, or 4.
+
+    By its bits: on a CPU, comparing and choosing takes ten times as long.
+    """
+    return (magnitude.clamp(min=1).view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def _to_grid(magnitude: Tensor) -> Tensor:
+    """Round numbers up to 8 to the grid, as if it had an 8: beside 1.5 2^22 powers, fp32 numbers are a step apart."""
+    large = _power(magnitude) * (1.5 * 2**22)
+    return (magnitude + large).sub_(large)
 
 
 def round_nearest(v: Tensor) -> Tensor:
     """Round fp32 numbers to the nearest of the grid, ties to the even code; numbers beyond +-6 become +-6."""
-    magnitude = v.abs()
-    step = _step(magnitude)
-    return torch.copysign((torch.round(magnitude / step) * step).clamp(max=MAX), v)
+    return torch.copysign(_to_grid(v.abs().clamp_(max=MAX)), v)
 
 
 def round_stochastic(v: Tensor, bits: Tensor) -> Tensor:
@@ -34,10 +40,11 @@ def round_stochastic(v: Tensor, bits: Tensor) -> Tensor:
         v: fp32 numbers; beyond +-6 they become +-6.
         bits: uint8 like `v`, uniform in 0 to 255.
     """
-    magnitude = v.abs().clamp(max=MAX)
-    moved = magnitude + bits * (1 / 256) * _step(magnitude)
-    step = _step(moved)
-    return torch.copysign((torch.floor(moved / step) * step).clamp(max=MAX), v)
+    magnitude = v.abs().clamp_(max=MAX)
+    moved = (bits * (1 / 512)).mul_(_power(magnitude)).add_(magnitude)
+    rounded = _to_grid(moved)
+    down = rounded - (rounded > moved) * (_power(moved) * 0.5)
+    return torch.copysign(down.clamp_(max=MAX), v)
 
 
 def encode(values: Tensor) -> Tensor:

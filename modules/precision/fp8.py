@@ -56,9 +56,7 @@ def quantize(
         dtype: float8_e4m3fn or float8_e5m2.
         stacked: without `amax`, take one per leading index ([E, O, I]: per expert).
     """
-    scale = encode
-    if scale is None:
-        scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
+    scale = _scale_of(x, amax, encode, dtype, stacked)
     largest = torch.finfo(dtype).max
     return FP8((x.float() * broadcast_scale(scale, x.ndim)).clamp(-largest, largest).to(dtype), scale)
 
@@ -70,10 +68,37 @@ def dequantize(quantized: FP8, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def quantize_dequantize(
-    x: Tensor, *, amax: Tensor | None = None, dtype: torch.dtype = torch.float8_e4m3fn, stacked: bool = False
+    x: Tensor,
+    *,
+    amax: Tensor | None = None,
+    encode: Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    stacked: bool = False,
 ) -> Tensor:
     """Return what is left of `x` after `quantize`, in the dtype of `x`."""
     if native.applies(x):
-        scale = encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
-        return native.fp8(x, scale, dtype)
-    return dequantize(quantize(x, amax=amax, dtype=dtype, stacked=stacked), x.dtype)
+        return native.fp8(x, _scale_of(x, amax, encode, dtype, stacked), dtype)
+    return dequantize(quantize(x, amax=amax, encode=encode, dtype=dtype, stacked=stacked), x.dtype)
+
+
+@torch.no_grad()
+def gemm_operand(
+    x: Tensor,
+    *,
+    amax: Tensor | None = None,
+    encode: Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    stacked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return (bf16 values of the codes, exact; fp32 scale): what a matrix product takes, and multiplies after."""
+    if native.applies(x):
+        encode = _scale_of(x, amax, encode, dtype, stacked)
+        return native.fp8(x, encode, dtype, unscaled=True), encode.reciprocal()
+    codes, encode = quantize(x, amax=amax, encode=encode, dtype=dtype, stacked=stacked)
+    return codes.bfloat16(), encode.reciprocal()
+
+
+def _scale_of(x: Tensor, amax: Tensor | None, encode: Tensor | None, dtype: torch.dtype, stacked: bool) -> Tensor:
+    if encode is not None:
+        return encode
+    return encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)

@@ -40,10 +40,9 @@ def rotate(x: Tensor, axis: int = -1) -> Tensor:
     if native.applies(x):
         return native.rotate(x, axis)
     signs = torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
-    turned = x.transpose(axis, -1)
-    sums = turned.float().unflatten(-1, (-1, BLOCK)) * signs
+    sums = x.float().unflatten(axis, (-1, BLOCK)) * (signs if axis == -1 else signs.unsqueeze(1))
     for half in (1, 2, 4, 8):
-        pairs = sums.unflatten(-1, (-1, 2, half))
-        first, second = pairs.unbind(-2)
-        sums = torch.stack((first + second, first - second), -2).flatten(-3)
-    return (sums * 0.25).flatten(-2).to(x.dtype).transpose(axis, -1)
+        pairs = sums.unflatten(axis, (-1, 2, half))
+        first, second = pairs.unbind(axis - 1)
+        sums = torch.stack((first + second, first - second), axis - 1).flatten(axis - 2, axis)
+    return (sums * 0.25).flatten(axis - 1, axis).to(x.dtype)

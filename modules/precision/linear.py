@@ -6,6 +6,8 @@ autocast. In a quantised format they are cast to bf16, and a backend quantises t
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
 from modules.precision.scheme import Scheme
 
+if TYPE_CHECKING:
+    from modules.precision.served import Served
+
 
 class FormattedModule(nn.Module):
     """A module with an fp32 master `weight` whose computation runs in `format`."""
@@ -24,6 +29,8 @@ class FormattedModule(nn.Module):
     """Name of the format; set by `recipe.apply`."""
     scheme: Scheme | None = None
     """How its products are quantised; None: they are not. Set by `recipe.apply`, on `Linear` and `GroupedLinear`."""
+    served: "Served | None" = None
+    """How it multiplies by a weight that a checkpoint holds quantised; None: it holds a plain one. Set by `serve`."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -46,6 +53,8 @@ class Linear(FormattedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
         dtype, scheme = self.compute_dtype, self.scheme
+        if self.served is not None:
+            return self.served.linear(x.to(dtype), self.weight)
         x, weight = x.to(dtype), self.weight.to(dtype)
         if scheme is None or scheme.products.plain:
             return F.linear(x, weight)
@@ -68,6 +77,8 @@ class GroupedLinear(FormattedModule):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
         dtype, scheme = self.compute_dtype, self.scheme
+        if self.served is not None:
+            return self.served.grouped_linear(x.to(dtype), self.weight, offsets)
         x, weight = x.to(dtype), self.weight.to(dtype)
         if scheme is None or scheme.products.plain:
             return grouped_linear(x, weight, offsets)
@@ -115,6 +126,8 @@ class Head(Linear):
         dtype = self.compute_dtype
         if labels is None or token_weights is None:
             few = x.to(dtype)
+            if self.served is not None:
+                return self.served.linear(few, self.weight[:vocabulary]).float()
             if native.applies(few, self.weight):
                 return native.few_rows_linear(few, self.weight[:vocabulary])
             return F.linear(few, self.weight[:vocabulary].to(dtype)).float()

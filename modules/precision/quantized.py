@@ -101,8 +101,10 @@ def gemm_values(weight: QuantizedWeight) -> Tensor:
     """Return bf16 [O, I], codes times block scales: exact, six significant bits at most; `scale` is left out."""
     if weight.block_scales is None:
         return weight.codes.bfloat16()
-    numbers = e2m1.decode(e2m1.unpack(weight.codes)).unflatten(-1, (-1, BLOCK))
-    return (numbers * weight.block_scales.float().unsqueeze(-1)).flatten(-2).bfloat16()
+    every_byte = torch.arange(256, dtype=torch.uint8, device=weight.codes.device).unsqueeze(1)
+    pairs = e2m1.decode(e2m1.unpack(every_byte)).bfloat16()
+    numbers = pairs[weight.codes.int()].flatten(-2).unflatten(-1, (-1, BLOCK))
+    return numbers.mul_(weight.block_scales.bfloat16().unsqueeze(-1)).flatten(-2)
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:

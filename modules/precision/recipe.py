@@ -63,7 +63,9 @@ class FormatSwitch:
     format: Format = "bf16"
     """Format that the products change to: bf16 or a quantised one."""
     products: Part = "all"
-    """Which products change: those of the forward pass, of the backward pass (both gradients), or all."""
+    """Which products change: those of the forward pass, of the backward pass (both gradients), or all. A backward pass
+    in bf16 behind a quantised forward pass takes inputs and weight as the forward pass rounded them, as
+    quantisation-aware training does."""
     pattern: str = "*"
     """Shell pattern over module names; of those, modules that the recipe gives a quantised format change."""
 

@@ -6,7 +6,9 @@ from torch import Tensor
 
 def tensor_amax(x: Tensor, stacked: bool = False) -> Tensor:
     """Return the largest magnitude as fp32: a scalar, or [E] for each leading index. NaN where there is a NaN."""
-    low, high = torch.aminmax(x.detach().flatten(1), dim=1) if stacked else torch.aminmax(x.detach())
+    if stacked:
+        return x.detach().flatten(1).abs().amax(1).float()  # `aminmax` along an axis takes four times as long on a CPU
+    low, high = torch.aminmax(x.detach())
     return torch.maximum(-low, high).float()
 
 

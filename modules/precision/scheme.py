@@ -9,7 +9,12 @@ from modules.precision.formats import QUANTIZED, Format
 
 
 class Products(NamedTuple):
-    """Formats of the matrix products of a linear module: y = x W^T, dx = g W, dW = g^T x."""
+    """Formats of the matrix products of a linear module: y = x W^T, dx = g W, dW = g^T x.
+
+    A backward product in bf16 multiplies x and W as a quantised forward product left them: it is the gradient of what
+    was computed, straight through the rounding, as in quantisation-aware training (torchao's, Model Optimizer's,
+    Transformer Engine's `backward_override='dequantized'`). A quantised one rounds x, W and g themselves.
+    """
 
     fprop: Format
     """y."""

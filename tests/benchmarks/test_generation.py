@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generation, training_step
+from modules.precision.recipe import PrecisionConfig
 from tests.modules.helpers import tiny_config
 
 
@@ -22,9 +23,8 @@ def test_both_sides_write_the_same_tokens(folder: Path, implementation: str):
     mine = generation.ours(folder, prompts)(12)
     assert [len(row) for row in mine] == [12] * 3
     assert mine == generation.theirs(folder, prompts, implementation)(12)
-    assert generation.parameters(folder) == sum(
-        x.numel() for x in training_step.our_network("fp32").state_dict().values()
-    )
+    network = training_step.our_network(PrecisionConfig(recipe="fp32"), training_step.CONFIG)
+    assert generation.parameters(folder) == sum(x.numel() for x in network.state_dict().values())
 
 
 def test_agreement_ends_at_the_first_difference():

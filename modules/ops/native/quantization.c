@@ -262,7 +262,8 @@ void superbolt_fp8(const job *j, float largest) {
             load_patch(j, &p, x, 0);
             for (i64 r = 0; r < p.rows; r++) {
                 v16 product = x[r] * scales[r], size = least(magnitude(product), all(largest));
-                v16 rounded = (largest > 448 ? round_e5m2(size) : round_e4m3(size)) / scales[r];
+                v16 rounded = largest > 448 ? round_e5m2(size) : round_e4m3(size);
+                if (!j->unscaled) rounded /= scales[r];
                 u16 broken = (u16)(product != product) & NOT_A_NUMBER;
                 x[r] = (v16)((u16)rounded | ((u16)product & SIGN) | broken);
             }

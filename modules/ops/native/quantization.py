@@ -194,20 +194,21 @@ def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
     return out
 
 
-def fp8(x: Tensor, encode: Tensor, dtype: torch.dtype) -> Tensor:
+def fp8(x: Tensor, encode: Tensor, dtype: torch.dtype, unscaled: bool = False) -> Tensor:
     """Return what FP8 leaves of a tensor, in its dtype.
 
     Args:
         x: [..., R, K], fp32 or bf16.
         encode: fp32 scale, a scalar or of the shape of leading axes of `x`.
         dtype: float8_e4m3fn or float8_e5m2.
+        unscaled: return the numbers of FP8 themselves instead, in bf16, which holds them exactly.
     """
     library, _ = load()
     assert library is not None
     x, encode = x.detach().contiguous(), encode.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.bfloat16 if unscaled else None)
     job = _job(x, -2, hadamard=False)
-    job.out, job.kind, job.encode = out.data_ptr(), KINDS[x.dtype], encode.data_ptr()
+    job.out, job.kind, job.encode, job.unscaled = out.data_ptr(), KINDS[out.dtype], encode.data_ptr(), unscaled
     job.rows_per_scale = job.matrices * job.rows // encode.numel()
     library.superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
     return out

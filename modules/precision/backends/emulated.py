@@ -4,7 +4,9 @@ bf16 holds the numbers of every format times its block scales exactly, and the s
 applied to the sums. So a product has the terms that the hardware adds up, in another order.
 
 A product sums along one axis, the blocks of both operands lie along it, and what does not fill a block is filled with
-zeros: features for y = x W^T and dx = g W, tokens for dW = g^T x. A weight is quantised again for dx rather than kept.
+zeros: features for y = x W^T and dx = g W, tokens for dW = g^T x. Inputs and weight are quantised again for the
+backward pass rather than kept: a few per cent of the time, and no memory beyond that of an unquantised module.
+A backward product in bf16 multiplies inputs and weight as a quantised forward product left them (see `Products`).
 Of experts each has its own tensor scales, of inputs and gradients too, as if it were a module of its own.
 Shapes: N tokens, R rows sorted by expert, E experts, I in-features, O out-features, K the axis of the sum.
 """
@@ -22,7 +24,7 @@ from modules.ops.experts import multiply_rows, outer_products, padded_places, ro
 from modules.ops.kernels import uncompiled
 from modules.ops.scaled import scaled_product
 from modules.precision import fp8, mxfp8, nvfp4
-from modules.precision.formats import Format
+from modules.precision.formats import QUANTIZED, Format
 from modules.precision.hadamard import rotate
 from modules.precision.scaling import broadcast_scale, tensor_amax
 from modules.precision.scheme import Arithmetic, Products, Scheme
@@ -115,29 +117,51 @@ class _GroupedLinear(Function):
             a, b = _quantize_rows(scheme, "dgrad", "g", grad, offsets), _quantize(scheme, "dgrad", "w", weight, -2)
             grad_x = multiply_rows(a.values, b.values, offsets, a.scale * b.scale)
         if ctx.needs_input_grad[1]:
-            block = _BLOCKS.get(scheme.products.wgrad, 1)
-            places, ends = padded_places(len(x), offsets, block)
-            a = _quantize_columns(scheme, "g", grad, places, ends, block)
-            b = _quantize_columns(scheme, "x", x, places, ends, block)
+            if scheme.products.wgrad in QUANTIZED:
+                block = _BLOCKS.get(scheme.products.wgrad, 1)
+                places, ends = padded_places(len(x), offsets, block)
+                a = _quantize_columns(scheme, "g", grad, places, ends, block)
+                b = _quantize_columns(scheme, "x", x, places, ends, block)
+            else:
+                ends = offsets
+                a = _quantize_rows(scheme, "wgrad", "g", grad, offsets)
+                b = _quantize_rows(scheme, "wgrad", "x", x, offsets)
             grad_weight = outer_products(a.values, b.values, ends, a.scale * b.scale)
         return grad_x, grad_weight, None, None
 
 
+def _source(scheme: Scheme, product: str, kind: Kind) -> str:
+    """Return the product that an operand is rounded for: of x and w in a bf16 backward product, the forward one."""
+    plain = getattr(scheme.products, product) not in QUANTIZED
+    return "fprop" if plain and kind != "g" else product
+
+
 def _quantize(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int) -> Operand:
-    """Quantise a whole operand [R, K] along an axis, -1 or -2, or the weights [E, O, I] of experts, each by itself."""
-    chosen = getattr(scheme.products, product)
-    x = _pad(x, axis, _BLOCKS.get(chosen, 1))
-    return _round(scheme, product, kind, x, axis, None)
+    """Quantise a whole operand [R, K] along an axis, -1 or -2, or the weights [E, O, I] of experts, each by itself.
+
+    As the forward product left it, it comes with the shape it has.
+    """
+    source = _source(scheme, product, kind)
+    axis = axis if source == product else -1
+    padded = _pad(x, axis, _BLOCKS.get(getattr(scheme.products, source), 1))
+    operand = _round(scheme, product, kind, padded, axis, None)
+    return operand if source == product else operand._replace(values=operand.values[..., : x.shape[-1]])
 
 
 def _quantize_rows(scheme: Scheme, product: str, kind: Kind, x: Tensor, offsets: Tensor) -> Operand:
-    """Quantise rows [R, K] sorted by expert along K; the scale is [E]."""
-    chosen = getattr(scheme.products, product)
-    x = _pad(x, -1, _BLOCKS.get(chosen, 1))
-    experts = row_experts(len(x), offsets)
-    amax = _expert_amax(tensor_amax(x, stacked=True), experts, len(offsets))
-    operand = _round(scheme, product, kind, x, -1, amax[experts])
-    return operand._replace(scale=_tensor_scale(chosen, kind, amax[:-1]))
+    """Quantise rows [R, K] sorted by expert along K, likewise; the scale is [E]."""
+    source = _source(scheme, product, kind)
+    chosen = getattr(scheme.products, source)
+    padded = _pad(x, -1, _BLOCKS.get(chosen, 1))
+    if chosen in ("nvfp4", "fp8"):
+        experts = row_experts(len(x), offsets)
+        amax = _expert_amax(tensor_amax(padded, stacked=True), experts, len(offsets))
+        values = _round(scheme, product, kind, padded, -1, amax[experts]).values
+        scale = _tensor_scale(chosen, kind, amax[:-1])
+    else:
+        values = _round(scheme, product, kind, padded, -1, None).values
+        scale = torch.ones(len(offsets), device=x.device)
+    return Operand(values if source == product else values[:, : x.shape[-1]], scale)
 
 
 def _quantize_columns(scheme: Scheme, kind: Kind, x: Tensor, places: Tensor, ends: Tensor, block: int) -> Operand:
@@ -165,8 +189,9 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
         axis: of the sum, -1 or -2.
         amax: fp32, largest magnitudes of leading indices (rotated); None: of the tensor, or of each expert of a stack.
     """
-    arithmetic, chosen, stacked = scheme.arithmetic, getattr(scheme.products, product), x.ndim == 3 and amax is None
-    hadamard = chosen == "nvfp4" and product == "wgrad" and arithmetic.hadamard
+    source, stacked = _source(scheme, product, kind), x.ndim == 3 and amax is None
+    arithmetic, chosen = scheme.arithmetic, getattr(scheme.products, source)
+    hadamard = chosen == "nvfp4" and source == "wgrad" and arithmetic.hadamard
     bound = None
     if chosen == "nvfp4":
         stochastic = kind == "g" and arithmetic.stochastic_rounding
@@ -187,8 +212,7 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
     elif chosen == "mxfp8":
         operand = Operand(mxfp8.quantize_dequantize(x, axis=axis), _one(x))
     elif chosen == "fp8":
-        codes, encode = fp8.quantize(x, amax=amax, dtype=_FP8[kind], stacked=stacked)
-        operand = Operand(codes.to(x.dtype), encode.reciprocal())
+        operand = Operand(*fp8.gemm_operand(x, amax=amax, dtype=_FP8[kind], stacked=stacked))
     else:
         return Operand(x, _one(x))
     if arithmetic.observer is not None:

@@ -113,6 +113,7 @@ def test_eight_bits(shape, dtype, monkeypatch):
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
         options = {"dtype": kind, "stacked": len(shape) == 3}
         assert_same_bits(*both(lambda o=options: fp8.quantize_dequantize(x, **o), monkeypatch))
+        assert_same_bits(*both(lambda o=options: fp8.gemm_operand(x, **o)[0], monkeypatch))
         frozen = {"dtype": kind, "amax": torch.tensor(0.7)}
         assert_same_bits(*both(lambda o=frozen: fp8.quantize_dequantize(x, **o), monkeypatch))
     if len(shape) == 2:

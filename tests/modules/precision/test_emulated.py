@@ -56,10 +56,16 @@ def expected(x: Tensor, weight: Tensor, grad: Tensor, chosen: Scheme) -> tuple[T
     """Result and both gradients."""
     forward, dgrad, wgrad = chosen.products
     tiles, hadamard = chosen.arithmetic.two_dimensional_weights, chosen.arithmetic.hadamard
+    left_x, left_weight = left_of(x, forward), left_of(weight, forward, tiles=tiles)
+    behind_x, behind_weight = (left[:, : x.shape[1]] for left in (left_x, left_weight))
+    if dgrad != "bf16":
+        behind_weight = left_of(weight.T, dgrad, tiles=tiles).T
+    if wgrad != "bf16":
+        behind_x = left_of(x.T, wgrad, hadamard=hadamard).T
     return (
-        left_of(x, forward) @ left_of(weight, forward, tiles=tiles).T,
-        left_of(grad, dgrad, "g") @ left_of(weight.T, dgrad, tiles=tiles).T,
-        left_of(grad.T, wgrad, "g", hadamard=hadamard) @ left_of(x.T, wgrad, hadamard=hadamard).T,
+        left_x @ left_weight.T,
+        left_of(grad, dgrad, "g") @ F.pad(behind_weight, (0, 0, 0, -len(behind_weight) % BLOCKS[dgrad])),
+        left_of(grad.T, wgrad, "g", hadamard=hadamard) @ behind_x,
     )
 
 
@@ -82,6 +88,7 @@ SCHEMES = {
     "fp8": scheme("fp8"),
     "forward in bf16": scheme(("bf16", "nvfp4", "nvfp4")),
     "backward in bf16": scheme(("nvfp4", "bf16", "bf16")),
+    "one gradient in bf16": scheme(("fp8", "nvfp4", "bf16")),
     "all different": scheme(("mxfp8", "nvfp4", "fp8")),
 }
 

@@ -43,3 +43,16 @@ def test_a_scale_per_expert_is_the_scale_of_each_expert():
 def test_the_dtype_is_kept():
     x = torch.randn(4, 16).bfloat16()
     assert fp8.quantize_dequantize(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operands_of_products_are_the_codes(dtype):
+    x = torch.randn(20, 48).to(dtype)
+    for options in ({}, {"encode": torch.tensor(300.0)}, {"dtype": torch.float8_e5m2}):
+        values, scale = fp8.gemm_operand(x, **options)
+        quantized = fp8.quantize(x, **options)
+        assert values.dtype == torch.bfloat16
+        assert torch.equal(values.float(), quantized.codes.float())
+        assert scale == 1 / quantized.encode_scale
+    given = {"encode": torch.tensor(300.0)}
+    assert torch.equal(fp8.quantize_dequantize(x, **given), fp8.dequantize(fp8.quantize(x, **given), dtype))

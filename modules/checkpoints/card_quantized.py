@@ -1,0 +1,177 @@
+"""What a model card says of a quantised model: formats by kind of layer, bits, layout, how it was made, how it did."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from modules.checkpoints.names import STACKED, TensorInfo
+from modules.checkpoints.quantization import (
+    REPORT,
+    Layout,
+    Quantization,
+    may_be_quantized,
+    module_of,
+    stored_tensors,
+)
+from modules.checkpoints.writer import show_size, size_of
+
+Rows = list[tuple[str, str]]
+SETTINGS = {
+    "default": "format asked for",
+    "bits": "bits per weight asked for",
+    "rules": "formats by pattern",
+    "exclude": "kept by pattern",
+    "search": "block scales by",
+    "calibration_tokens": "calibration tokens",
+}
+"""Settings in a report that the card repeats; those that may be paths of the machine are none of them."""
+LAYOUTS = {
+    "modelopt": "Model Optimizer's (`hf_quant_config.json`, and `quantization_config` in `config.json`)",
+    "compressed-tensors": "compressed-tensors' (`quantization_config` in `config.json`)",
+}
+
+
+class Written(NamedTuple):
+    """A quantised model as it is written."""
+
+    quantization: Quantization
+    """What of it is quantised."""
+    layout: Layout
+    """Of the files."""
+    plain: Sequence[str]
+    """Modules that have a weight matrix and are not quantised."""
+    documents: Mapping[str, Mapping[str, Any]]
+    """Further JSON files, by name."""
+
+
+def quantization_parts(
+    written: Written, logical: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo], table: Callable[[Rows], str]
+) -> list[str]:
+    """Return the paragraphs on the quantisation.
+
+    Args:
+        written: the model.
+        logical: shape of each weight by public name, and as which dtype the plain ones are written.
+        tensors: all tensors of the files.
+        table: makes a table of rows.
+    """
+    quantization, layout = written.quantization, written.layout
+    parts = [
+        "## Quantisation",
+        table(layer_rows(quantization, logical)),
+        table(size_rows(quantization, layout, logical, tensors)),
+    ]
+    if rows := report_rows(written.documents.get(REPORT, {})):
+        parts += [
+            "How it was made, and how well it predicts held-out text (`quantization_report.json` says more):",
+            table(rows),
+        ]
+    return parts
+
+
+def layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> Rows:
+    """Return kinds of linear layers, and in which formats how many of them are.
+
+    Args:
+        quantization: of the model.
+        tensors: shape of each weight, and dtype of the plain ones, by public name.
+    """
+    kinds: dict[str, dict[str, int]] = {}
+    for name, info in tensors.items():
+        if may_be_quantized(name, info.shape):
+            layer = quantization.weights.get(name)
+            format = str(info.dtype).removeprefix("torch.") if layer is None else layer.label
+            counts = kinds.setdefault(_kind(name), {})
+            counts[format] = counts.get(format, 0) + 1
+    return [
+        (f"`{kind}`", ", ".join(f"{format} ({count:,})" for format, count in counts.items()))
+        for kind, counts in kinds.items()
+    ]
+
+
+def size_rows(
+    quantization: Quantization, layout: Layout, logical: Mapping[str, TensorInfo], written: Mapping[str, TensorInfo]
+) -> Rows:
+    """Return bits per weight and the size of all tensors.
+
+    Args:
+        quantization: of the model.
+        layout: of the files.
+        logical: shape of each weight by public name.
+        written: all tensors of the files.
+    """
+    weights = sum(prod(logical[name].shape) for name in quantization.weights)
+    held = sum(
+        size_of(info)
+        for name, layer in quantization.weights.items()
+        for _, info in stored_tensors(layout, layer, name, logical[name].shape).values()
+    )
+    total, elements = sum(map(size_of, written.values())), sum(prod(info.shape) for info in logical.values())
+    rows = [("layout", LAYOUTS[layout.name])]
+    if weights:
+        rows.append(("bits per weight of the quantised layers", f"{8 * held / weights:.2f}, scales included"))
+    rows.append(("bits per weight of the model", f"{8 * total / elements:.2f}"))
+    rows.append(("size", show_size(total)))
+    rows.append(
+        (
+            "KV cache",
+            f"FP8 with scales of {len(quantization.kv_scales)} layers" if quantization.kv_scales else "not quantised",
+        )
+    )
+    return rows
+
+
+def report_rows(report: Mapping[str, Any]) -> Rows:
+    """Return what a quantization_report.json says of how the model was made, and how well it predicts."""
+    settings, quality = _object(report.get("settings")), _object(report.get("quality"))
+    rows = [(label, _shown(settings[key])) for key, label in SETTINGS.items() if settings.get(key)]
+    before, after = _object(quality.get("before")), _object(quality.get("after"))
+    for key in before.keys() & after.keys():
+        if isinstance(before[key], float) and isinstance(after[key], float):
+            rows.append((f"{key.replace('_', ' ')} before and after", f"{before[key]:.4f}, {after[key]:.4f}"))
+    if isinstance(quality.get("kl"), float):
+        rows.append(("KL(original, quantised), nats per token", f"{quality['kl']:.6f}"))
+    if isinstance(quality.get("top1_agreement"), float):
+        rows.append(("same most likely token", f"{quality['top1_agreement']:.2%}"))
+    return rows
+
+
+def engine_lines(written: Written, name: str) -> list[str]:
+    """Return how to run the model with engines, and why not with transformers."""
+    lines = ["With vLLM:", "```", f"vllm serve {name}", "```"]
+    if suits_transformers(written):
+        return lines
+    lost = loses_scales(written.layout, written.quantization)
+    return [*lines, TRANSFORMERS if lost else "transformers does not read this layout."]
+
+
+def suits_transformers(written: Written) -> bool:
+    """Return whether transformers (5.23, with compressed-tensors) reads the model rightly."""
+    return written.layout.name == "compressed-tensors" and not loses_scales(written.layout, written.quantization)
+
+
+def loses_scales(layout: Layout, quantization: Quantization) -> bool:
+    """Return whether transformers (5.23) reads the model, but leaves out the global scales of routed experts."""
+    routed = any(STACKED in name and layer.format == "nvfp4" for name, layer in quantization.weights.items())
+    return routed and layout.name == "compressed-tensors"
+
+
+TRANSFORMERS = (
+    "transformers (5.23) leaves out the global scales of routed experts in NVFP4, so its numbers are far off; take "
+    "`python -m app export MODEL --format hf` for it."
+)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", module_of(name)))
+
+
+def _object(value: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

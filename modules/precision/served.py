@@ -1,0 +1,136 @@
+"""Linear layers as an inference engine runs them: a checkpoint's quantised weight, inputs quantised on the way in.
+
+The scale of the inputs is the checkpoint's, found by calibration, so what lies beyond the largest input it was found
+for saturates, as it does in the engines; block scales of NVFP4 inputs are found anew in each call. Weight-only layers
+take bf16 inputs. Products are those of the emulated backend: numbers times block scales, exact in bf16, multiplied with
+fp32 sums, and the scales of both tensors applied once, behind the sum. There is no gradient.
+
+NVIDIA GPUs from compute capability 8.9 on multiply FP8 themselves: a plain linear with sizes that are multiples of 16
+then keeps its codes and takes torch's `scaled_mm`, whose terms are the same. This project has run it on a CPU alone,
+where it is 3 to 100 times slower than bf16. NVFP4, experts and weight-only layers are emulated everywhere.
+Shapes: R rows, E experts, I in-features, O out-features.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.ops.experts import multiply_rows, row_experts
+from modules.ops.scaled import multiply
+from modules.precision import fp8, nvfp4
+from modules.precision.quantized import QuantizedWeight, WeightFormat, gemm_values
+
+if TYPE_CHECKING:
+    from modules.precision.linear import GroupedLinear, Linear
+
+
+_MULTIPLE = 16
+"""What both sizes of an FP8 weight are divisible by where the device multiplies it."""
+
+
+class Served:
+    """How a module multiplies by the quantised weight that it holds: bf16 `gemm_values`, or codes of FP8.
+
+    Args:
+        format: of the weight, and of the inputs where they are quantised.
+        scales: fp32 [E] of the weight (E = 1 in a `Linear`), on its device.
+        input_scales: fp32 [E] of the inputs; None: they stay bf16.
+    """
+
+    def __init__(self, format: WeightFormat, scales: Tensor, input_scales: Tensor | None) -> None:
+        self.format: WeightFormat = format
+        self._scales = scales
+        self._encode: Tensor | None = None  # S, of all inputs or [E]
+        if input_scales is not None:
+            self._scales = scales * input_scales
+            alike = bool((input_scales == input_scales[0]).all())
+            self._encode = (input_scales[0] if alike else input_scales).reciprocal()
+        self._factor = float(self._scales[0])
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Map bf16 [..., I] by [O, I] to bf16 [..., O]."""
+        rows = self._round(x.reshape(-1, x.shape[-1]), self._encode)
+        if weight.dtype == torch.float8_e4m3fn and len(rows) and len(weight) % _MULTIPLE == 0:
+            out = self._multiply_codes(rows, weight)
+        else:
+            out = multiply(rows, weight.bfloat16().T, self._factor)
+        return out.view(*x.shape[:-1], len(weight))
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """Map bf16 rows [R, I] sorted by expert, with end rows int32 [E], by [E, O, I] to bf16 [R, O]."""
+        encode = self._encode
+        if encode is not None and encode.ndim:
+            encode = encode[row_experts(len(x), offsets)]
+        return multiply_rows(self._round(x, encode), weight.transpose(1, 2), offsets, self._scales)
+
+    def _multiply_codes(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Map rounded rows [R, I] by codes [O, I] to bf16 [R, O]."""
+        codes, one, kind = rows.to(weight.dtype), torch.ones_like(self._scales), F.ScalingType.TensorWise
+        return F.scaled_mm(codes, weight.T, self._scales, kind, one, kind, output_dtype=torch.bfloat16)
+
+    def _round(self, x: Tensor, encode: Tensor | None) -> Tensor:
+        """Return inputs [R, I] times S, rounded: bf16, exact; as they are in a weight-only layer."""
+        assert not (x.requires_grad and torch.is_grad_enabled()), "served layers have no gradient"
+        if encode is None:
+            return x
+        gemm_operand = fp8.gemm_operand if self.format == "fp8" else nvfp4.gemm_operand
+        return gemm_operand(x, encode=encode)[0]
+
+
+@torch.no_grad()
+def serve(module: "Linear | GroupedLinear", weights: Iterable[QuantizedWeight]) -> None:
+    """Run a module as it is served from now on; its weight becomes bf16 `gemm_values`, or codes of FP8.
+
+    Args:
+        module: on its device, not sharded.
+        weights: one for a `Linear`, one for each expert of a `GroupedLinear`, alike in format and in whether inputs are
+            quantised; taken one after the other.
+    """
+    shape, device = module.weight.shape, module.weight.device
+    values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    kinds: set[tuple[WeightFormat, bool]] = set()
+    scales: list[Tensor] = []
+    input_scales: list[Tensor] = []
+    stack = values if len(shape) == 3 else values[None]
+    for place, weight in zip(stack, weights, strict=True):
+        place.copy_(gemm_values(weight))
+        kinds.add((weight.format, weight.input_scale is not None))
+        scales.append(weight.scale)
+        if weight.input_scale is not None:
+            input_scales.append(weight.input_scale)
+    assert len(kinds) == 1, kinds
+    chosen = next(iter(kinds))[0]
+    inputs = torch.stack(input_scales).to(device) if input_scales else None
+    module.served = Served(chosen, torch.stack(scales).to(device), inputs)
+    module.format, module.scheme = chosen, None
+    if chosen == "fp8" and inputs is not None and _multiplies_fp8(values):
+        values = values.to(torch.float8_e4m3fn)  # the codes
+    module.weight = nn.Parameter(values, requires_grad=False)
+
+
+def _multiplies_fp8(weight: Tensor) -> bool:
+    """Return whether the device of a weight multiplies it in FP8."""
+    if not weight.is_cuda or torch.version.hip is not None:
+        return False
+    capability = torch.cuda.get_device_capability(weight.device)
+    return capability >= (8, 9) and weight.ndim == 2 and not any(size % _MULTIPLE for size in weight.shape)
+
+
+@contextmanager
+def served(module: "Linear | GroupedLinear", weights: Iterable[QuantizedWeight]) -> Iterator[None]:
+    """Run a module as it is served for a while; afterwards it is what it was, to the bit.
+
+    Args:
+        module: see `serve`.
+        weights: see `serve`.
+    """
+    before = module.weight, module.format, module.scheme, module.served
+    try:
+        serve(module, weights)
+        yield
+    finally:
+        module.weight, module.format, module.scheme, module.served = before
