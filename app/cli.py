@@ -33,6 +33,7 @@ from callbacks.data_use import DataUse
 from callbacks.health import Health
 from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
+from callbacks.quantization import QuantizationHealth
 from callbacks.random_state import RandomState
 from callbacks.samples import Samples
 from callbacks.skipped_batches import SkippedBatches
@@ -51,6 +52,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "samples": Samples,
     "skipped_batches": SkippedBatches,
     "health": Health,
+    "quantization_health": QuantizationHealth,
     "checkpoint": Checkpoint,
 }
 """Group of keys -> callback."""

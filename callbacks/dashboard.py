@@ -46,6 +46,19 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "Router entropy, worst layer (undecided: 1, collapsed: 0)": ["experts/router_entropy/worst", ZERO],
         "Spread of the router bias, worst layer": ["experts/bias_spread/worst", ZERO],
     },
+    "Is training in few bits healthy?": {
+        "Underflow by operand, share in the worst module": ["quantization/underflow/.*/worst", ZERO],
+        "Saturation by operand, share in the worst module (healthy: next to 0)": [
+            "quantization/saturation/.*/worst",
+            ZERO,
+        ],
+        "Signal to quantisation noise by operand in dB, worst module (NVFP4: 17 to 20)": [
+            "quantization/snr_db/.*/worst"
+        ],
+        "Weight gradients that are exactly zero, share": ["gradients/zero_share/(all|worst)", ZERO],
+        "Weights without any gradient (healthy: 0)": ["gradients/dead_weights", ZERO],
+        "Decayed channels, share in the worst module (healthy: 0)": ["weights/decayed_channels/worst", ZERO],
+    },
     "Is the data right?": {
         "Mixture: share of rows asked for and read": ["data/share_(asked|read)/.*", ZERO],
         "Epochs of each source": ["data/epochs/.*", ZERO],
@@ -57,6 +70,13 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "Dead experts, share (healthy: 0)": ["experts/dead_fraction/(layer|mtp)_.*"],
         "Router entropy (undecided: 1, collapsed: 0)": ["experts/router_entropy/(layer|mtp)_.*"],
         "Spread of the router bias": ["experts/bias_spread/(layer|mtp)_.*"],
+        "Underflow of the inputs, forward pass": [r"quantization/underflow/fprop\.x/(layer|mtp)_.*", ZERO],
+        "Underflow of the gradients, for those of the inputs": [
+            r"quantization/underflow/dgrad\.g/(layer|mtp)_.*",
+            ZERO,
+        ],
+        "Weight gradients that are exactly zero, by module": ["gradients/zero_share/(layer|mtp)_.*", ZERO],
+        "Decayed channels, share (healthy: 0)": ["weights/decayed_channels/(layer|mtp)_.*", ZERO],
     },
 }
 """Question -> chart -> patterns of the curves in it, or one curve and its band (TensorBoard shows those last)."""

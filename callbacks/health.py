@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.step import check_interval, step_loop
+from callbacks.step import begins_due_step, check_interval
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
@@ -39,9 +39,7 @@ class Health(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Begin to look if the step that begins is due."""
-        step = trainer.global_step + 1
-        due = step % self.every_n_steps == 0 or step in (1, step_loop(trainer).last_step)
-        if due and batch_idx % trainer.accumulate_grad_batches == 0 and isinstance(pl_module, StageModule):
+        if begins_due_step(self.every_n_steps, trainer, batch_idx) and isinstance(pl_module, StageModule):
             self._observation = Observation(pl_module.built_network)
             pl_module.built_network.observe(self._observation.add)
 

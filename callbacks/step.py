@@ -50,6 +50,13 @@ def is_due(every_n_steps: int, trainer: Trainer) -> bool:
     return trainer.global_step % every_n_steps == 0 or step_loop(trainer).is_last_step
 
 
+def begins_due_step(every_n_steps: int, trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether a micro-batch begins a step that is looked at: every `every_n_steps`, the first and the last."""
+    step = trainer.global_step + 1
+    due = step % every_n_steps == 0 or step in (1, step_loop(trainer).last_step)
+    return due and batch_idx % trainer.accumulate_grad_batches == 0
+
+
 def check_interval(value: int, key: str) -> int:
     """Return an interval in steps, or raise a ValueError that names its key if it is below 1."""
     if value < 1:

@@ -5,6 +5,7 @@ infinity, has scale 1 (as in Transformer Engine); infinities and numbers beyond 
 NaN, and where `amax` is taken from the tensor all of the tensor becomes NaN with it.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ def encode_scale(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tens
     """Return the fp32 factor that maps `amax` onto the largest number of `dtype`; 1 for 0 and infinity."""
     scale = (torch.full_like(amax, torch.finfo(dtype).max) / amax).clamp(max=FLOAT32_MAX)
     return torch.where((amax == 0) | amax.isinf(), torch.ones_like(scale), scale)
+
+
+def clipping_bound(dtype: torch.dtype) -> float:
+    """Return the scaled magnitude beyond which a number is clipped, not just rounded: E4M3 464, E5M2 61440."""
+    limits = torch.finfo(dtype)
+    return limits.max + 2.0 ** math.floor(math.log2(limits.max)) * limits.eps / 2
 
 
 @torch.no_grad()

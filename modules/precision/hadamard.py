@@ -2,11 +2,14 @@
 
 It spreads an outlier over the 16 tokens of its block. Both operands are turned by the same orthogonal matrix along the
 axis their product sums over, so the product stays what it was. One sign vector serves all layers and the whole run,
-the one of Transformer Engine.
+the one of Transformer Engine. On a CPU `modules/ops/native/quantization.c` does the work where it can be compiled, with
+the same bits.
 """
 
 import torch
 from torch import Tensor
+
+from modules.ops.native import quantization as native
 
 BLOCK = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -34,6 +37,8 @@ def rotate(x: Tensor, axis: int = -1) -> Tensor:
     Returns:
         Like `x`.
     """
+    if native.applies(x):
+        return native.rotate(x, axis)
     signs = torch.tensor(SIGNS, dtype=torch.float32, device=x.device)
     sums = x.float().unflatten(axis, (-1, BLOCK)) * (signs if axis == -1 else signs.unsqueeze(1))
     for half in (1, 2, 4, 8):

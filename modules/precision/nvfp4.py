@@ -20,6 +20,7 @@ bit the same. Nothing here has a gradient: straight-through estimation is its ca
 Shapes: [..., R, K], blocks of 16 along K. E: experts of a stack [E, O, I].
 """
 
+import math
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -40,6 +41,12 @@ from modules.precision.blocks import (
 from modules.precision.hadamard import rotate
 from modules.precision.scaling import broadcast_scale, check_blocks, tensor_amax
 
+CLIPPED = 7.0
+"""Magnitudes beyond this, at the scale of their block, are clipped and not just rounded: 6 and half the step before it.
+
+A scale that was rounded down takes the block's largest magnitude to 6.4 at most; one below 2^-6, where E4M3 numbers are
+far apart, to 9.
+"""
 FOUR_OVER_SIX_MAX = 256.0
 """Largest block scale that S is made for with four-over-six: 1.5 times it is still an E4M3 number."""
 
@@ -246,14 +253,42 @@ def gemm_operand(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: if the axis of the blocks is not divisible by 16.
     """
+    values, _, scale = _gemm_operand(_Request(x, **options), keep_scales=False)
+    return values, scale
+
+
+@torch.no_grad()
+def gemm_operand_and_bound(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `gemm_operand` does, and the magnitude beyond which a number of `x` is clipped, not just rounded.
+
+    Args:
+        x: [..., R, K].
+        options: see `Options`.
+
+    Returns:
+        bf16 like `x`; fp32: a scalar, or of the shape of leading axes; fp32 like `x`: `CLIPPED` at the scale of each
+        number's block, infinity where that is 0 (nothing is left there).
+
+    Raises:
+        ValueError: if the axis of the blocks is not divisible by 16.
+    """
     request = _Request(x, **options)
+    values, scales, scale = _gemm_operand(request, keep_scales=True)
+    assert scales is not None
+    bound = torch.where(scales == 0, math.inf, scales * (CLIPPED * broadcast_scale(scale, scales.ndim)))
+    return values, scale, bound.repeat_interleave(BLOCK, -1).transpose(request.axis, -1)
+
+
+def _gemm_operand(request: _Request, keep_scales: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (values, fp32 block scales [..., R, K/16], transposed where the axis is -2, or None; 1/S)."""
+    decode = request.encode.reciprocal()
     if request.native:
-        out, _ = request.run_native(kind=torch.bfloat16, unscaled=True)
+        out, scales = request.run_native(kind=torch.bfloat16, unscaled=True, keep_scales=keep_scales)
         assert out is not None
-        return out, request.encode.reciprocal()
+        return out, scales, decode
     values, scales = request.run_portable()
     products = (values * scales.float().unsqueeze(-1)).flatten(-2).bfloat16()
-    return products.transpose(request.axis, -1), request.encode.reciprocal()
+    return products.transpose(request.axis, -1), scales.float(), decode
 
 
 @torch.no_grad()

@@ -37,14 +37,17 @@ class Products(NamedTuple):
 class Observer(Protocol):
     """Looks at the operands of quantised products."""
 
-    def __call__(self, scheme: "Scheme", operand: str, before: Tensor, after: Tensor) -> None:
-        """See an operand.
+    def __call__(self, scheme: "Scheme", operand: str, before: Tensor, after: Tensor, bound: Tensor) -> None:
+        """See an operand of a product in a quantised format.
 
         Args:
             scheme: of the module.
             operand: product and tensor, e.g. `wgrad.g` (x: inputs, w: weight, g: gradient of the results).
             before: bf16, what was quantised: padded to whole blocks, rotated where the product's operands are.
             after: fp32 of that shape, what is left of it.
+            bound: fp32, broadcasts with it: a magnitude beyond this is clipped, and not just rounded. At the scale of
+                its block it lies above the format's largest number by more than half of the last step below that.
+                Infinity where nothing is clipped, or nothing is left of the block.
         """
         ...
 
@@ -100,6 +103,8 @@ class Backend(Protocol):
 
     name: str
     """As in a run file."""
+    shows_operands: bool
+    """Whether `Arithmetic.observer` is shown what is multiplied."""
 
     def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
         """Return why a module cannot be computed here, in a few words; empty: it can.

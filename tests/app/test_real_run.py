@@ -118,8 +118,10 @@ def test_killed_pretraining_equals_the_uninterrupted_one(program, run_file, whol
     last = f"checkpoints/step={STEPS:08d}"
     same_checkpoint(run / last, whole / last)
     ours, theirs = scalars(run, values=True), scalars(whole, values=True)
-    for name in ("training/loss", "training/gradient_norm", "training/learning_rate", "validation/bits_per_byte"):
-        assert ours[name] == theirs[name], name
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        if not name.startswith(("speed/", "memory/", "training/tokens_per_second", "data/")):
+            assert ours[name] == theirs[name], name
     steps = scalars(run)
     assert steps["training/loss"] == list(range(1, STEPS + 1))
     assert steps["validation/bits_per_byte"] == [0, 3, 6, 9]
@@ -187,6 +189,9 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
     for name in one:
         if name.startswith(("experts/", "residual/", "data/")):
             assert two[name][0] == pytest.approx(one[name][0], rel=0.05), name
+        if re.match(r"quantization/.*\.w|weights/", name):  # other operands depend on which rows are quantised together
+            assert two[name][0] == pytest.approx(one[name][0], rel=1e-6), name
+    assert {name for name in one if name.startswith(("quantization/", "gradients/"))} <= two.keys()
     assert 0 < two["speed/mfu"][0] < 1
 
 

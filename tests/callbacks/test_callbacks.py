@@ -62,6 +62,7 @@ def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
         "samples",
         "skipped_batches",
         "health",
+        "quantization_health",
         "checkpoint",
     ]
     assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]

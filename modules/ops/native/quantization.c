@@ -185,6 +185,19 @@ void superbolt_amax(const job *j, float *out) {
     }
 }
 
+/* Nothing but the random Hadamard transform. */
+void superbolt_rotate(const job *j) {
+    i64 strips = j->matrices * ((j->rows + N - 1) / N);
+#pragma omp parallel for num_threads(j->threads) if (j->matrices * j->rows * j->columns >= PARALLEL_WORK)
+    for (i64 strip = 0; strip < strips; strip++)
+        for (place p = locate(j, strip); p.column < j->columns; step(j, &p)) {
+            v16 x[N];
+            load_patch(j, &p, x, !j->along_rows);
+            rotate(x, j->bf16);
+            store_patch(j, &p, x);
+        }
+}
+
 /* ------------------------------------------------------------------------------------------------- MXFP8 and FP8 */
 
 /* The smallest powers of two, 2^-127 to 2^127, that keep maxima of blocks within 448, and what they are multiplied by to

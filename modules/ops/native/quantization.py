@@ -44,10 +44,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
     library, status = load_library(SOURCE, COMPILE)
     if library is not None:
-        library.superbolt_quantize.argtypes = library.superbolt_mxfp8.argtypes = [ctypes.c_void_p]
+        for function in ("quantize", "rotate", "mxfp8"):
+            getattr(library, f"superbolt_{function}").argtypes = [ctypes.c_void_p]
         library.superbolt_amax.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         library.superbolt_fp8.argtypes = [ctypes.c_void_p, ctypes.c_float]
-        for function in ("quantize", "mxfp8", "amax", "fp8"):
+        for function in ("quantize", "rotate", "mxfp8", "amax", "fp8"):
             getattr(library, f"superbolt_{function}").restype = None
     return library, status
 
@@ -157,6 +158,23 @@ def quantize(
         setattr(job, name, None if tensor is None else tensor.data_ptr())
     library.superbolt_quantize(ctypes.byref(job))
     return out, scales
+
+
+def rotate(x: Tensor, axis: int = -1) -> Tensor:
+    """Return the random Hadamard transform of a tensor, in its dtype.
+
+    Args:
+        x: [..., R, K], fp32 or bf16.
+        axis: along which blocks of 16 lie: -1 or -2.
+    """
+    library, _ = load()
+    assert library is not None
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    job = _job(x, axis, hadamard=True)
+    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
+    library.superbolt_rotate(ctypes.byref(job))
+    return out
 
 
 def mxfp8(x: Tensor, axis: int = -1) -> Tensor:

@@ -11,6 +11,7 @@ Of experts each has its own tensor scales, of inputs and gradients too, as if it
 Shapes: N tokens, R rows sorted by expert, E experts, I in-features, O out-features, K the axis of the sum.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Emulated:
     """The backend; runs everywhere, in every format."""
 
     name = "emulated"
+    shows_operands = True
 
     def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
         """See `Backend`."""
@@ -190,30 +192,35 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
     source, stacked = _source(scheme, product, kind), x.ndim == 3 and amax is None
     arithmetic, chosen = scheme.arithmetic, getattr(scheme.products, source)
     hadamard = chosen == "nvfp4" and source == "wgrad" and arithmetic.hadamard
+    bound = None
     if chosen == "nvfp4":
         stochastic = kind == "g" and arithmetic.stochastic_rounding
-        operand = Operand(
-            *nvfp4.gemm_operand(
-                x,
-                amax=amax,
-                tiles=kind == "w" and arithmetic.two_dimensional_weights,
-                rounding="stochastic" if stochastic else "nearest",
-                generator=arithmetic.generator(x.device) if stochastic else None,
-                stacked=stacked,
-                axis=axis,
-                hadamard=hadamard,
-            )
+        options = nvfp4.Options(
+            amax=amax,
+            tiles=kind == "w" and arithmetic.two_dimensional_weights,
+            rounding="stochastic" if stochastic else "nearest",
+            generator=arithmetic.generator(x.device) if stochastic else None,
+            stacked=stacked,
+            axis=axis,
+            hadamard=hadamard,
         )
+        if arithmetic.observer is None:
+            operand = Operand(*nvfp4.gemm_operand(x, **options))
+        else:
+            values, scale, bound = nvfp4.gemm_operand_and_bound(x, **options)
+            operand = Operand(values, scale)
     elif chosen == "mxfp8":
         operand = Operand(mxfp8.quantize_dequantize(x, axis=axis), _one(x))
     elif chosen == "fp8":
         operand = Operand(*fp8.gemm_operand(x, amax=amax, dtype=_FP8[kind], stacked=stacked))
     else:
-        operand = Operand(x, _one(x))
+        return Operand(x, _one(x))
     if arithmetic.observer is not None:
         before = rotate(x, axis) if hadamard else x
-        after = operand.values.float() * broadcast_scale(operand.scale, x.ndim)
-        arithmetic.observer(scheme, f"{product}.{kind}", before, after)
+        scale = broadcast_scale(operand.scale, x.ndim)  # has axes: bf16 times it is fp32
+        if bound is None:  # MXFP8 clips nothing: its scales are rounded up
+            bound = scale * (fp8.clipping_bound(_FP8[kind]) if chosen == "fp8" else math.inf)
+        arithmetic.observer(scheme, f"{product}.{kind}", before, operand.values * scale, bound)
     return operand
 
 

@@ -33,6 +33,7 @@ class TorchAO:
     """
 
     name = "torchao"
+    shows_operands = False
 
     def __init__(self, emulate: bool = False) -> None:
         self._emulate = emulate

@@ -29,6 +29,7 @@ class TransformerEngine:
     """The backend."""
 
     name = "transformer_engine"
+    shows_operands = False
 
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[Scheme, nn.Module] = WeakKeyDictionary()

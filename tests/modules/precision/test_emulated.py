@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.precision import fp8, mxfp8, nvfp4
+from modules.precision import e2m1, fp8, mxfp8, nvfp4
 from modules.precision.backends import EMULATED
 from modules.precision.hadamard import hadamard_matrix
 from modules.precision.linear import GroupedLinear, Linear
@@ -213,20 +213,41 @@ def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
 
 def test_an_observer_sees_every_operand_as_it_is_multiplied() -> None:
     module = make(Linear(48, 32), SCHEMES["nvfp4"])
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    module.scheme.arithmetic.observer = lambda chosen, operand, before, after: seen.update({operand: (before, after)})
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    module.scheme.arithmetic.observer = lambda _, operand, *tensors: seen.update({operand: tensors})
     try:
         x, grad = numbers(64, 48, seed=1), numbers(64, 32, seed=2)
         y, dx, dw = computed(module, x, grad)
     finally:
         module.scheme.arithmetic.observer = None
     assert set(seen) == {"fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x"}
-    left = {operand: after for operand, (_, after) in seen.items()}
+    left = {operand: after for operand, (_, after, _) in seen.items()}
     assert_close(y, left["fprop.x"] @ left["fprop.w"].T, ROUNDED_ONCE)
     assert_close(dx, left["dgrad.g"] @ left["dgrad.w"], ROUNDED_ONCE)
     assert_close(dw, left["wgrad.g"].T @ left["wgrad.x"], ROUNDED_ONCE)
     assert torch.equal(seen["fprop.x"][0], x)
     assert_close(seen["wgrad.x"][0], (hadamard_matrix().T @ x.float().view(-1, 16, 48)).flatten(0, 1), 2**-8)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("experts", [None, 3])
+def test_an_observer_is_told_where_clipping_begins(experts: int | None, stochastic: bool) -> None:
+    """7 at the scale of each block: over a seventh of it, everything that is left is a number of E2M1."""
+    chosen = scheme("nvfp4", stochastic_rounding=stochastic)
+    module = make(Linear(40, 24) if experts is None else GroupedLinear(experts, 40, 24), chosen)
+    offsets = () if experts is None else (torch.tensor([5, 5, 40], dtype=torch.int32),)
+    seen: dict[str, tuple[Tensor, ...]] = {}
+    chosen.arithmetic.observer = lambda _, operand, *tensors: seen.update({operand: tensors})
+    x = numbers(40, 40, seed=1) * torch.logspace(-7, 2, 40)[:, None]
+    computed(module, x.bfloat16(), numbers(40, 24, seed=2), *offsets)
+    assert len(seen) == 6
+    for operand, (before, after, bound) in seen.items():
+        left = (after / bound * 7).abs()
+        assert ((left[..., None] - torch.tensor(e2m1.GRID)).abs().amin(-1) <= 1e-5).all(), operand
+        assert bound.shape == before.shape == after.shape
+        assert not after[bound.isinf()].any(), operand
+        assert ((before.float().abs() <= bound) | ((left - 6).abs() < 1e-5)).all(), operand
+    assert seen["fprop.x"][2].isinf().any()
 
 
 def test_a_gradient_for_the_weight_alone_or_the_inputs_alone() -> None:

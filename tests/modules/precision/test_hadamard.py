@@ -3,7 +3,17 @@
 import pytest
 import torch
 
+from modules.ops.native import quantization as native
 from modules.precision.hadamard import hadamard_matrix, rotate
+
+
+@pytest.fixture(params=["native", "portable"], autouse=True)
+def _path(request, monkeypatch):
+    """Every test runs in C and in torch."""
+    if request.param == "portable":
+        monkeypatch.setattr(native, "applies", lambda x: False)
+    elif native.load()[0] is None:
+        pytest.skip(native.load()[1])
 
 
 def test_known_rows():
@@ -31,3 +41,14 @@ def test_a_product_of_rotated_operands_is_the_product():
 def test_bf16_is_rounded_once():
     x = torch.randn(4, 64).bfloat16()
     assert torch.equal(rotate(x), rotate(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 32, 50), -2), ((3, 21, 48), -1), ((64,), -1), ((32, 7), -2)])
+def test_both_ways_have_the_same_bits(shape, axis, dtype, monkeypatch):
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3).to(dtype)
+    x.view(-1)[:20] = 0
+    found = rotate(x, axis)
+    monkeypatch.setattr(native, "applies", lambda x: False)
+    assert torch.equal(found, rotate(x, axis))
+    assert found.shape == x.shape

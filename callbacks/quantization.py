@@ -1,0 +1,209 @@
+"""Is training in few bits healthy: what quantising takes from the operands, and what that does to the weights.
+
+A product in NVFP4 fails silently: an operand underflows, gradients become zero, their channels decay, and the loss
+falls on. The weights are looked at in every run, so that one in bf16 can be compared.
+
+Only every so many steps is anything computed, on the device; it is read once, when the step is logged. Values are of
+the whole step, over its micro-batches and all ranks.
+Shapes: W weights, S operands, E experts.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from callbacks.curves import curve_name, with_summary
+from callbacks.operands import OperandSums
+from callbacks.step import begins_due_step, check_interval
+from callbacks.weights import (
+    channel_squares,
+    count_gradient,
+    decayed_share,
+    gradient_metrics,
+    product_weights,
+    split_gradient,
+)
+from modules.backbone.model import Network
+from modules.base import StageModule
+from modules.precision.recipe import quantized_schemes
+from modules.precision.scheme import Scheme
+
+SHOWN = 8
+"""Weights that a console line names."""
+
+
+class QuantizationHealth(Callback):
+    """Logs `quantization/...`, `gradients/...` and `weights/...`, and warns of weights that have stopped learning.
+
+    MODULE is a linear layer or the experts of a layer (`layer_03.in_proj`, `layer_01.experts.up_proj`), OPERAND a
+    product and one of its tensors (`fprop.x`, see `operands.OPERANDS`). `.../worst` and `.../mean` are over modules.
+
+    - `quantization/underflow/OPERAND/MODULE`: share of the elements that were not zero and are after quantising.
+    - `quantization/saturation/MODULE`, the worst of its operands, and `quantization/saturation/OPERAND/...`: share of
+      those that were clipped: beyond the format's largest number, at their scale, by more than half of its last step.
+    - `quantization/snr_db/OPERAND/MODULE`: 10 log10(sum x^2 / sum (x - x')^2), x' what quantising leaves of x.
+    - `gradients/zero_share/MODULE`: share of the elements of the step's weight gradient that are exactly zero;
+      `gradients/zero_share/all`: of all weights together. Experts without a token have no part in either; how much of
+      all weights is theirs is `gradients/zero_share/without_tokens`.
+    - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere. Such a weight is named
+      on the console, once until its gradient is back.
+    - `weights/decayed_channels/MODULE`: share of the output channels of an up projection, or of the input channels of a
+      down projection, whose norm is at most `weights.DECAYED` of the module's median.
+
+    Operands are shown by the emulated backend only.
+
+    Args:
+        every_n_steps: Optimiser steps between points (>= 1); there is one after the first step and after the last.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        self.every_n_steps = check_interval(every_n_steps, "quantization_health.every_n_steps")
+        self._watch: Watch | None = None
+        self._dead: set[str] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what cannot be looked at."""
+        if trainer.is_global_zero and isinstance(pl_module, StageModule):
+            for line in unseen_lines(quantized_schemes(pl_module.built_network).values()):
+                print(line, flush=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Begin to look if the step that begins is due."""
+        if begins_due_step(self.every_n_steps, trainer, batch_idx) and isinstance(pl_module, StageModule):
+            self._watch = Watch(pl_module.built_network)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the accumulated gradients, and at the weights that they are of."""
+        if self._watch is not None:
+            assert isinstance(pl_module, StageModule)
+            self._watch.look_at_weights(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Log a step that was looked at, and warn."""
+        if self._watch is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        assert isinstance(pl_module, StageModule)
+        metrics, dead, alive = self._watch.end(pl_module)
+        self._watch = None
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
+        new = [name for name in dead if name not in self._dead]
+        self._dead = self._dead.difference(alive).union(dead)
+        if new and trainer.is_global_zero:
+            print(dead_line(trainer.global_step, new), flush=True)
+
+
+class Watch:
+    """Looks at a network during one step, from now on.
+
+    Args:
+        network: the network.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._weights = list(product_weights(network))
+        self._channels = [weight for weight in self._weights if weight.name.endswith(("up_proj", "down_proj"))]
+        self._counts: dict[str, Tensor] = {}
+        self._decayed: Tensor
+        schemes = {
+            curve_name(name): scheme
+            for name, scheme in quantized_schemes(network).items()
+            if scheme.backend.shows_operands
+        }
+        self._operands = OperandSums(schemes, next(network.parameters()).device)
+        self._arithmetics = {scheme.arithmetic for scheme in schemes.values()}
+        for arithmetic in self._arithmetics:
+            arithmetic.observer = self._operands.add
+
+    def look_at_weights(self, module: StageModule) -> None:
+        """Count the zeros of the gradients that there are, and the channels that have decayed; all ranks call this."""
+        for weight in self._weights:
+            if weight.parameter.grad is not None:
+                self._counts[weight.name] = count_gradient(weight.parameter, weight.router is not None)
+        shares = [decayed_share(module.all_reduce(channel_squares(weight))) for weight in self._channels]
+        self._decayed = torch.stack(shares) if shares else torch.empty(0, device=module.device)
+
+    def end(self, module: StageModule) -> tuple[dict[str, float], list[str], list[str]]:
+        """Stop looking.
+
+        All ranks call this.
+
+        Returns:
+            The curves; the modules with a gradient of zeros though there was something to learn; those with another.
+        """
+        for arithmetic in self._arithmetics:
+            arithmetic.observer = None
+        operands, gradients, decayed, losses = _read_once(
+            module.all_reduce(self._operands.sums), self._gradient_sums(module), self._decayed, part_losses(module)
+        )
+        by_name = dict(zip(map(curve_name, self._counts), gradients, strict=True))
+        dead = dead_weights(by_name, *losses)
+        shares = dict(zip((curve_name(weight.name) for weight in self._channels), decayed, strict=True))
+        metrics = self._operands.metrics(operands) | gradient_metrics(by_name)
+        metrics |= with_summary("weights/decayed_channels", shares, max)
+        metrics["gradients/dead_weights"] = float(len(dead))
+        return metrics, dead, [name for name, (zeros, elements, _) in by_name.items() if zeros < elements]
+
+    def _gradient_sums(self, module: StageModule) -> Tensor:
+        """Return int64 [W, 3], of all ranks, for the weights that have been counted: see `split_gradient`."""
+        counts = [*self._counts.values()]
+        reduced = module.all_reduce(torch.cat(counts, 1)).split([count.shape[1] for count in counts], 1)
+        tokens = {
+            weight.name: module.expert_counts[weight.router]
+            for weight in self._weights
+            if weight.router is not None and module.expert_counts is not None
+        }
+        return torch.stack(
+            [split_gradient(count, tokens.get(name)) for name, count in zip(self._counts, reduced, strict=True)]
+        )
+
+
+def part_losses(module: StageModule) -> Tensor:
+    """Return fp32 [2]: what the network's loss was in the last step, and the MTP block's; 0 where it had no target."""
+    loss = module.metrics.get("training/next_token_loss", module.metrics["training/loss"])
+    mtp = [value for name, value in module.metrics.items() if name.startswith("training/mtp_loss_")]
+    factor = getattr(module, "mtp_loss_factor", 0.0)
+    return torch.stack([loss, factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
+
+
+def dead_weights(gradients: Mapping[str, Sequence[float]], loss: float, mtp_loss: float) -> list[str]:
+    """Return the modules whose gradient is zero everywhere though there was something to learn.
+
+    Args:
+        gradients: module -> the numbers of `split_gradient`.
+        loss: see `part_losses`.
+        mtp_loss: see there.
+    """
+    return [
+        name
+        for name, (zeros, elements, _) in gradients.items()
+        if 0 < elements == zeros and (mtp_loss if name.startswith("mtp_") else loss)
+    ]
+
+
+def dead_line(step: int, modules: Sequence[str]) -> str:
+    """Return the console line for modules whose gradient has become zero."""
+    named = ", ".join(modules[:SHOWN]) + (f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else "")
+    return f"warning: step {step}: the gradient is finite but zero everywhere, nothing is learnt there: {named}"
+
+
+def unseen_lines(schemes: Iterable[Scheme]) -> list[str]:
+    """Return a line for each backend that does not show its operands."""
+    counts = Counter(scheme.backend.name for scheme in schemes if not scheme.backend.shows_operands)
+    return [
+        f"quantization_health: {backend} shows no operands: no underflow, saturation and SNR of its {count} modules"
+        for backend, count in counts.items()
+    ]
+
+
+def _read_once(*tensors: Tensor) -> list[Any]:
+    """Return tensors as lists of their shapes, moved to the host together."""
+    parts = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors])
+    return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]
