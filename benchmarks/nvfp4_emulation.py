@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import nvfp4_linears, nvfp4_steps
 from benchmarks.nvfp4_sides import COMPILED, OURS, PLAIN, PORTABLE, SIDES, compilation_seconds, enter, torchao_leaves
-from benchmarks.side import Side, timed
+from benchmarks.side import Side, start_together, timed
 from benchmarks.training_step import models
 from modules.ops.native import quantization
 from modules.precision import nvfp4
@@ -93,7 +93,7 @@ def serve(connection: Connection, side: str, threads: int) -> None:
 
 def compare(names: list[str], precisions: list[str], sizes: list[int], threads: int, rounds: int) -> None:
     """Print the tables of one number of threads."""
-    sides = [Side(name, serve, name, threads) for name in dict.fromkeys([OURS, *names])]
+    sides = start_together(dict.fromkeys([OURS, *names]), serve, threads)
     for precision in precisions:
         for size in sizes:
             print(f"\nquantiser, {size} x {size} {precision}, {threads} thread(s), {rounds} rounds, median ms a call")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.nvfp4_sides import COMPILED, OURS, PLAIN, PORTABLE, TORCHAO, enter, torchao_linear
-from benchmarks.side import Side, timed
+from benchmarks.side import Side, start_together, timed
 from modules.precision.backends import EMULATED
 from modules.precision.linear import Linear
 from modules.precision.scheme import Arithmetic, Products, Scheme
@@ -93,7 +93,7 @@ def serve(connection: Connection, side: str, threads: int) -> None:
 
 def compare(names: list[str], sizes: list[int], threads: int, rounds: int) -> None:
     """Print the tables of one number of threads."""
-    sides = [Side(name, serve, name, threads) for name in dict.fromkeys([OURS, *names])]
+    sides = start_together(dict.fromkeys([OURS, *names]), serve, threads)
     for size in sizes:
         print(
             f"\nlinear layer {size} x {size}, {TOKENS} tokens, bf16, {threads} thread(s), {rounds} rounds, median ms "

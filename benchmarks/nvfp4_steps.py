@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from benchmarks.nvfp4_sides import OURS, PORTABLE, enter
-from benchmarks.side import Side, timed
+from benchmarks.side import start_together, timed
 from benchmarks.training_step import models, our_step
 from modules.precision.recipe import PrecisionConfig, PrecisionRule
 
@@ -52,7 +52,7 @@ def serve(connection: Connection, name: str, model: str, threads: int) -> None:
 def compare(model: str, threads: int, rounds: int) -> None:
     """Print the table of one model and number of threads."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides
-    sides = [Side(name, serve, name, model, threads) for name in RECIPES]
+    sides = start_together(RECIPES, serve, model, threads)
     for _ in range(rounds):
         for side in sides:
             side.turn("step")

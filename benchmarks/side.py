@@ -8,7 +8,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -19,6 +19,14 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
+def start_together(names: Iterable[str], serve: Callable[..., None], *arguments: Any) -> list["Side"]:  # noqa: ANN401
+    """Start the processes of sides at the same time; `serve` takes the name before the arguments."""
+    sides = [Side(name, serve, name, *arguments, wait=False) for name in names]
+    for side in sides:
+        side.wait()
+    return sides
+
+
 class Side:
     """The process of a side.
 
@@ -27,9 +35,13 @@ class Side:
         serve: main function of the process: takes a connection and `arguments`, sends one message when it is ready,
             then answers requests until it gets None.
         arguments: what `serve` takes behind the connection.
+        wait: whether to wait until it is ready; else call `wait` later.
     """
 
-    def __init__(self, name: str, serve: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
+    ready: Any
+    """The process's first message."""
+
+    def __init__(self, name: str, serve: Callable[..., None], *arguments: Any, wait: bool = True) -> None:  # noqa: ANN401
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.times: dict[Any, list[tuple[float, float]]] = defaultdict(list)
@@ -38,8 +50,12 @@ class Side:
         self._process = context.Process(target=serve, args=(other, *arguments), daemon=True)
         self._process.start()
         other.close()
-        self.ready: Any = self._receive()
-        """The process's first message."""
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the process is ready."""
+        self.ready = self._receive()
 
     def ask(self, request: Any) -> Any:  # noqa: ANN401
         """Return the process's answer."""
