@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.curves import curve_name, with_summary
+from callbacks.expert_rows import ExpertRows
 from callbacks.operands import OperandSums
 from callbacks.step import begins_due_step, check_interval
 from callbacks.weights import (
     channel_squares,
     count_gradient,
     decayed_share,
+    expert_states,
     gradient_metrics,
     product_weights,
     split_gradient,
@@ -50,8 +52,8 @@ class QuantizationHealth(Callback):
     - `gradients/zero_share/MODULE`: share of the elements of the step's weight gradient that are exactly zero;
       `gradients/zero_share/all`: of all weights together. Experts without a token have no part in either; how much of
       all weights is theirs is `gradients/zero_share/without_tokens`.
-    - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere. Such a weight is named
-      on the console, once until its gradient is back.
+    - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere, those of single experts
+      too (`layer_01.experts.up_proj[3]`). Such a weight is named on the console, once until its gradient is back.
     - `weights/decayed_channels/MODULE`: share of the output channels of an up projection, or of the input channels of a
       down projection, whose norm is at most `weights.DECAYED` of the module's median.
 
@@ -110,6 +112,7 @@ class Watch:
     def __init__(self, network: Network) -> None:
         self._weights = list(product_weights(network))
         self._channels = [weight for weight in self._weights if weight.name.endswith(("up_proj", "down_proj"))]
+        self._routers = {weight.name: weight.router for weight in self._weights}
         self._counts: dict[str, Tensor] = {}
         self._decayed: Tensor
         schemes = {
@@ -118,6 +121,7 @@ class Watch:
             if scheme.backend.shows_operands
         }
         self._operands = OperandSums(schemes, next(network.parameters()).device)
+        self._expert_rows = ExpertRows(network)
         self._arithmetics = {scheme.arithmetic for scheme in schemes.values()}
         for arithmetic in self._arithmetics:
             arithmetic.observer = self._operands.add
@@ -136,33 +140,38 @@ class Watch:
         All ranks call this.
 
         Returns:
-            The curves; the modules with a gradient of zeros though there was something to learn; those with another.
+            The curves; the weights with a gradient of zeros though there was something to learn; those with another.
         """
         for arithmetic in self._arithmetics:
             arithmetic.observer = None
-        operands, gradients, decayed, losses = _read_once(
-            module.all_reduce(self._operands.sums), self._gradient_sums(module), self._decayed, part_losses(module)
+        counts = self._reduced_counts(module)
+        rows = {name: count for name, count in self._expert_rows.end(module).items() if name in counts}
+        states = [expert_states(counts[name], count) for name, count in rows.items()]
+        operands, gradients, decayed, losses, experts = _read_once(
+            module.all_reduce(self._operands.sums),
+            torch.stack([split_gradient(count, self._tokens(module, name)) for name, count in counts.items()]),
+            self._decayed,
+            part_losses(module),
+            torch.stack(states) if states else torch.empty(0, device=module.device),
         )
-        by_name = dict(zip(map(curve_name, self._counts), gradients, strict=True))
-        dead = dead_weights(by_name, *losses)
+        by_name = dict(zip(map(curve_name, counts), gradients, strict=True))
+        dead, alive = dead_and_alive(by_name, dict(zip(map(curve_name, rows), experts, strict=True)), *losses)
         shares = dict(zip((curve_name(weight.name) for weight in self._channels), decayed, strict=True))
         metrics = self._operands.metrics(operands) | gradient_metrics(by_name)
         metrics |= with_summary("weights/decayed_channels", shares, max)
         metrics["gradients/dead_weights"] = float(len(dead))
-        return metrics, dead, [name for name, (zeros, elements, _) in by_name.items() if zeros < elements]
+        return metrics, dead, alive
 
-    def _gradient_sums(self, module: StageModule) -> Tensor:
-        """Return int64 [W, 3], of all ranks, for the weights that have been counted: see `split_gradient`."""
-        counts = [*self._counts.values()]
-        reduced = module.all_reduce(torch.cat(counts, 1)).split([count.shape[1] for count in counts], 1)
-        tokens = {
-            weight.name: module.expert_counts[weight.router]
-            for weight in self._weights
-            if weight.router is not None and module.expert_counts is not None
-        }
-        return torch.stack(
-            [split_gradient(count, tokens.get(name)) for name, count in zip(self._counts, reduced, strict=True)]
-        )
+    def _reduced_counts(self, module: StageModule) -> dict[str, Tensor]:
+        """Return what `count_gradient` found, of all ranks, by the name of each weight that has a gradient."""
+        lengths = [count.shape[1] for count in self._counts.values()]
+        reduced = module.all_reduce(torch.cat([*self._counts.values()], 1)).split(lengths, 1)
+        return dict(zip(self._counts, reduced, strict=True))
+
+    def _tokens(self, module: StageModule, name: str) -> Tensor | None:
+        """Return int64 [E], the tokens that each expert of a stack got; None: it is no stack."""
+        router = self._routers[name]
+        return None if router is None or module.expert_counts is None else module.expert_counts[router]
 
 
 def part_losses(module: StageModule) -> Tensor:
@@ -173,24 +182,33 @@ def part_losses(module: StageModule) -> Tensor:
     return torch.stack([loss, factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
 
 
-def dead_weights(gradients: Mapping[str, Sequence[float]], loss: float, mtp_loss: float) -> list[str]:
-    """Return the modules whose gradient is zero everywhere though there was something to learn.
+def dead_and_alive(
+    gradients: Mapping[str, Sequence[float]], experts: Mapping[str, Sequence[float]], loss: float, mtp_loss: float
+) -> tuple[list[str], list[str]]:
+    """Return the weights whose gradient is zero everywhere though there was something to learn; those with another.
+
+    Those of a stack of experts together; where some have a gradient, each by itself too.
 
     Args:
         gradients: module -> the numbers of `split_gradient`.
+        experts: module -> the numbers of `expert_states`.
         loss: see `part_losses`.
         mtp_loss: see there.
     """
-    return [
-        name
-        for name, (zeros, elements, _) in gradients.items()
-        if 0 < elements == zeros and (mtp_loss if name.startswith("mtp_") else loss)
-    ]
+    dead, alive = [], []
+    for name, (zeros, elements, _) in gradients.items():
+        if zeros < elements:
+            states = {f"{name}[{expert}]": state for expert, state in enumerate(experts.get(name, ()))}
+            alive += [name, *(expert for expert, state in states.items() if state > 0)]
+            dead += [expert for expert, state in states.items() if state < 0]
+        elif elements and (mtp_loss if name.startswith("mtp_") else loss):
+            dead.append(name)
+    return dead, alive
 
 
-def dead_line(step: int, modules: Sequence[str]) -> str:
-    """Return the console line for modules whose gradient has become zero."""
-    named = ", ".join(modules[:SHOWN]) + (f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else "")
+def dead_line(step: int, weights: Sequence[str]) -> str:
+    """Return the console line for weights whose gradient has become zero."""
+    named = ", ".join(weights[:SHOWN]) + (f" and {len(weights) - SHOWN} more" if len(weights) > SHOWN else "")
     return f"warning: step {step}: the gradient is finite but zero everywhere, nothing is learnt there: {named}"
 
 

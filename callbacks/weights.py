@@ -71,6 +71,16 @@ def split_gradient(counts: Tensor, tokens: Tensor | None) -> Tensor:
     return torch.stack([((elements - nonzero) * busy).sum(), (elements * busy).sum(), (elements * (1 - busy)).sum()])
 
 
+def expert_states(counts: Tensor, rows: Tensor) -> Tensor:
+    """Return int64 [E]: 1 of experts that have a gradient, -1 of those that have none and should, 0 of the others.
+
+    Args:
+        counts: int64 [2, E], see `count_gradient`, of all ranks.
+        rows: int64 [E], rows that a gradient reached, see `ExpertRows`.
+    """
+    return torch.where(counts[0] > 0, 1, -(rows > 0).long())
+
+
 def gradient_metrics(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the curves of module -> the three numbers of `split_gradient`."""
     shares = {name: zeros / elements for name, (zeros, elements, _) in sums.items() if elements}

@@ -18,7 +18,7 @@ from callbacks.operands import OPERANDS
 from callbacks.quantization import QuantizationHealth, Watch, dead_line, unseen_lines
 from callbacks.weights import DECAYED
 from modules.backbone.initialization import initialize, local_rows
-from modules.batch import PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.recipe import PrecisionConfig, quantized_schemes
@@ -244,6 +244,38 @@ def test_zeros_that_must_be_are_no_warning(batch: PackedBatch, changes: dict, ca
     points = run(make_module(precision=RANDOM, **changes), ListData([batch]), QuantizationHealth(1))
     assert warnings_of(capsys.readouterr().out) == []
     assert points[1]["gradients/dead_weights"] == 0
+
+
+class Silenced(Callback):
+    """Takes all that the up projection of one expert learns, as a kernel that leaves it out would."""
+
+    def __init__(self, expert: int, steps: set[int]) -> None:
+        self.expert, self.steps = expert, steps
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.global_step + 1 in self.steps:
+            pl_module.built_network.backbone.layers[5].mixer.experts.up_proj.weight.grad[self.expert] = 0.0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_single_expert_that_learns_nothing_is_named_once_until_its_gradient_is_back(checkpointing, capsys) -> None:
+    module = make_module(precision=RANDOM, activation_checkpointing=checkpointing)
+    batches = [packed_batch(document_ids([9, 7], [3, 13]), 64, 2, seed) for seed in range(6)]
+    points = run(module, ListData(batches), Silenced(2, {2, 3, 5}), QuantizationHealth(1))
+    assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_05.experts.up_proj[2]"]) for step in (2, 5)]
+    assert [points[step]["gradients/dead_weights"] for step in range(1, 7)] == [0, 1, 1, 0, 1, 0]
+
+
+def test_an_expert_whose_tokens_are_asked_nothing_is_no_warning(capsys) -> None:
+    """One target among 16 positions: in the last layer most experts have tokens, and rightly no gradient."""
+    batch = packed_batch(document_ids([16]), 64, 2, masked=0.95)
+    assert batch.labels.ne(IGNORED_LABEL).sum() == 1
+    module = make_module(precision=RANDOM, mtp_loss_factor=0.0, auxiliary_loss_coefficient=0.0)
+    points = run(module, ListData([batch]), QuantizationHealth(1))
+    busy = (module.expert_counts[1] > 0).sum()
+    assert points[1]["gradients/zero_share/layer_05.experts.up_proj"] >= (busy - 2) / busy > 0.5
+    assert points[1]["gradients/dead_weights"] == 0
+    assert warnings_of(capsys.readouterr().out) == []
 
 
 def test_a_frozen_weight_has_no_gradient_and_no_curve(capsys) -> None:
