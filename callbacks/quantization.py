@@ -3,13 +3,13 @@
 A product in NVFP4 fails silently: an operand underflows, gradients become zero, their channels decay, and the loss
 falls on. The weights are looked at in every run, so that one in bf16 can be compared.
 
-Only every so many steps is anything computed, on the device; it is read once, when the step is logged. Values are of
-the whole step, over its micro-batches and all ranks.
+Whether a gradient is all zero is asked in every step; all else is computed every so many steps only, on the device, and
+read once, when the step is logged. Values are of the whole step, over its micro-batches and all ranks.
 Shapes: W weights, S operands, E experts.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.curves import curve_name, with_summary
+from callbacks.dead_weights import PassingSteps, dead_and_alive, dead_line, part_losses
 from callbacks.expert_rows import ExpertRows
 from callbacks.operands import OperandSums
 from callbacks.step import begins_due_step, check_interval
@@ -35,9 +36,6 @@ from modules.base import StageModule
 from modules.precision.recipe import quantized_schemes
 from modules.precision.scheme import Scheme
 
-SHOWN = 8
-"""Weights that a console line names."""
-
 
 class QuantizationHealth(Callback):
     """Logs `quantization/...`, `gradients/...` and `weights/...`, and warns of weights that have stopped learning.
@@ -53,7 +51,8 @@ class QuantizationHealth(Callback):
       `gradients/zero_share/all`: of all weights together. Experts without a token have no part in either; how much of
       all weights is theirs is `gradients/zero_share/without_tokens`.
     - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere, those of single experts
-      too (`layer_01.experts.up_proj[3]`). Such a weight is named on the console, once until its gradient is back.
+      too (`layer_01.experts.up_proj[3]`). Such a weight is named on the console, once until its gradient is back. Steps
+      between points are named with the next point; single experts are looked at in points only.
     - `weights/decayed_channels/MODULE`: share of the output channels of an up projection, or of the input channels of a
       down projection, whose norm is at most `weights.DECAYED` of the module's median.
 
@@ -66,13 +65,15 @@ class QuantizationHealth(Callback):
     def __init__(self, every_n_steps: int = 20) -> None:
         self.every_n_steps = check_interval(every_n_steps, "quantization_health.every_n_steps")
         self._watch: Watch | None = None
+        self._passing: PassingSteps | None = None
         self._dead: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what cannot be looked at."""
-        if trainer.is_global_zero and isinstance(pl_module, StageModule):
+        if isinstance(pl_module, StageModule):
+            self._passing = PassingSteps(pl_module.built_network)
             for line in unseen_lines(quantized_schemes(pl_module.built_network).values()):
-                print(line, flush=True)
+                _print(line, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Begin to look if the step that begins is due."""
@@ -84,22 +85,33 @@ class QuantizationHealth(Callback):
         if self._watch is not None:
             assert isinstance(pl_module, StageModule)
             self._watch.look_at_weights(pl_module)
+        elif self._passing is not None:
+            self._passing.look_at_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Log a step that was looked at, and warn."""
-        if self._watch is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        """Log a step that was looked at, and warn of it and of those since the last."""
+        if self._passing is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         assert isinstance(pl_module, StageModule)
+        if self._watch is None:
+            self._passing.end_step(trainer.global_step, pl_module)
+            return
+        for step, dead, alive in self._passing.read(pl_module):
+            self._warn(step, dead, alive, trainer)
         metrics, dead, alive = self._watch.end(pl_module)
         self._watch = None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
+        self._warn(trainer.global_step, dead, alive, trainer)
+
+    def _warn(self, step: int, dead: list[str], alive: list[str], trainer: Trainer) -> None:
+        """Name the weights of a step that are newly dead."""
         new = [name for name in dead if name not in self._dead]
         self._dead = self._dead.difference(alive).union(dead)
-        if new and trainer.is_global_zero:
-            print(dead_line(trainer.global_step, new), flush=True)
+        if new:
+            _print(dead_line(step, new), trainer)
 
 
 class Watch:
@@ -174,42 +186,9 @@ class Watch:
         return None if router is None or module.expert_counts is None else module.expert_counts[router]
 
 
-def part_losses(module: StageModule) -> Tensor:
-    """Return fp32 [2]: what the network's loss was in the last step, and the MTP block's; 0 where it had no target."""
-    loss = module.metrics.get("training/next_token_loss", module.metrics["training/loss"])
-    mtp = [value for name, value in module.metrics.items() if name.startswith("training/mtp_loss_")]
-    factor = getattr(module, "mtp_loss_factor", 0.0)
-    return torch.stack([loss, factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
-
-
-def dead_and_alive(
-    gradients: Mapping[str, Sequence[float]], experts: Mapping[str, Sequence[float]], loss: float, mtp_loss: float
-) -> tuple[list[str], list[str]]:
-    """Return the weights whose gradient is zero everywhere though there was something to learn; those with another.
-
-    Those of a stack of experts together; where some have a gradient, each by itself too.
-
-    Args:
-        gradients: module -> the numbers of `split_gradient`.
-        experts: module -> the numbers of `expert_states`.
-        loss: see `part_losses`.
-        mtp_loss: see there.
-    """
-    dead, alive = [], []
-    for name, (zeros, elements, _) in gradients.items():
-        if zeros < elements:
-            states = {f"{name}[{expert}]": state for expert, state in enumerate(experts.get(name, ()))}
-            alive += [name, *(expert for expert, state in states.items() if state > 0)]
-            dead += [expert for expert, state in states.items() if state < 0]
-        elif elements and (mtp_loss if name.startswith("mtp_") else loss):
-            dead.append(name)
-    return dead, alive
-
-
-def dead_line(step: int, weights: Sequence[str]) -> str:
-    """Return the console line for weights whose gradient has become zero."""
-    named = ", ".join(weights[:SHOWN]) + (f" and {len(weights) - SHOWN} more" if len(weights) > SHOWN else "")
-    return f"warning: step {step}: the gradient is finite but zero everywhere, nothing is learnt there: {named}"
+def _print(line: str, trainer: Trainer) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)
 
 
 def unseen_lines(schemes: Iterable[Scheme]) -> list[str]:

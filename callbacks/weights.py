@@ -50,7 +50,7 @@ def count_gradient(parameter: nn.Parameter, stack: bool) -> Tensor:
     What is not finite is not zero.
     """
     assert parameter.grad is not None
-    gradient, rows = _local(parameter.grad), local_rows(parameter)
+    gradient, rows = local_part(parameter.grad), local_rows(parameter)
     counts = torch.zeros(2, parameter.shape[0] if stack else 1, dtype=torch.int64, device=gradient.device)
     place = slice(rows[0], rows[-1] + 1) if stack and rows else slice(0, 1)
     if rows:
@@ -102,7 +102,7 @@ def channel_squares(weight: Weight) -> Tensor:
     Returns:
         [O] of an up projection, [I] of a down projection; [E, O] and [E, I] of experts. Ranks add up to the whole.
     """
-    local, rows = _local(weight.parameter.detach()), local_rows(weight.parameter)
+    local, rows = local_part(weight.parameter.detach()), local_rows(weight.parameter)
     up = weight.name.endswith("up_proj")
     squares = local.square().sum(-1 if up else -2)
     if weight.router is None and not up:
@@ -118,5 +118,6 @@ def decayed_share(squares: Tensor) -> Tensor:
     return (squares <= DECAYED**2 * squares.median()).float().mean()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
     return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from callbacks.curves import curve_name
+from callbacks.dead_weights import PassingSteps, dead_line
 from callbacks.operands import OPERANDS
-from callbacks.quantization import QuantizationHealth, Watch, dead_line, unseen_lines
+from callbacks.quantization import QuantizationHealth, Watch, unseen_lines
 from callbacks.weights import DECAYED
 from modules.backbone.initialization import initialize, local_rows
 from modules.batch import IGNORED_LABEL, PackedBatch
@@ -246,6 +247,14 @@ def test_zeros_that_must_be_are_no_warning(batch: PackedBatch, changes: dict, ca
     assert points[1]["gradients/dead_weights"] == 0
 
 
+def test_steps_between_points_are_not_forgotten(capsys) -> None:
+    """Points at 1, 6 and 9: steps 3 and 4 fail, 5 has no target, 8 fails again."""
+    batches = [packed_batch(document_ids([9, 7]), 64, 2, seed, masked=float(seed == 4)) for seed in range(9)]
+    points = run(make_module(precision=BF16), ListData(batches), Fading({3, 4, 5, 8}), QuantizationHealth(6))
+    assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_03.up_proj"]) for step in (3, 8)]
+    assert [step for step, values in points.items() if "gradients/dead_weights" in values] == [1, 6, 9]
+
+
 class Silenced(Callback):
     """Takes all that the up projection of one expert learns, as a kernel that leaves it out would."""
 
@@ -346,7 +355,11 @@ def watch_step(seeds: list[int], shard) -> list:
     module.expert_counts = module.all_reduce(counts)
     module.metrics = {"training/loss": module.all_reduce(loss.nats.sum())}
     watch.look_at_weights(module)
-    return [*watch.end(module)]
+    passing = PassingSteps(network)
+    passing.look_at_gradients()
+    passing.end_step(1, module)
+    ((_, no_gradient, gradient),) = passing.read(module)
+    return [*watch.end(module), no_gradient, gradient]
 
 
 def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
@@ -359,12 +372,12 @@ def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
         )
         for rank in range(2)
     ]
-    metrics, dead, alive = watch_step([0, 1], lambda network: None)
+    metrics, *names = watch_step([0, 1], lambda network: None)
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert metrics["weights/decayed_channels/layer_03.up_proj"] == pytest.approx(7 / 48)
     for rank in range(2):
-        others, *names = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert names == [dead, alive]
+        others, *other_names = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert other_names == names
         assert others.keys() == metrics.keys()
         for name, value in metrics.items():
             few = 3e-3 if name.startswith("gradients/") else 1e-6  # FSDP2 sums those of the MTP depths in bf16
