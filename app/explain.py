@@ -57,7 +57,7 @@ def explain(message: str, key: str = "") -> Refusal:
 
 def _explain_union(text: str, key: str) -> Refusal:
     """Return the error of the member that got farthest; the kinds asked for if none got anywhere."""
-    body = text.partition("Errors:\n")[2].partition("Given value type:")[0] or text
+    body = text.partition("Errors:\n")[2].rpartition("Given value type:")[0] or text  # unions inside have their own
     items = [item.strip() for item in re.split(r"(?m)^- ", textwrap.dedent(body)) if item.strip()]
     items = [item for item in items if not re.fullmatch(r"Expected a <class 'NoneType'>\.?", item)]
     starts = ("Parser key", "Problem with", "Import path", "Expected a dot import", "Does not validate")

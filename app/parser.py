@@ -40,6 +40,8 @@ class RunParser(LightningArgumentParser):
             self._files = {name: read_yaml(Path(name)) for name in config_files(args)}
             for name, tree in self._files.items():
                 check_keys(tree, self.keys, name, "", self.owned)
+        else:  # for one key of a part, with the value that jsonargparse has read and written out again as Python does
+            args = [re.sub("=None$", "=null", argument) for argument in args]
         return super().parse_args(args, **kwargs)
 
     @property

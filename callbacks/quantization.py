@@ -3,13 +3,13 @@
 A product in NVFP4 fails silently: an operand underflows, gradients become zero, their channels decay, and the loss
 falls on. The weights are looked at in every run, so that one in bf16 can be compared.
 
-Only every so many steps is anything computed, on the device; it is read once, when the step is logged. Values are of
-the whole step, over its micro-batches and all ranks.
+Whether a gradient is all zero is asked in every step; all else is computed every so many steps only, on the device, and
+read once, when the step is logged. Values are of the whole step, over its micro-batches and all ranks.
 Shapes: W weights, S operands, E experts.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from callbacks.curves import curve_name, with_summary
+from callbacks.dead_weights import PassingSteps, dead_and_alive, dead_line, part_losses
+from callbacks.expert_rows import ExpertRows
 from callbacks.operands import OperandSums
 from callbacks.step import begins_due_step, check_interval
 from callbacks.weights import (
     channel_squares,
     count_gradient,
     decayed_share,
+    expert_states,
     gradient_metrics,
     product_weights,
     split_gradient,
@@ -32,9 +35,6 @@ from modules.backbone.model import Network
 from modules.base import StageModule
 from modules.precision.recipe import quantized_schemes
 from modules.precision.scheme import Scheme
-
-SHOWN = 8
-"""Weights that a console line names."""
 
 
 class QuantizationHealth(Callback):
@@ -50,8 +50,9 @@ class QuantizationHealth(Callback):
     - `gradients/zero_share/MODULE`: share of the elements of the step's weight gradient that are exactly zero;
       `gradients/zero_share/all`: of all weights together. Experts without a token have no part in either; how much of
       all weights is theirs is `gradients/zero_share/without_tokens`.
-    - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere. Such a weight is named
-      on the console, once until its gradient is back.
+    - `gradients/dead_weights`: number of weights whose gradient was finite but zero everywhere, those of single experts
+      too (`layer_01.experts.up_proj[3]`). Such a weight is named on the console, once until its gradient is back. Steps
+      between points are named with the next point; single experts are looked at in points only.
     - `weights/decayed_channels/MODULE`: share of the output channels of an up projection, or of the input channels of a
       down projection, whose norm is at most `weights.DECAYED` of the module's median.
 
@@ -64,13 +65,15 @@ class QuantizationHealth(Callback):
     def __init__(self, every_n_steps: int = 20) -> None:
         self.every_n_steps = check_interval(every_n_steps, "quantization_health.every_n_steps")
         self._watch: Watch | None = None
+        self._passing: PassingSteps | None = None
         self._dead: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what cannot be looked at."""
-        if trainer.is_global_zero and isinstance(pl_module, StageModule):
+        if isinstance(pl_module, StageModule):
+            self._passing = PassingSteps(pl_module.built_network)
             for line in unseen_lines(quantized_schemes(pl_module.built_network).values()):
-                print(line, flush=True)
+                _print(line, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Begin to look if the step that begins is due."""
@@ -82,22 +85,33 @@ class QuantizationHealth(Callback):
         if self._watch is not None:
             assert isinstance(pl_module, StageModule)
             self._watch.look_at_weights(pl_module)
+        elif self._passing is not None:
+            self._passing.look_at_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Log a step that was looked at, and warn."""
-        if self._watch is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        """Log a step that was looked at, and warn of it and of those since the last."""
+        if self._passing is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         assert isinstance(pl_module, StageModule)
+        if self._watch is None:
+            self._passing.end_step(trainer.global_step, pl_module)
+            return
+        for step, dead, alive in self._passing.read(pl_module):
+            self._warn(step, dead, alive, trainer)
         metrics, dead, alive = self._watch.end(pl_module)
         self._watch = None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
+        self._warn(trainer.global_step, dead, alive, trainer)
+
+    def _warn(self, step: int, dead: list[str], alive: list[str], trainer: Trainer) -> None:
+        """Name the weights of a step that are newly dead."""
         new = [name for name in dead if name not in self._dead]
         self._dead = self._dead.difference(alive).union(dead)
-        if new and trainer.is_global_zero:
-            print(dead_line(trainer.global_step, new), flush=True)
+        if new:
+            _print(dead_line(step, new), trainer)
 
 
 class Watch:
@@ -110,6 +124,7 @@ class Watch:
     def __init__(self, network: Network) -> None:
         self._weights = list(product_weights(network))
         self._channels = [weight for weight in self._weights if weight.name.endswith(("up_proj", "down_proj"))]
+        self._routers = {weight.name: weight.router for weight in self._weights}
         self._counts: dict[str, Tensor] = {}
         self._decayed: Tensor
         schemes = {
@@ -118,6 +133,7 @@ class Watch:
             if scheme.backend.shows_operands
         }
         self._operands = OperandSums(schemes, next(network.parameters()).device)
+        self._expert_rows = ExpertRows(network)
         self._arithmetics = {scheme.arithmetic for scheme in schemes.values()}
         for arithmetic in self._arithmetics:
             arithmetic.observer = self._operands.add
@@ -136,62 +152,43 @@ class Watch:
         All ranks call this.
 
         Returns:
-            The curves; the modules with a gradient of zeros though there was something to learn; those with another.
+            The curves; the weights with a gradient of zeros though there was something to learn; those with another.
         """
         for arithmetic in self._arithmetics:
             arithmetic.observer = None
-        operands, gradients, decayed, losses = _read_once(
-            module.all_reduce(self._operands.sums), self._gradient_sums(module), self._decayed, part_losses(module)
+        counts = self._reduced_counts(module)
+        rows = {name: count for name, count in self._expert_rows.end(module).items() if name in counts}
+        states = [expert_states(counts[name], count) for name, count in rows.items()]
+        operands, gradients, decayed, losses, experts = _read_once(
+            module.all_reduce(self._operands.sums),
+            torch.stack([split_gradient(count, self._tokens(module, name)) for name, count in counts.items()]),
+            self._decayed,
+            part_losses(module),
+            torch.stack(states) if states else torch.empty(0, device=module.device),
         )
-        by_name = dict(zip(map(curve_name, self._counts), gradients, strict=True))
-        dead = dead_weights(by_name, *losses)
+        by_name = dict(zip(map(curve_name, counts), gradients, strict=True))
+        dead, alive = dead_and_alive(by_name, dict(zip(map(curve_name, rows), experts, strict=True)), *losses)
         shares = dict(zip((curve_name(weight.name) for weight in self._channels), decayed, strict=True))
         metrics = self._operands.metrics(operands) | gradient_metrics(by_name)
         metrics |= with_summary("weights/decayed_channels", shares, max)
         metrics["gradients/dead_weights"] = float(len(dead))
-        return metrics, dead, [name for name, (zeros, elements, _) in by_name.items() if zeros < elements]
+        return metrics, dead, alive
 
-    def _gradient_sums(self, module: StageModule) -> Tensor:
-        """Return int64 [W, 3], of all ranks, for the weights that have been counted: see `split_gradient`."""
-        counts = [*self._counts.values()]
-        reduced = module.all_reduce(torch.cat(counts, 1)).split([count.shape[1] for count in counts], 1)
-        tokens = {
-            weight.name: module.expert_counts[weight.router]
-            for weight in self._weights
-            if weight.router is not None and module.expert_counts is not None
-        }
-        return torch.stack(
-            [split_gradient(count, tokens.get(name)) for name, count in zip(self._counts, reduced, strict=True)]
-        )
+    def _reduced_counts(self, module: StageModule) -> dict[str, Tensor]:
+        """Return what `count_gradient` found, of all ranks, by the name of each weight that has a gradient."""
+        lengths = [count.shape[1] for count in self._counts.values()]
+        reduced = module.all_reduce(torch.cat([*self._counts.values()], 1)).split(lengths, 1)
+        return dict(zip(self._counts, reduced, strict=True))
+
+    def _tokens(self, module: StageModule, name: str) -> Tensor | None:
+        """Return int64 [E], the tokens that each expert of a stack got; None: it is no stack."""
+        router = self._routers[name]
+        return None if router is None or module.expert_counts is None else module.expert_counts[router]
 
 
-def part_losses(module: StageModule) -> Tensor:
-    """Return fp32 [2]: what the network's loss was in the last step, and the MTP block's; 0 where it had no target."""
-    loss = module.metrics.get("training/next_token_loss", module.metrics["training/loss"])
-    mtp = [value for name, value in module.metrics.items() if name.startswith("training/mtp_loss_")]
-    factor = getattr(module, "mtp_loss_factor", 0.0)
-    return torch.stack([loss, factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
-
-
-def dead_weights(gradients: Mapping[str, Sequence[float]], loss: float, mtp_loss: float) -> list[str]:
-    """Return the modules whose gradient is zero everywhere though there was something to learn.
-
-    Args:
-        gradients: module -> the numbers of `split_gradient`.
-        loss: see `part_losses`.
-        mtp_loss: see there.
-    """
-    return [
-        name
-        for name, (zeros, elements, _) in gradients.items()
-        if 0 < elements == zeros and (mtp_loss if name.startswith("mtp_") else loss)
-    ]
-
-
-def dead_line(step: int, modules: Sequence[str]) -> str:
-    """Return the console line for modules whose gradient has become zero."""
-    named = ", ".join(modules[:SHOWN]) + (f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else "")
-    return f"warning: step {step}: the gradient is finite but zero everywhere, nothing is learnt there: {named}"
+def _print(line: str, trainer: Trainer) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)
 
 
 def unseen_lines(schemes: Iterable[Scheme]) -> list[str]:

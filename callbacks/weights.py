@@ -50,7 +50,7 @@ def count_gradient(parameter: nn.Parameter, stack: bool) -> Tensor:
     What is not finite is not zero.
     """
     assert parameter.grad is not None
-    gradient, rows = _local(parameter.grad), local_rows(parameter)
+    gradient, rows = local_part(parameter.grad), local_rows(parameter)
     counts = torch.zeros(2, parameter.shape[0] if stack else 1, dtype=torch.int64, device=gradient.device)
     place = slice(rows[0], rows[-1] + 1) if stack and rows else slice(0, 1)
     if rows:
@@ -69,6 +69,16 @@ def split_gradient(counts: Tensor, tokens: Tensor | None) -> Tensor:
     nonzero, elements = counts
     busy = torch.ones_like(elements) if tokens is None else (tokens > 0).long()
     return torch.stack([((elements - nonzero) * busy).sum(), (elements * busy).sum(), (elements * (1 - busy)).sum()])
+
+
+def expert_states(counts: Tensor, rows: Tensor) -> Tensor:
+    """Return int64 [E]: 1 of experts that have a gradient, -1 of those that have none and should, 0 of the others.
+
+    Args:
+        counts: int64 [2, E], see `count_gradient`, of all ranks.
+        rows: int64 [E], rows that a gradient reached, see `ExpertRows`.
+    """
+    return torch.where(counts[0] > 0, 1, -(rows > 0).long())
 
 
 def gradient_metrics(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -92,7 +102,7 @@ def channel_squares(weight: Weight) -> Tensor:
     Returns:
         [O] of an up projection, [I] of a down projection; [E, O] and [E, I] of experts. Ranks add up to the whole.
     """
-    local, rows = _local(weight.parameter.detach()), local_rows(weight.parameter)
+    local, rows = local_part(weight.parameter.detach()), local_rows(weight.parameter)
     up = weight.name.endswith("up_proj")
     squares = local.square().sum(-1 if up else -2)
     if weight.router is None and not up:
@@ -108,5 +118,6 @@ def decayed_share(squares: Tensor) -> Tensor:
     return (squares <= DECAYED**2 * squares.median()).float().mean()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
     return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor

@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def tensor_amax(x: Tensor, stacked: bool = False) -> Tensor:
-    """Return the largest magnitude as fp32: a scalar, or [E] for each leading index. NaN where there is a NaN."""
+    """Return the largest magnitude as fp32: a scalar, or [E] for each leading index.
+
+    NaN where there is a NaN, 0 where there is nothing.
+    """
+    if not x.numel():
+        return torch.zeros(x.shape[:1] if stacked else (), device=x.device)
     if stacked:
         return x.detach().flatten(1).abs().amax(1).float()  # `aminmax` along an axis takes four times as long on a CPU
     low, high = torch.aminmax(x.detach())

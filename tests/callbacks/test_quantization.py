@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from callbacks.curves import curve_name
+from callbacks.dead_weights import PassingSteps, dead_line
 from callbacks.operands import OPERANDS
-from callbacks.quantization import QuantizationHealth, Watch, dead_line, unseen_lines
+from callbacks.quantization import QuantizationHealth, Watch, unseen_lines
 from callbacks.weights import DECAYED
 from modules.backbone.initialization import initialize, local_rows
-from modules.batch import PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.recipe import PrecisionConfig, quantized_schemes
@@ -246,6 +247,46 @@ def test_zeros_that_must_be_are_no_warning(batch: PackedBatch, changes: dict, ca
     assert points[1]["gradients/dead_weights"] == 0
 
 
+def test_steps_between_points_are_not_forgotten(capsys) -> None:
+    """Points at 1, 6 and 9: steps 3 and 4 fail, 5 has no target, 8 fails again."""
+    batches = [packed_batch(document_ids([9, 7]), 64, 2, seed, masked=float(seed == 4)) for seed in range(9)]
+    points = run(make_module(precision=BF16), ListData(batches), Fading({3, 4, 5, 8}), QuantizationHealth(6))
+    assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_03.up_proj"]) for step in (3, 8)]
+    assert [step for step, values in points.items() if "gradients/dead_weights" in values] == [1, 6, 9]
+
+
+class Silenced(Callback):
+    """Takes all that the up projection of one expert learns, as a kernel that leaves it out would."""
+
+    def __init__(self, expert: int, steps: set[int]) -> None:
+        self.expert, self.steps = expert, steps
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.global_step + 1 in self.steps:
+            pl_module.built_network.backbone.layers[5].mixer.experts.up_proj.weight.grad[self.expert] = 0.0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_single_expert_that_learns_nothing_is_named_once_until_its_gradient_is_back(checkpointing, capsys) -> None:
+    module = make_module(precision=RANDOM, activation_checkpointing=checkpointing)
+    batches = [packed_batch(document_ids([9, 7], [3, 13]), 64, 2, seed) for seed in range(6)]
+    points = run(module, ListData(batches), Silenced(2, {2, 3, 5}), QuantizationHealth(1))
+    assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_05.experts.up_proj[2]"]) for step in (2, 5)]
+    assert [points[step]["gradients/dead_weights"] for step in range(1, 7)] == [0, 1, 1, 0, 1, 0]
+
+
+def test_an_expert_whose_tokens_are_asked_nothing_is_no_warning(capsys) -> None:
+    """One target among 16 positions: in the last layer most experts have tokens, and rightly no gradient."""
+    batch = packed_batch(document_ids([16]), 64, 2, masked=0.95)
+    assert batch.labels.ne(IGNORED_LABEL).sum() == 1
+    module = make_module(precision=RANDOM, mtp_loss_factor=0.0, auxiliary_loss_coefficient=0.0)
+    points = run(module, ListData([batch]), QuantizationHealth(1))
+    busy = (module.expert_counts[1] > 0).sum()
+    assert points[1]["gradients/zero_share/layer_05.experts.up_proj"] >= (busy - 2) / busy > 0.5
+    assert points[1]["gradients/dead_weights"] == 0
+    assert warnings_of(capsys.readouterr().out) == []
+
+
 def test_a_frozen_weight_has_no_gradient_and_no_curve(capsys) -> None:
     module = make_module(precision=BF16)
     build(module).backbone.layers[2].mixer.o_proj.weight.requires_grad_(False)
@@ -314,7 +355,11 @@ def watch_step(seeds: list[int], shard) -> list:
     module.expert_counts = module.all_reduce(counts)
     module.metrics = {"training/loss": module.all_reduce(loss.nats.sum())}
     watch.look_at_weights(module)
-    return [*watch.end(module)]
+    passing = PassingSteps(network)
+    passing.look_at_gradients()
+    passing.end_step(1, module)
+    ((_, no_gradient, gradient),) = passing.read(module)
+    return [*watch.end(module), no_gradient, gradient]
 
 
 def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
@@ -327,12 +372,12 @@ def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
         )
         for rank in range(2)
     ]
-    metrics, dead, alive = watch_step([0, 1], lambda network: None)
+    metrics, *names = watch_step([0, 1], lambda network: None)
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert metrics["weights/decayed_channels/layer_03.up_proj"] == pytest.approx(7 / 48)
     for rank in range(2):
-        others, *names = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert names == [dead, alive]
+        others, *other_names = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert other_names == names
         assert others.keys() == metrics.keys()
         for name, value in metrics.items():
             few = 3e-3 if name.startswith("gradients/") else 1e-6  # FSDP2 sums those of the MTP depths in bf16

@@ -11,6 +11,7 @@ from callbacks.weights import (
     channel_squares,
     count_gradient,
     decayed_share,
+    expert_states,
     gradient_metrics,
     product_weights,
     split_gradient,
@@ -41,6 +42,11 @@ def test_what_is_not_finite_is_no_zero() -> None:
     parameter = with_gradient(2, 3)
     parameter.grad[0] = torch.tensor([torch.nan, torch.inf, 0.0])
     assert count_gradient(parameter, stack=False)[0].item() == 5
+
+
+def test_an_expert_with_rows_that_a_gradient_reached_should_have_one() -> None:
+    stack = count_gradient(with_gradient(4, 2, 3, zeros=[0, 1, (2, 0)]), stack=True)
+    assert expert_states(stack, torch.tensor([5, 0, 7, 0])).tolist() == [-1, 0, 1, 1]
 
 
 def test_shares_of_all_weights_leave_out_experts_without_a_token() -> None:

@@ -134,6 +134,15 @@ def test_no_rows_at_all() -> None:
     assert not dw.any()
 
 
+@pytest.mark.parametrize("chosen", ["nvfp4", "mxfp8", "fp8"])
+def test_no_rows_of_a_linear(chosen: str) -> None:
+    module = make(Linear(32, 16), SCHEMES[chosen])
+    y, dx, dw = computed(module, numbers(0, 32, seed=1), numbers(0, 16, seed=2))
+    assert y.shape == (0, 16)
+    assert dx.shape == (0, 32)
+    assert not dw.any()
+
+
 def test_leading_axes_are_rows() -> None:
     module = make(Linear(32, 16), SCHEMES["nvfp4"])
     x = numbers(2, 3, 32, seed=1)
