@@ -81,7 +81,7 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
     Raises:
         ValueError: a tensor of a quantised layer is missing, or has another shape or dtype than it must have.
     """
-    suffixes = {stored.suffix for tensors in layout.stored.values() for stored in tensors.values()}
+    suffixes = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
     modules: dict[str, None] = {}
     for name, entry in entries.items():
         module, _, suffix = name.rpartition(".")
@@ -92,16 +92,15 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
                 f"{entry.file}: tensor {name} is {_short(entry.info.dtype)}, but {layout.name} has no such tensor of a "
                 f"quantised layer; {AGAIN}, or take the model in bf16"
             )
-    layers = {f"{module}.weight": _layer(module, entries, layout) for module in modules}
+    layers = {f"{module}.weight": _layer(module, entries, layout, suffixes) for module in modules}
     used = {name for layer in layers.values() for name, _ in layer.parts.values()}
     caches = {name: entry for name, entry in entries.items() if name.endswith(KV_ENDS)}
     plain = {name: entry for name, entry in entries.items() if name not in used and name not in caches}
     return plain, layers, caches
 
 
-def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
-    held = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
-    there = {suffix: entries[f"{module}.{suffix}"] for suffix in held if f"{module}.{suffix}" in entries}
+def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str]) -> StoredLayer:
+    there = {suffix: entries[f"{module}.{suffix}"] for suffix in suffixes if f"{module}.{suffix}" in entries}
     format: WeightFormat | None = None
     for candidate, tensors in layout.stored.items():
         codes = there.get(tensors["codes"].suffix)

@@ -7,6 +7,7 @@ tensor, and says in a user's words what is wrong with a file.
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,11 +113,10 @@ def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"tensor {name} is there twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"tensor {name} is there twice")
     return found
 
 
