@@ -129,8 +129,8 @@ def report_rows(report: Mapping[str, Any]) -> Rows:
     settings, quality = _object(report.get("settings")), _object(report.get("quality"))
     rows = [(label, _shown(settings[key])) for key, label in SETTINGS.items() if settings.get(key)]
     before, after = _object(quality.get("before")), _object(quality.get("after"))
-    for key in before.keys() & after.keys():
-        if isinstance(before[key], float) and isinstance(after[key], float):
+    for key in before:
+        if isinstance(before[key], float) and isinstance(after.get(key), float):
             rows.append((f"{key.replace('_', ' ')} before and after", f"{before[key]:.4f}, {after[key]:.4f}"))
     if isinstance(quality.get("kl"), float):
         rows.append(("KL(original, quantised), nats per token", f"{quality['kl']:.6f}"))

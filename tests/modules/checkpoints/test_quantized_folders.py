@@ -268,7 +268,8 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, layout: Any):
 def test_reports_and_documents_travel_along(tmp_path: Path):
     source = make_source(tmp_path / "bf16")
     settings = {"default": "nvfp4", "search": "mse", "model": "/mine/secret", "texts": "/mine/texts"}
-    quality = {"before": {"perplexity": 8.25}, "after": {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
+    before = {"nll": 2.5, "perplexity": 8.25, "bits_per_byte": 1.5, "more": 1.0}
+    quality = {"before": before, "after": before | {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
     path = write_quantized_folder(
         tmp_path / "q", source, mixed, documents=lambda _: {"quantization_report.json": report, "more.json": {"a": 1}}
@@ -289,6 +290,8 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
             "| KV cache | FP8 with scales of 2 layers |",
         ):
             assert row in card, row
+        places = [card.index(f"| {key} before and after") for key in ("nll", "perplexity", "bits per byte", "more")]
+        assert places == sorted(places), "as in the report"
         assert "/mine" not in card, "a path of the machine"
     assert "transformers does not read this layout" in (path / "README.md").read_text()
     assert "which leaves out the global scales of routed experts in NVFP4" in (again / "README.md").read_text()
