@@ -3,6 +3,7 @@
 What the tensors say decides; a configuration that says otherwise is refused, because engines would believe it.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from modules.checkpoints.quantization import (
     module_of,
     stored_tensors,
 )
-from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry
+from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry, read_numbers
 from modules.checkpoints.values import check_finite
 from modules.precision.blocks import BLOCK
 from modules.precision.quantized import WeightFormat
@@ -69,6 +70,19 @@ def read_checked(name: str, entry: Entry, scale: bool) -> Tensor:
             "saved broken: take another checkpoint of it"
         )
     return tensor
+
+
+def _read_scales(parts: Sequence[tuple[str, Entry]]) -> list[float]:
+    """Read scales of tensors.
+
+    Raises:
+        ValueError: see `read_checked`.
+    """
+    scales = read_numbers([entry for _, entry in parts])
+    for scale, part in zip(scales, parts, strict=True):
+        if not torch.finfo(torch.float32).tiny <= scale < math.inf:
+            read_checked(*part, scale=True)  # says what is wrong with it
+    return scales
 
 
 def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[str, StoredLayer], dict[str, Entry]]:
@@ -274,12 +288,7 @@ def fused_notes(layers: Mapping[str, StoredLayer], folder: object) -> list[str]:
     for (place, what, _), members in groups.items():
         fields = ["input_scale"] if STACKED.removesuffix(".") in place else ["scale", "input_scale"]
         for field in fields:
-            scales = [
-                read_checked(*layer.parts[field], scale=True).float().item()
-                for layer in members
-                if field in layer.parts
-            ]
-            if len(set(scales)) > 1:
+            if len(set(_read_scales([layer.parts[field] for layer in members if field in layer.parts]))) > 1:
                 different.setdefault(what, []).append(place)
                 break
     return [
