@@ -130,7 +130,7 @@ def usage(others: dict[str, str]) -> str:
 
 def interrupted() -> int:
     """Say that the program was interrupted."""
-    print("interrupted; the same command goes on from what is on the disk", file=sys.stderr, flush=True)
+    print("interrupted; the same command goes on from what is on the disk, or starts anew", file=sys.stderr, flush=True)
     return 130
 
 

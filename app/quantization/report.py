@@ -15,6 +15,8 @@ from modules.ptq.weights import FEW_TOKENS, ExpertCoverage
 REST = "embeddings, head, routers, norms, ..."
 SCALAR_BYTES = 4
 """Of an fp32 scale."""
+LISTED = 16
+"""Most experts of a layer that are named on the screen; the file has all."""
 
 
 def layer_table(
@@ -168,7 +170,8 @@ def _expert_lines(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+    shown = ", ".join(map(str, numbers[:LISTED]))
+    return shown if len(numbers) <= LISTED else f"{shown}, ... ({len(numbers):,} in all)"
 
 
 def make_report(

@@ -1,11 +1,11 @@
 """What a model card says of a quantised model: formats by kind of layer, bits, layout, how it was made, how it did."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from modules.checkpoints.names import STACKED, TensorInfo
+from modules.checkpoints.names import MTP, STACKED, TensorInfo
 from modules.checkpoints.quantization import (
     REPORT,
     Layout,
@@ -129,8 +129,8 @@ def report_rows(report: Mapping[str, Any]) -> Rows:
     settings, quality = _object(report.get("settings")), _object(report.get("quality"))
     rows = [(label, _shown(settings[key])) for key, label in SETTINGS.items() if settings.get(key)]
     before, after = _object(quality.get("before")), _object(quality.get("after"))
-    for key in before.keys() & after.keys():
-        if isinstance(before[key], float) and isinstance(after[key], float):
+    for key in before:
+        if isinstance(before[key], float) and isinstance(after.get(key), float):
             rows.append((f"{key.replace('_', ' ')} before and after", f"{before[key]:.4f}, {after[key]:.4f}"))
     if isinstance(quality.get("kl"), float):
         rows.append(("KL(original, quantised), nats per token", f"{quality['kl']:.6f}"))
@@ -147,25 +147,48 @@ def use_lines(written: Written, name: str, transformers: Sequence[str]) -> list[
         name: of its folder.
         transformers: how to load and run a model with transformers, if it reads it rightly.
     """
+    misread = misreading(written.layout, written.quantization, written.plain)
     if written.layout.name == "modelopt":
         lines = ["transformers does not read this layout."]
-    elif loses_scales(written.layout, written.quantization):
+    elif misread == LOST_SCALES:
         lines = ["With transformers (5.23), which leaves out the global scales of routed experts in NVFP4:"]
         lines += ["```python", *MENDED.format(name=name).splitlines(), "```"]
+    elif misread is not None:
+        lines = [f"{misread}."]
     else:
         lines = [*transformers]
     return [*lines, "With vLLM:", "```", f"vllm serve {name}", "```"]
 
 
-def loses_scales(layout: Layout, quantization: Quantization) -> bool:
-    """Return whether transformers (5.23) reads the model, but leaves out the global scales of routed experts."""
-    routed = any(STACKED in name and layer.format == "nvfp4" for name, layer in quantization.weights.items())
-    return routed and layout.name == "compressed-tensors"
+def misreading(layout: Layout, quantization: Quantization, plain: Iterable[str]) -> str | None:
+    """Return what transformers (5.23), which reads the layout, does wrongly with routed experts; None: nothing.
+
+    Of all routed experts it takes the format from one group of the configuration. In FP8 it also takes plain ones.
+
+    Args:
+        layout: of the files.
+        quantization: of the model.
+        plain: names of what is not quantised.
+    """
+    formats: set[str] = {layer.format for name, layer in quantization.weights.items() if _is_routed(name)}
+    if any(map(_is_routed, plain)):
+        formats.add("plain")
+    if layout.name != "compressed-tensors" or formats in (set(), {"plain"}, {"fp8"}, {"fp8", "plain"}):
+        return None
+    return LOST_SCALES if formats == {"nvfp4"} else LOST_EXPERTS
 
 
-TRANSFORMERS = (
+def _is_routed(name: str) -> bool:
+    return STACKED in name and not name.startswith(MTP)  # transformers does not load an MTP block
+
+
+LOST_SCALES = (
     "transformers (5.23) leaves out the global scales of routed experts in NVFP4, so its numbers are far off; the "
     "README.md written here shows how to put them in, or take --format hf"
+)
+LOST_EXPERTS = (
+    "transformers (5.23) takes routed experts in NVFP4 only if all are, and starts what does not fit at random; for "
+    "it, write the model with export --format hf"
 )
 MENDED = """\
 from pathlib import Path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
-from modules.checkpoints.card_quantized import TRANSFORMERS, Written, loses_scales
+from modules.checkpoints.card_quantized import Written, misreading
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.documents import read_json
 from modules.checkpoints.huggingface import HuggingFaceSource
@@ -204,8 +204,8 @@ def convert(
             f"note: {moved:,} of {len(quantization.weights):,} quantised weights have a scale without an exact "
             "reciprocal; their numbers move by up to one unit in the last place of fp32"
         )
-    if loses_scales(new, quantization):
-        report(f"note: {TRANSFORMERS}")
+    if misread := misreading(new, quantization, source.tensors.keys() - quantization.weights.keys()):
+        report(f"note: {misread}")
     return written
 
 

@@ -3,6 +3,7 @@
 What the tensors say decides; a configuration that says otherwise is refused, because engines would believe it.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from modules.checkpoints.quantization import (
     module_of,
     stored_tensors,
 )
-from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry
+from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry, read_numbers
 from modules.checkpoints.values import check_finite
 from modules.precision.blocks import BLOCK
 from modules.precision.quantized import WeightFormat
@@ -71,6 +72,19 @@ def read_checked(name: str, entry: Entry, scale: bool) -> Tensor:
     return tensor
 
 
+def _read_scales(parts: Sequence[tuple[str, Entry]]) -> list[float]:
+    """Read scales of tensors.
+
+    Raises:
+        ValueError: see `read_checked`.
+    """
+    scales = read_numbers([entry for _, entry in parts])
+    for scale, part in zip(scales, parts, strict=True):
+        if not torch.finfo(torch.float32).tiny <= scale < math.inf:
+            read_checked(*part, scale=True)  # says what is wrong with it
+    return scales
+
+
 def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[str, StoredLayer], dict[str, Entry]]:
     """Return the plain tensors, the quantised layers by the name of their weight, and the scales of KV caches.
 
@@ -81,7 +95,7 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
     Raises:
         ValueError: a tensor of a quantised layer is missing, or has another shape or dtype than it must have.
     """
-    suffixes = {stored.suffix for tensors in layout.stored.values() for stored in tensors.values()}
+    suffixes = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
     modules: dict[str, None] = {}
     for name, entry in entries.items():
         module, _, suffix = name.rpartition(".")
@@ -92,16 +106,15 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
                 f"{entry.file}: tensor {name} is {_short(entry.info.dtype)}, but {layout.name} has no such tensor of a "
                 f"quantised layer; {AGAIN}, or take the model in bf16"
             )
-    layers = {f"{module}.weight": _layer(module, entries, layout) for module in modules}
+    layers = {f"{module}.weight": _layer(module, entries, layout, suffixes) for module in modules}
     used = {name for layer in layers.values() for name, _ in layer.parts.values()}
     caches = {name: entry for name, entry in entries.items() if name.endswith(KV_ENDS)}
     plain = {name: entry for name, entry in entries.items() if name not in used and name not in caches}
     return plain, layers, caches
 
 
-def _layer(module: str, entries: Entries, layout: Layout) -> StoredLayer:
-    held = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
-    there = {suffix: entries[f"{module}.{suffix}"] for suffix in held if f"{module}.{suffix}" in entries}
+def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str]) -> StoredLayer:
+    there = {suffix: entries[f"{module}.{suffix}"] for suffix in suffixes if f"{module}.{suffix}" in entries}
     format: WeightFormat | None = None
     for candidate, tensors in layout.stored.items():
         codes = there.get(tensors["codes"].suffix)
@@ -275,12 +288,7 @@ def fused_notes(layers: Mapping[str, StoredLayer], folder: object) -> list[str]:
     for (place, what, _), members in groups.items():
         fields = ["input_scale"] if STACKED.removesuffix(".") in place else ["scale", "input_scale"]
         for field in fields:
-            scales = [
-                read_checked(*layer.parts[field], scale=True).float().item()
-                for layer in members
-                if field in layer.parts
-            ]
-            if len(set(scales)) > 1:
+            if len(set(_read_scales([layer.parts[field] for layer in members if field in layer.parts]))) > 1:
                 different.setdefault(what, []).append(place)
                 break
     return [

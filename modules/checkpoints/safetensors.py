@@ -7,6 +7,9 @@ tensor, and says in a user's words what is wrong with a file.
 
 import json
 import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +75,30 @@ def read_entry(entry: Entry) -> Tensor:
             stream.seek(entry.start)
             count = stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
         if count != tensor.numel() * tensor.element_size():
-            raise ValueError(f"{entry.file} has become shorter while it was read; {AGAIN}")
+            raise _shortened(entry.file)
     return tensor
+
+
+def read_numbers(entries: Sequence[Entry]) -> list[float]:
+    """Read tensors of one number each; neighbours in the list that lie in one file cost one opening.
+
+    Raises:
+        ValueError: a file ends before its tensor does.
+    """
+    numbers = []
+    for file, group in groupby(entries, key=lambda entry: entry.file):
+        with file.open("rb") as stream:
+            for entry in group:
+                stream.seek(entry.start)
+                data = bytearray(stream.read(entry.info.dtype.itemsize))
+                if len(data) < entry.info.dtype.itemsize:
+                    raise _shortened(file)
+                numbers.append(torch.frombuffer(data, dtype=entry.info.dtype).item())
+    return numbers
+
+
+def _shortened(file: Path) -> ValueError:
+    return ValueError(f"{file} has become shorter while it was read; {AGAIN}")
 
 
 def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:
@@ -112,11 +137,10 @@ def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"tensor {name} is there twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"tensor {name} is there twice")
     return found
 
 

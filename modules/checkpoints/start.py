@@ -60,8 +60,6 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
                 f"warning: the data have another tokenizer than the model ({tokenizer_folder}), so ids mean other text "
                 f"to it; prepare the data again with --tokenizer {source.tokenizer_folder}"
             )
-    if source.quantization is not None:
-        lines.append("its quantised weights are dequantised: the run starts from the numbers that they stand for")
     load_weights(network, source)
     return lines
 

@@ -23,6 +23,8 @@ numbers, or the better of mapping the maximum onto 6 or onto 4."""
 
 _DROPPED_BITS = 4
 """Of the 24 bits of an fp32 significand: as many as the significand of a block scale has."""
+_LEAST = 2.0**-117
+"""Smallest scale: its product with the smallest block scale, 2^-9, is a normal number still, and has a reciprocal."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -51,7 +53,8 @@ def tensor_scale(amax: Tensor, format: WeightFormat, four_over_six: bool = False
     """
     largest = E4M3_MAX if format == "fp8" else e2m1.MAX * (nvfp4.FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX)
     step = 1 << _DROPPED_BITS
-    bits = torch.where(amax > 0, amax.float() / largest, 1.0).view(torch.int32)
+    quotient = (amax.float() / largest).clamp(min=_LEAST)
+    bits = torch.where(amax > 0, quotient, 1.0).view(torch.int32)
     bits = (bits + step - 1) & -step
     while not (settled := _has_exact_reciprocal(bits.view(torch.float32))).all():
         bits = torch.where(settled, bits, bits + step)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modules.checkpoints.names import STACKED
 from modules.checkpoints.source import Source
 from modules.precision.quantized import QuantizedWeight, ScaleSearch, WeightFormat, quantize_weight, tensor_scale
 from modules.ptq.calibration import Calibration
@@ -76,7 +77,7 @@ class WeightMaker:
 
 
 def _is_fused_attention(group: Group) -> bool:
-    return len(group.layers) > 1 and all(len(layer.weights) == 1 for layer in group.layers)
+    return len(group.layers) > 1 and STACKED not in group.name
 
 
 def kv_scales(calibration: Calibration) -> dict[str, tuple[float, float]]:

@@ -81,6 +81,12 @@ def test_experts_that_calibration_did_not_reach_are_listed_by_layer():
     assert "quality: not measured, for there are no texts (--data)" in lines
 
 
+def test_of_many_experts_the_first_are_listed_with_their_number():
+    coverage = [{"layer": EXPERTS.name, "tokens": [0] * 500 + [50], "unreached": [*range(500)], "few": []}]
+    line = next(line for line in report_lines(report(experts=coverage, quality=None)) if "no token" in line)
+    assert line == f"  {EXPERTS.name}: no token: {', '.join(map(str, range(16)))}, ... (500 in all)"
+
+
 def test_the_choice_shows_each_candidate():
     losses = {EXPERTS.name: {"nvfp4": 0.0123, "fp8": 1e-7}}
     header, line = choice_lines([LINEAR, EXPERTS], losses, CHOICES)

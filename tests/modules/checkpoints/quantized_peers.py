@@ -148,6 +148,6 @@ if __name__ == "__main__":
         "compressed-tensors": compressed_tensors(folders / "compressed"),
     }
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
-    for name in ("compressed", "weights", "dense"):
+    for name in ("compressed", "weights", "torn", "dense"):
         results[name] = transformers_model(folders / name, tokens)
     torch.save(results, folders / "results.pt")

@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from modules.checkpoints.card_quantized import LOST_EXPERTS, LOST_SCALES, misreading
 from modules.checkpoints.export import convert, export, write_quantized
+from modules.checkpoints.layouts.compressed_tensors import COMPRESSED_TENSORS
+from modules.checkpoints.layouts.modelopt import MODELOPT
 from modules.checkpoints.load import load_model
 from modules.checkpoints.merge import MergedSource
+from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.source import open_model
 from modules.precision.quantized import dequantize_weight, tensor_scale
 from tests.modules.checkpoints.folders import public_tensors, stored_tensors, write_fit_folder, write_hf_folder
@@ -268,7 +272,8 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, layout: Any):
 def test_reports_and_documents_travel_along(tmp_path: Path):
     source = make_source(tmp_path / "bf16")
     settings = {"default": "nvfp4", "search": "mse", "model": "/mine/secret", "texts": "/mine/texts"}
-    quality = {"before": {"perplexity": 8.25}, "after": {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
+    before = {"nll": 2.5, "perplexity": 8.25, "bits_per_byte": 1.5, "more": 1.0}
+    quality = {"before": before, "after": before | {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
     path = write_quantized_folder(
         tmp_path / "q", source, mixed, documents=lambda _: {"quantization_report.json": report, "more.json": {"a": 1}}
@@ -289,11 +294,35 @@ def test_reports_and_documents_travel_along(tmp_path: Path):
             "| KV cache | FP8 with scales of 2 layers |",
         ):
             assert row in card, row
+        places = [card.index(f"| {key} before and after") for key in ("nll", "perplexity", "bits per byte", "more")]
+        assert places == sorted(places), "as in the report"
         assert "/mine" not in card, "a path of the machine"
     assert "transformers does not read this layout" in (path / "README.md").read_text()
     assert "which leaves out the global scales of routed experts in NVFP4" in (again / "README.md").read_text()
     (path / "quantization_report.json").write_text('{"settings": [3], "quality": {"before": 7, "kl": "low"}}')
     change_layout(path, tmp_path / "strange", "modelopt")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((W4A4, W4A4), LOST_SCALES),
+        ((W4A4, W4A16), LOST_SCALES),
+        ((W8A8, W8A8), None),
+        ((W8A8, None), None),
+        ((None, None), None),
+        ((W4A4, None), LOST_EXPERTS),
+        ((W4A4, W8A8), LOST_EXPERTS),
+    ],
+)
+def test_what_transformers_misreads_goes_by_the_formats_of_routed_experts(kinds, expected: str | None):
+    """Those of the MTP block, which it leaves out, do not count, nor do other layers."""
+    names = [f"backbone.layers.{layer}.mixer.experts.0.up_proj" for layer in (1, 3)]
+    found = {f"{name}.weight": kind for name, kind in zip(names, kinds, strict=True) if kind is not None}
+    found |= {"mtp.layers.1.mixer.experts.0.up_proj.weight": W8A8, "backbone.layers.0.mixer.in_proj.weight": W8A8}
+    plain = [name for name, kind in zip(names, kinds, strict=True) if kind is None]
+    assert misreading(COMPRESSED_TENSORS, Quantization(found, {}), [*plain, "lm_head"]) == expected
+    assert misreading(MODELOPT, Quantization(found, {}), plain) is None
 
 
 # -- models of other programs ------------------------------------------------------------------------------------------

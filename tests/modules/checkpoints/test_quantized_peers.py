@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.checkpoints.card_quantized import LOST_EXPERTS
 from modules.checkpoints.export import convert, write_quantized
 from modules.checkpoints.load import load_model
+from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import Source, open_model
 from modules.precision.linear import Linear
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
@@ -36,16 +38,22 @@ NEEDED = ("compressed_tensors", "modelopt", "loguru", "omegaconf", "psutil", "tr
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """Our folders: a mixed model in both layouts, one of NVFP4 weights alone, and a dense one with quantised inputs."""
+    """Our folders: a mixed model in both layouts, one of NVFP4 weights alone, one with experts in NVFP4 and others that
+    are plain, and a dense one with quantised inputs."""
     root = tmp_path_factory.mktemp("peers")
     source = make_source(root / "bf16")
     write_quantized_folder(root / "modelopt", source, mixed)
     converted = {"layout": "compressed-tensors", "max_shard_bytes": 10**9, "report": lambda line: None}
     convert(open_model(root / "modelopt"), root / "compressed", **converted)
     write_quantized_folder(root / "weights", source, lambda name: W4A16, "compressed-tensors", kv=False)
+    write_quantized_folder(root / "torn", source, torn, "compressed-tensors", kv=False)
     dense = make_source(root / "bf16 dense", hybrid_override_pattern="M*-", num_nextn_predict_layers=0)
     write_calibrated(root / "dense", dense)
     return root
+
+
+def torn(name: str) -> LayerQuantization | None:
+    return W4A16 if "layers.5.mixer.experts" in name or "latent" in name else None
 
 
 def write_calibrated(path: Path, source: Source) -> None:
@@ -133,6 +141,14 @@ def test_transformers_has_nothing_to_complain_about(results, name):
     assert not any(complaints.values())
     assert [key for key in unexpected if not (".experts." in key and key.endswith(".input_global_scale"))] == []
     assert bool(unexpected) == (name == "compressed")
+
+
+def test_transformers_drops_experts_beside_those_in_nvfp4(folders, results):
+    """As note and card say, which show no code then."""
+    missing = results["torn"]["complaints"]["missing_keys"]
+    assert missing == [f"model.layers.1.mixer.experts.{kind}_proj" for kind in ("down", "up")]
+    assert LOST_EXPERTS in (folders / "torn" / "README.md").read_text()
+    assert "from_pretrained" not in (folders / "torn" / "README.md").read_text()
 
 
 def test_transformers_computes_the_same_logits_of_quantised_weights(folders, results):

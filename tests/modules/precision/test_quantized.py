@@ -56,6 +56,18 @@ def test_searches_make_the_error_smaller() -> None:
     assert errors["mse"] < errors["four_over_six"] < errors["max"]
 
 
+@pytest.mark.parametrize(("format", "search"), [("nvfp4", "max"), ("nvfp4", "four_over_six"), ("fp8", "max")])
+def test_weights_at_the_lower_end_of_fp32_have_normal_scales(format: WeightFormat, search: ScaleSearch) -> None:
+    """What lies below half the smallest block scale times the least scale times 6, 3.6e-38, becomes 0."""
+    unit = torch.randn(16, 32, generator=torch.Generator().manual_seed(4)).clamp(-1, 1)
+    for largest in (1e-31, 1e-34, 1e-36, 1e-38, 1e-42, 1e-45):
+        weight = unit * largest
+        quantized = quantize_weight(weight, format, search=search)
+        assert 2.0**-126 <= quantized.scale < 1e-32
+        assert torch.equal(quantized.scale.reciprocal().reciprocal(), quantized.scale)
+        assert (dequantize_weight(quantized) - weight).abs().max() <= max(0.2 * largest, 3.6e-38)
+
+
 def test_a_weight_of_zeros_stays_zero() -> None:
     for format in ("nvfp4", "fp8"):
         assert not dequantize_weight(quantize_weight(torch.zeros(16, 32), format)).any()

@@ -79,6 +79,20 @@ def test_experts_share_the_input_scale_and_no_other(maker, tensors, calibration,
         assert float(weight.scale) == pytest.approx(own / 2688, rel=1e-3)
 
 
+def test_a_single_expert_is_no_fused_projection(tmp_path):
+    """Its two layers have scales of their own, of weights and of inputs."""
+    network = make_network(tiny_config(moe_intermediate_size=32, n_routed_experts=1, num_experts_per_tok=1))
+    source, tensors = open_model(write_hf_folder(tmp_path / "model", network)), public_tensors(network)
+    groups = find_groups(source.config)
+    inputs = {f"{EXPERTS}.up_proj": torch.tensor([2.0]), f"{EXPERTS}.down_proj": torch.tensor([5.0])}
+    maker = WeightMaker(source, groups, Calibration(inputs, {}, {}, {}), "max")
+    for kind in ("up_proj", "down_proj"):
+        name = f"{EXPERTS}.0.{kind}.weight"
+        made = maker.make(name, "nvfp4")
+        assert float(made.scale) == pytest.approx(float(tensors[name].abs().max()) / 2688, rel=1e-3)
+        assert float(made.input_scale) == pytest.approx(float(inputs[f"{EXPERTS}.{kind}"]) / 2688, rel=1e-3)
+
+
 def test_weight_only_needs_no_calibration(source, tensors):
     maker = WeightMaker(source, GROUPS, None, "max")
     name = f"{EXPERTS}.0.up_proj.weight"
