@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLORS = ("#3b4a66", "#d97706", "#2a9d8f", "#b5467a", "#6b8e23", "#5b7fd4")
+COLORS = ("#3b4a66", "#d97706", "#2a9d8f", "#b5467a", "#6b8e23", "#5b7fd4", "#a3552b")
 """Of the curves, by number."""
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 84, 24, 14, 62
 """Pixels: of the picture, and around a panel."""
