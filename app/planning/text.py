@@ -6,7 +6,7 @@ _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B
 _PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def align(rows: Sequence[tuple[str, ...]], text_columns: tuple[int, ...] = (0,)) -> list[str]:
+def align(rows: Sequence[Sequence[str]], text_columns: tuple[int, ...] = (0,)) -> list[str]:
     """Align rows of equal length in columns: text to the left, numbers to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [

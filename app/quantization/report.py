@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from app.planning.text import align
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.writer import show_size, size_of
 from modules.precision.blocks import BLOCK
@@ -110,7 +111,7 @@ def choice_lines(
         for group in groups
         if group.name in losses
     ]
-    return align([header, *rows], left=(0, 2 + len(CANDIDATES)))
+    return align([header, *rows], text_columns=(0, 2 + len(CANDIDATES)))
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
@@ -126,7 +127,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     of_linear = f"{bits['linear']:.3f} of the linear layers" + ("" if budget is None else f" (budget {budget:g})")
     deviation = size["files"] / size["arithmetic"] - 1
     return [
-        *align([header, *rows], left=(0, 1)),
+        *align([header, *rows], text_columns=(0, 1)),
         f"bits per weight: {of_quantized}{of_linear}, {bits['all']:.3f} of all",
         f"size: {show_size(size['before'])} before, {show_size(size['files'])} after; by the formats' arithmetic "
         f"{show_size(size['arithmetic'])} ({deviation:+.2%}: names and shapes in the files)",
@@ -147,7 +148,7 @@ def _quality_lines(report: Mapping[str, Any]) -> list[str]:
             rows.append([label, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after / before - 1:+.2%}"])
     return [
         f"held-out texts: {quality['rows']:,} rows, {quality['tokens']:,} tokens scored ({texts})",
-        *align(rows, left=(0,)),
+        *align(rows),
         f"KL(original || quantised): {quality['kl']:.6f} nats per token; the same most likely token: "
         f"{quality['top1_agreement']:.2%}",
     ]
@@ -214,15 +215,3 @@ def make_report(
         "size": {"before": before, "files": files, "arithmetic": expected_size(groups, choices, stored, caches)},
         "experts": [row._asdict() for row in coverage],
     }
-
-
-def align(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Return the lines of a table, columns to the right but for those in `left`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
