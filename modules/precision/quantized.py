@@ -108,8 +108,3 @@ def gemm_values(weight: QuantizedWeight) -> Tensor:
     pairs = e2m1.decode(e2m1.unpack(every_byte)).bfloat16()
     numbers = pairs[weight.codes.int()].flatten(-2).unflatten(-1, (-1, BLOCK))
     return numbers.mul_(weight.block_scales.bfloat16().unsqueeze(-1)).flatten(-2)
-
-
-def dequantize_weight(weight: QuantizedWeight) -> Tensor:
-    """Return fp32 [O, I]."""
-    return gemm_values(weight).float() * weight.scale

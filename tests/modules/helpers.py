@@ -14,6 +14,7 @@ from modules.backbone.model import Network
 from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
+from modules.precision.quantized import QuantizedWeight, gemm_values
 from modules.precision.recipe import PrecisionConfig, apply
 from modules.pretraining import Pretraining
 
@@ -241,3 +242,8 @@ def build(module: Pretraining, vocab_size: int = 64) -> Network:
 def network_state(module: Pretraining) -> dict[str, Tensor]:
     """Copies of all tensors of the module's network."""
     return {name: tensor.clone() for name, tensor in module.built_network.state_dict().items()}
+
+
+def dequantize_weight(weight: QuantizedWeight) -> Tensor:
+    """The fp32 numbers [O, I] that a quantised weight means."""
+    return gemm_values(weight).float() * weight.scale

@@ -18,11 +18,11 @@ from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import open_model
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
-from modules.precision.quantized import QuantizedWeight, dequantize_weight, quantize_weight, tensor_scale
+from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
 from modules.precision.served import serve
 from tests.modules.checkpoints.helpers import public_tensors, write_shards
 from tests.modules.checkpoints.test_load import LARGE, MEASURE
-from tests.modules.helpers import build, make_module, make_network, tiny_config
+from tests.modules.helpers import build, dequantize_weight, make_module, make_network, tiny_config
 
 ROOT = Path(__file__).parents[3]
 W4A4, W4A16, W8A8 = (LayerQuantization(*kind) for kind in (("nvfp4", True), ("nvfp4", False), ("fp8", True)))

@@ -19,7 +19,7 @@ from modules.checkpoints.load import load_model
 from modules.checkpoints.merge import MergedSource
 from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.source import open_model
-from modules.precision.quantized import dequantize_weight, tensor_scale
+from modules.precision.quantized import tensor_scale
 from tests.modules.checkpoints.folders import public_tensors, stored_tensors, write_fit_folder, write_hf_folder
 from tests.modules.checkpoints.quantized_folders import (
     SHARDS,
@@ -36,7 +36,7 @@ from tests.modules.checkpoints.quantized_folders import (
     raw_bytes,
     write_quantized_folder,
 )
-from tests.modules.helpers import make_network
+from tests.modules.helpers import dequantize_weight, make_network
 
 LAYOUTS = ("modelopt", "compressed-tensors")
 CASES: dict[str, dict[str, Any]] = {

@@ -7,11 +7,11 @@ from modules.precision import e2m1
 from modules.precision.quantized import (
     ScaleSearch,
     WeightFormat,
-    dequantize_weight,
     gemm_values,
     quantize_weight,
     tensor_scale,
 )
+from tests.modules.helpers import dequantize_weight
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8"])

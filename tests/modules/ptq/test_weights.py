@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from modules.checkpoints.source import open_model
-from modules.precision.quantized import dequantize_weight
 from modules.ptq.calibration import Calibration
 from modules.ptq.layers import find_groups
 from modules.ptq.weights import FEW_TOKENS, WeightMaker, expert_coverage, kv_scales
 from tests.modules.checkpoints.folders import public_tensors, write_hf_folder
-from tests.modules.helpers import make_network, tiny_config
+from tests.modules.helpers import dequantize_weight, make_network, tiny_config
 
 CONFIG = tiny_config(moe_intermediate_size=32)
 GROUPS = find_groups(CONFIG)
