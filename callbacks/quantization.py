@@ -143,8 +143,12 @@ class Watch:
         for weight in self._weights:
             if weight.parameter.grad is not None:
                 self._counts[weight.name] = count_gradient(weight.parameter, weight.router is not None)
-        shares = [decayed_share(module.all_reduce(channel_squares(weight))) for weight in self._channels]
-        self._decayed = torch.stack(shares) if shares else torch.empty(0, device=module.device)
+        squares = [channel_squares(weight) for weight in self._channels]
+        self._decayed = torch.empty(0, device=module.device)
+        if squares:
+            whole = module.all_reduce(torch.cat([part.flatten() for part in squares]))
+            parts = whole.split([part.numel() for part in squares])
+            self._decayed = torch.stack([decayed_share(part) for part in parts])
 
     def end(self, module: StageModule) -> tuple[dict[str, float], list[str], list[str]]:
         """Stop looking.

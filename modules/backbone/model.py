@@ -23,6 +23,9 @@ from modules.backbone.router import Router, Routing
 from modules.ops.documents import DocumentLayout
 from modules.precision.linear import Embedding, FormattedModule, Head
 
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Elements of a tensor of logits: 4 MiB in fp32, which a CPU's cache holds, or 64 MiB on a GPU."""
+
 
 class Output(NamedTuple):
     """Result of a forward pass."""
@@ -198,6 +201,10 @@ class Network(nn.Module):
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""
         return self.lm_head(hidden, vocabulary=vocabulary)
+
+    def split_for_logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Cut [N, D], or anything of N positions, into pieces whose logits fit into memory and cache."""
+        return hidden.split(max(LOGITS_AT_ONCE[hidden.device.type] // self.config.vocab_size, 1))
 
     def routers(self) -> list[Router]:
         """Return the routers in layer order, the MTP block's last."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from modules.backbone.model import Network
 
-LOGITS_AT_ONCE = 1 << 24
-"""Elements of a logits tensor: 64 MiB in fp32."""
 BATCH_TOKENS = 8192
 """Positions in a forward pass unless others are asked for: enough to keep a CPU or a GPU busy."""
 
@@ -103,15 +101,15 @@ def _score_pieces(networks: list[Network], tokens: Tensor, valid: Tensor, batch_
         valid: bool [B, T]: the positions that a token follows; one row if T is more than a piece.
         batch_tokens: columns of a piece.
     """
-    length, size = valid.shape[1], max(LOGITS_AT_ONCE // networks[0].config.vocab_size, 1)
+    length, split = valid.shape[1], networks[0].split_for_logits
     caches = [network.new_cache(rows=1, capacity=length) if length > batch_tokens else None for network in networks]
     for start in range(0, length, batch_tokens):
         piece = slice(start, min(start + batch_tokens, length))
         hidden = [
-            network(tokens[:, piece], cache=cache).hidden[valid[:, piece]].split(size)
+            split(network(tokens[:, piece], cache=cache).hidden[valid[:, piece]])
             for network, cache in zip(networks, caches, strict=True)
         ]
-        targets = tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]].split(size)
+        targets = split(tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]])
         for chunk in zip(targets, *hidden, strict=True):
             yield _score_positions(networks, *chunk)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modules.precision import e2m1, fp8, nvfp4
 from modules.precision.blocks import BLOCK, E4M3_MAX
+from modules.precision.scaling import tensor_amax
 
 WeightFormat = Literal["nvfp4", "fp8"]
 ScaleSearch = Literal["max", "mse", "four_over_six"]
@@ -89,7 +90,7 @@ def quantize_weight(
         ValueError: if I is not divisible by 16 in NVFP4.
     """
     four_over_six = format == "nvfp4" and search == "four_over_six"
-    scale = tensor_scale(weight.abs().amax().float() if amax is None else amax.float(), format, four_over_six)
+    scale = tensor_scale(tensor_amax(weight) if amax is None else amax.float(), format, four_over_six)
     encode = scale.reciprocal()
     if format == "fp8":
         return QuantizedWeight(format, fp8.quantize(weight, encode=encode).codes, None, scale, input_scale)

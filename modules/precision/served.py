@@ -6,8 +6,8 @@ take bf16 inputs. Products are those of the emulated backend: numbers times bloc
 fp32 sums, and the scales of both tensors applied once, behind the sum. There is no gradient.
 
 NVIDIA GPUs from compute capability 8.9 on multiply FP8 themselves: a plain linear with sizes that are multiples of 16
-then keeps its codes and takes torch's `scaled_mm`, whose terms are the same. This project has run it on a CPU alone,
-where it is 3 to 100 times slower than bf16. NVFP4, experts and weight-only layers are emulated everywhere.
+then keeps its codes and takes torch's `scaled_mm`, whose terms are the same. This project has run it on a CPU alone.
+NVFP4, experts and weight-only layers are emulated everywhere.
 Shapes: R rows, E experts, I in-features, O out-features.
 """
 

@@ -17,6 +17,7 @@ from modules.backbone.model import Network
 from modules.checkpoints.names import MTP
 from modules.ops.experts import row_experts
 from modules.precision.linear import GroupedLinear, Linear
+from modules.precision.scaling import tensor_amax
 
 
 class Packed(NamedTuple):
@@ -116,11 +117,13 @@ def _see_inputs(found: Calibration, name: str) -> Callable[[nn.Module, tuple[Any
         if isinstance(module, GroupedLinear):
             x, offsets = inputs
             experts = row_experts(len(x), offsets)
-            amax = torch.zeros(len(offsets), device=x.device).scatter_reduce(0, experts, _largest(x, 1), "amax")
+            amax = torch.zeros(len(offsets), device=x.device).scatter_reduce(
+                0, experts, tensor_amax(x, stacked=True), "amax"
+            )
             tokens = torch.diff(offsets.long(), prepend=offsets.new_zeros(1))
             found.tokens[name] = found.tokens[name] + tokens if name in found.tokens else tokens
         else:
-            amax = _largest(inputs[0])
+            amax = tensor_amax(inputs[0])
         _raise(found.inputs, name, amax)
 
     return see
@@ -128,16 +131,10 @@ def _see_inputs(found: Calibration, name: str) -> Callable[[nn.Module, tuple[Any
 
 def _see_results(maxima: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def see(module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> None:
-        _raise(maxima, name, _largest(result))
+        _raise(maxima, name, tensor_amax(result))
 
     return see
 
 
 def _raise(maxima: dict[str, Tensor], name: str, amax: Tensor) -> None:
     maxima[name] = torch.maximum(maxima[name], amax) if name in maxima else amax
-
-
-def _largest(x: Tensor, axis: int | None = None) -> Tensor:
-    """Return the fp32 largest magnitude, of all or along an axis."""
-    low, high = torch.aminmax(x) if axis is None else torch.aminmax(x, dim=axis)
-    return torch.maximum(-low, high).float()

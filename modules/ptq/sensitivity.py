@@ -22,9 +22,6 @@ from modules.precision.served import served
 from modules.ptq.calibration import pack
 from modules.ptq.layers import Choice, Group
 
-LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Elements of a logits tensor: 4 MiB in fp32, which a CPU's cache holds (less than half the time of 64 MiB)."""
-
 
 @torch.inference_mode()
 def measure(
@@ -99,8 +96,7 @@ def _run(layers: Sequence[nn.Module], state: Tensor, documents: DocumentLayout) 
 def _divergences(network: Network, original: Tensor, changed: Sequence[Tensor]) -> list[float]:
     """Return the sums over N tokens of KL(original || changed), of hidden states [N, D]."""
     totals = torch.zeros(len(changed), dtype=torch.float64, device=original.device)
-    size = max(LOGITS_AT_ONCE[original.device.type] // network.config.vocab_size, 1)
-    for before, *after in zip(original.split(size), *(states.split(size) for states in changed), strict=True):
+    for before, *after in zip(*map(network.split_for_logits, (original, *changed)), strict=True):
         p = network.logits(before).log_softmax(-1)
         shares = p.exp()
         for total, states in zip(totals, after, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from modules.checkpoints.names import STACKED
 from modules.checkpoints.source import Source
 from modules.precision.quantized import QuantizedWeight, ScaleSearch, WeightFormat, quantize_weight, tensor_scale
+from modules.precision.scaling import tensor_amax
 from modules.ptq.calibration import Calibration
 from modules.ptq.layers import INPUTS, Choice, Group
 
@@ -71,7 +72,7 @@ class WeightMaker:
     def _fused_amax(self, group: Group) -> Tensor:
         if group.name not in self._fused:
             names = [name for layer in group.layers for name in layer.weights]
-            maxima = [self._source.read(name).abs().amax().float() for name in names]
+            maxima = [tensor_amax(self._source.read(name)) for name in names]
             self._fused[group.name] = torch.stack(maxima).amax()
         return self._fused[group.name]
 

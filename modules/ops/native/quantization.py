@@ -160,6 +160,18 @@ def quantize(
     return out, scales
 
 
+def _map(function: str, x: Tensor, axis: int, hadamard: bool) -> Tensor:
+    """Return what a function of the library makes of a tensor, in its dtype."""
+    library, _ = load()
+    assert library is not None
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    job = _job(x, axis, hadamard)
+    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
+    getattr(library, function)(ctypes.byref(job))
+    return out
+
+
 def rotate(x: Tensor, axis: int = -1) -> Tensor:
     """Return the random Hadamard transform of a tensor, in its dtype.
 
@@ -167,14 +179,7 @@ def rotate(x: Tensor, axis: int = -1) -> Tensor:
         x: [..., R, K], fp32 or bf16.
         axis: along which blocks of 16 lie: -1 or -2.
     """
-    library, _ = load()
-    assert library is not None
-    x = x.detach().contiguous()
-    out = torch.empty_like(x)
-    job = _job(x, axis, hadamard=True)
-    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
-    library.superbolt_rotate(ctypes.byref(job))
-    return out
+    return _map("superbolt_rotate", x, axis, hadamard=True)
 
 
 def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
@@ -184,14 +189,7 @@ def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
         x: [..., R, K], fp32 or bf16.
         axis: along which blocks of 32 lie: -1 or -2.
     """
-    library, _ = load()
-    assert library is not None
-    x = x.detach().contiguous()
-    out = torch.empty_like(x)
-    job = _job(x, axis, hadamard=False)
-    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
-    library.superbolt_mxfp8(ctypes.byref(job))
-    return out
+    return _map("superbolt_mxfp8", x, axis, hadamard=False)
 
 
 def fp8(x: Tensor, encode: Tensor, dtype: torch.dtype, unscaled: bool = False) -> Tensor:

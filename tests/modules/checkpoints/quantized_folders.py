@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.export import write_quantized
+from modules.checkpoints.export import convert, write_quantized
 from modules.checkpoints.quantization import LayerQuantization, LayoutName, may_be_quantized
 from modules.checkpoints.source import Source, open_model
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
@@ -22,6 +23,7 @@ W4A4, W4A16, W8A8 = (
 Choose = Callable[[str], LayerQuantization | None]
 GRID = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 SHARDS = 20_000
+LAYOUTS = ("modelopt", "compressed-tensors")
 TINY = {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48}
 """Widths that NVFP4's blocks divide, in place of those of `tiny_config`."""
 
@@ -112,3 +114,13 @@ def raw_bytes(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 def all_bytes(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
     return {name: raw_bytes(tensor) for name, tensor in stored_tensors(path).items()}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def change_layout(source: Path, target: Path, layout: Any, limit: int = 10**9) -> tuple[Path, list[str]]:
+    lines: list[str] = []
+    convert(open_model(source), target, layout=layout, max_shard_bytes=limit, report=lines.append)
+    return target, [line for line in lines if line.startswith("note")]

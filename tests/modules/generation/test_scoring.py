@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.generation import scoring
+from modules.backbone import model
 from modules.generation.scoring import batches, score
 from tests.modules.backbone.test_parity import load_ours_into_theirs, their_model
 from tests.modules.helpers import BF16, make_network, tiny_config
@@ -71,7 +71,7 @@ def test_greedy_says_where_the_token_is_the_most_likely_one(network) -> None:
 
 @pytest.mark.parametrize("elements", [64, 1 << 24])
 def test_kl_is_that_of_the_full_distributions_and_has_a_direction(network, reference, monkeypatch, elements) -> None:
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", elements)
+    monkeypatch.setitem(model.LOGITS_AT_ONCE, "cpu", elements)
     for row, scores in zip(ROWS, in_order(network, ROWS, reference=reference, batch_tokens=64), strict=True):
         assert scores.kl is not None
         assert scores.kl.shape == scores.logprobs.shape
