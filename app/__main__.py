@@ -92,7 +92,7 @@ def dispatch(args: list[str]) -> int:
         return call(command, rest)
     from difflib import get_close_matches
 
-    from app.errors import UserError
+    from modules.errors import UserError
 
     near = get_close_matches(command, [*TRAINING, *others], n=1)
     raise UserError(f"no command {command}; " + (f"did you mean {near[0]}?" if near else "see python -m app --help"))

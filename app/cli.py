@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import app.strategies  # noqa: F401 (registers the strategy "sharded")
-from app.errors import UserError, shorten
+from app.errors import shorten
 from app.keys import parameters_of
 from app.loop import use_step_loop
 from app.noise import silence
@@ -43,6 +43,7 @@ from callbacks.summary import Summary
 from callbacks.validation import Validation
 from modules.base import StageModule
 from modules.checkpoints import folder
+from modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test")
 CALLBACKS: dict[str, type[Callback]] = {
@@ -198,9 +199,12 @@ class RunCLI(LightningCLI):
         try:
             return self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
-            while str(error).startswith("Does not validate") and isinstance(error.__cause__, ValueError):
-                error = error.__cause__  # the parser wraps what the class said
-            raise UserError(shorten(str(error))) from error
+            cause: BaseException | None = error
+            while cause is not None and str(cause).startswith("Does not validate"):
+                cause = cause.__cause__  # the parser wraps what the class said
+            if not isinstance(cause, UserError):
+                raise
+            raise UserError(shorten(str(cause))) from error
 
     def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:  # noqa: ANN401
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")

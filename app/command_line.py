@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from app.errors import UserError
 from app.explain import explain
+from modules.errors import UserError
 
 
 class HelpFormatter(DefaultHelpFormatter):

@@ -1,47 +1,31 @@
 """How a user's mistake is told from a defect of ours, and in how many words it is answered.
 
-A mistake (a `ValueError` raised by our code, a file that is not there, a full disk) costs one to three lines and exit
-code 2; everything else keeps its traceback and exits with 1, because somebody will have to read it.
+A mistake (a `UserError`, a file that is not there, a full disk) costs one to three lines and exit code 2; everything
+else keeps its traceback and exits with 1, because somebody will have to read it.
 """
 
 import errno
 import re
-import traceback
-from pathlib import Path
 
-PROJECT = Path(__file__).parent.parent
-PACKAGES = ("app", "callbacks", "datamodules", "modules")
+from modules.errors import UserError
+
 NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
 """Kinds of OSError that no edit of a file or key mends."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_MEND = "make room, then start the same command again: what was written before is complete"
-FROM_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n")
+FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
 LONGEST = 600
 """Characters of a message that are shown: about three lines of a wide terminal."""
-
-
-class UserError(ValueError):
-    """A mistake of the user; the message names the key or file and the mend."""
 
 
 def mistake(error: BaseException) -> str | None:
     """Return the line that answers a user's mistake, or None if the error is a defect of the program."""
     message = str(error).strip()
-    if from_worker := FROM_WORKER.match(message):
-        if from_worker[1] != "ValueError" and not issubclass(_builtin_error(from_worker[1]), OSError):
-            return None
-        files = re.findall(r'File "([^"]+)", line', message)
-        if from_worker[1] == "ValueError" and not (files and _is_ours(files[-1])):
-            return None
+    if isinstance(error, UserError | OSError) and FROM_WORKER.match(message):
         return shorten(message.splitlines()[-1].partition(": ")[2])
     if isinstance(error, OSError):
         return None if isinstance(error, NOT_A_MISTAKE) else shorten(_os_error(error))
-    if isinstance(error, UserError):
-        return shorten(message)
-    if isinstance(error, ValueError):
-        frames = traceback.extract_tb(error.__traceback__)
-        return shorten(message) if frames and _is_ours(frames[-1].filename) else None
-    return None
+    return shorten(message) if isinstance(error, UserError) else None
 
 
 def shorten(message: str) -> str:
@@ -53,13 +37,3 @@ def shorten(message: str) -> str:
 def _os_error(error: OSError) -> str:
     text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
     return f"{text}; {FULL_DISK_MEND}" if error.errno in FULL_DISK else text
-
-
-def _builtin_error(name: str) -> type:
-    kind = getattr(__builtins__, name, None) if not isinstance(__builtins__, dict) else __builtins__.get(name)
-    return kind if isinstance(kind, type) else Exception
-
-
-def _is_ours(filename: str) -> bool:
-    path = Path(filename).resolve()
-    return any(path.is_relative_to(PROJECT / package) for package in PACKAGES)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
 
-from app.errors import UserError
+from modules.errors import UserError
 
 Keys = dict[str, Any]
 """Key -> type of its value (`Any` where unknown)."""

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from app.errors import UserError
 from app.options import Device, Dtype, short_dtype
 from datamodules.tokenizer import Tokenizer
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import Source, open_model
+from modules.errors import UserError
 from modules.ops import native
 
 
@@ -18,7 +18,7 @@ def open_source(model: Path) -> Source:
     """Open a MODEL and say on stderr what the user should know of how it was read.
 
     Raises:
-        ValueError: it is no MODEL, or damaged.
+        UserError: it is no MODEL, or damaged.
     """
     source = open_model(model)
     for note in source.notes:
@@ -30,7 +30,7 @@ def load_network(source: Source, dtype: Dtype, device: torch.device) -> Network:
     """Load the network of a MODEL, and say on stderr how it runs if it is quantised.
 
     Raises:
-        ValueError: it is damaged, or weights cannot be served as they are quantised.
+        UserError: it is damaged, or weights cannot be served as they are quantised.
     """
     model = load_model(source.path, short_dtype(dtype), device)
     if model.note is not None:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from app.errors import UserError
 from app.explain import explain
 from app.keys import Keys, check_keys, find, unknown_key
+from modules.errors import UserError
 
 CONFIG_OPTIONS = ("-c", "--config")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.errors import UserError
+from modules.errors import UserError
 
 RUN_SUFFIX = ".run.json"
 
@@ -48,7 +48,7 @@ def encode_row(row: dict[str, Any]) -> bytes:
     """Return a row as a line of a file.
 
     Raises:
-        ValueError: it holds a number that is not finite, or half a surrogate pair.
+        UserError: it holds a number that is not finite, or half a surrogate pair.
     """
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
 

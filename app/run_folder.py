@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from app.errors import UserError
 from modules.checkpoints import folder
+from modules.errors import UserError
 
 CONFIG = "config.yaml"
 SHOWN = 20

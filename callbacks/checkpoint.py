@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.step import StepCallback, check_interval, is_due, step_loop
+from modules.errors import UserError
 
 STEP_FOLDER = re.compile(r"step=\d{8,}")
 
@@ -27,7 +28,7 @@ class Checkpoint(StepCallback):
     def __init__(self, every_n_steps: int = 100, keep_last: int = 2) -> None:
         self.every_n_steps = check_interval(every_n_steps, "checkpoint.every_n_steps")
         if keep_last < 1:
-            raise ValueError(f"checkpoint.keep_last is {keep_last}: at least one checkpoint must be kept")
+            raise UserError(f"checkpoint.keep_last is {keep_last}: at least one checkpoint must be kept")
         self.keep_last = keep_last
         self.saved_step = -1
 

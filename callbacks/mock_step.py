@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from modules.base import StageModule
 from modules.batch import PackedBatch, count_targets
+from modules.errors import UserError
 from modules.optim.adamw import AdamW
 
 GIB = 2**30
@@ -38,7 +39,7 @@ class MockStep(Callback):
         """Run the step and print its time and the peak of memory.
 
         Raises:
-            ValueError: memory does not suffice.
+            UserError: memory does not suffice.
         """
         if not self.enabled or not isinstance(pl_module, StageModule):
             return
@@ -53,7 +54,7 @@ class MockStep(Callback):
             if not is_out_of_memory(error):
                 raise
             mend = _mend(rows, pl_module.activation_checkpointing)
-            raise ValueError(
+            raise UserError(
                 f"out of memory: a step with {rows} rows of {length} tokens at a time does not fit on "
                 f"{trainer.world_size} x {pl_module.device.type}; {mend}"
             ) from error

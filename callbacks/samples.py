@@ -12,6 +12,7 @@ from torch import Tensor
 
 from callbacks.step import StepCallback
 from modules.backbone.model import Network
+from modules.errors import UserError
 from modules.generation.acceptance import Acceptance
 from modules.generation.engine import Completion, Request, generate
 from modules.generation.sampling import Sampling
@@ -50,11 +51,11 @@ class Samples(StepCallback):
             ("draft_tokens", draft_tokens, 0),
         ):
             if value < least:
-                raise ValueError(f"samples.{key} is {value}: it must be at least {least}")
+                raise UserError(f"samples.{key} is {value}: it must be at least {least}")
         if prompt_tokens > LONGEST_PROMPT:
-            raise ValueError(f"samples.prompt_tokens is {prompt_tokens}: it must be at most {LONGEST_PROMPT}")
+            raise UserError(f"samples.prompt_tokens is {prompt_tokens}: it must be at most {LONGEST_PROMPT}")
         if not temperature >= 0:
-            raise ValueError(f"samples.temperature is {temperature}: it must not be negative")
+            raise UserError(f"samples.temperature is {temperature}: it must not be negative")
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modules.base import StageModule
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.optim.spikes import REASONS
 
 FOLDER = "spikes"
@@ -45,7 +46,7 @@ class SkippedBatches(Callback):
 
     def __init__(self, keep_last: int = 20) -> None:
         if keep_last < 1:
-            raise ValueError(f"skipped_batches.keep_last is {keep_last}: at least one must be kept")
+            raise UserError(f"skipped_batches.keep_last is {keep_last}: at least one must be kept")
         self.keep_last = keep_last
         self._window: list[PackedBatch] = []
         self._steps: list[_Step] = []

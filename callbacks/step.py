@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from modules.errors import UserError
+
 
 class StepLoop(Protocol):
     """What callbacks use of the loop over steps (`app/loop.py`)."""
@@ -60,7 +62,7 @@ def begins_due_step(every_n_steps: int, trainer: Trainer, batch_idx: int) -> boo
 def check_interval(value: int, key: str) -> int:
     """Return an interval in steps, or raise a ValueError that names its key if it is below 1."""
     if value < 1:
-        raise ValueError(f"{key} is {value}: it counts optimiser steps and must be at least 1")
+        raise UserError(f"{key} is {value}: it counts optimiser steps and must be at least 1")
     return value
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.tokenizer import Tokenizer, special_names
+from modules.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
@@ -31,7 +32,7 @@ class ChatTemplate:
             tokenizer_config.json.
 
     Raises:
-        ValueError: if there is no template and the tokenizer lacks the tokens of the plain ChatML form.
+        UserError: if there is no template and the tokenizer lacks the tokens of the plain ChatML form.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -48,7 +49,7 @@ class ChatTemplate:
             variables: what templates may know beyond the messages: `enable_thinking`, `tools`.
 
         Raises:
-            ValueError: if the template refuses the conversation or is broken.
+            UserError: if the template refuses the conversation or is broken.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -62,7 +63,7 @@ class ChatTemplate:
                 **{**self._special, **variables},
             )
         except (TemplateError, TypeError) as error:
-            raise ValueError(f"chat template: it cannot render this conversation ({error})") from error
+            raise UserError(f"chat template: it cannot render this conversation ({error})") from error
         return rendered[0]
 
     def encode(self, messages: Sequence[Message], *, answer: bool, **variables: object) -> list[int]:
@@ -82,7 +83,7 @@ class ChatTemplate:
         for mark in marks:
             ids = self._tokenizer.encode(mark, special_tokens=True)
             if len(ids) != 1 or ids[0] not in special:
-                raise ValueError(
+                raise UserError(
                     f"chat template: {self._tokenizer.folder} has no {TEMPLATE_FILE} and no chat_template in "
                     f"{CONFIG_FILE}, and its tokenizer has no {' and '.join(marks)} for the plain form; add a "
                     f"{TEMPLATE_FILE}"

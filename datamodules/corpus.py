@@ -25,6 +25,7 @@ from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
 from datamodules.remote import explain, public, s3_endpoint
 from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from litdata.streaming.downloader import Downloader
@@ -73,7 +74,7 @@ class RowReader:
             views of the file: not to be written to.
 
         Raises:
-            ValueError: if the chunk does not hold a row there, or cannot be read; the message names the file.
+            UserError: if the chunk does not hold a row there, or cannot be read; the message names the file.
         """
         chunk = int(self._ends.searchsorted(row, side="right"))
         try:
@@ -83,7 +84,7 @@ class RowReader:
             return read_row(words, row - int(self._ends[chunk] - self.chunk_rows[chunk]), self._sequence_length)
         except (OSError, RuntimeError, CorruptRowError) as error:
             file = os.path.join(public(self.folder), self._files[chunk][0])
-            raise ValueError(
+            raise UserError(
                 f"{file}: row {row} cannot be read ({str(error).splitlines()[0]}); the chunk is corrupt: delete the "
                 "corpus and prepare it again"
             ) from error
@@ -113,7 +114,7 @@ class RowReader:
             except RuntimeError as error:  # all that torch raises
                 if "No such file" not in str(error):
                     raise
-        raise ValueError(f"{file} is removed from the cache as soon as it is there")
+        raise UserError(f"{file} is removed from the cache as soon as it is there")
 
 
 class Corpus:
@@ -123,7 +124,7 @@ class Corpus:
         path: the folder, or a URL that LitData reads (`s3://...`).
 
     Raises:
-        ValueError: if something is missing or does not fit together; the message names the file.
+        UserError: if something is missing or does not fit together; the message names the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -131,16 +132,16 @@ class Corpus:
         self._local = _fetch(path) if is_remote(path) else Path(path)
         file = self._local / CORPUS_FILE
         if not file.is_file():
-            raise ValueError(f"{os.path.join(path, CORPUS_FILE)} does not exist: {path} is no (complete) corpus")
+            raise UserError(f"{os.path.join(path, CORPUS_FILE)} does not exist: {path} is no (complete) corpus")
         self.metadata: dict[str, Any] = _read_json(file)
         if self.metadata.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{file}: format_version is not {FORMAT_VERSION}; prepare the corpus again")
+            raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; prepare the corpus again")
         self.sequence_length: int = self.metadata["sequence_length"]
         self.vocab_size: int = self.metadata["tokenizer"]["vocab_size"]
         self.tokenizer_folder = self._local / "tokenizer"
         self.tokenizer = Tokenizer.load(self.tokenizer_folder)
         if self.tokenizer.fingerprint != self.metadata["tokenizer"]["fingerprint"]:
-            raise ValueError(f"{self.tokenizer_folder} is not the tokenizer the corpus was made with ({file})")
+            raise UserError(f"{self.tokenizer_folder} is not the tokenizer the corpus was made with ({file})")
 
     def openings(self) -> list[list[int]]:
         """Return the token ids of the beginnings of some held-out documents."""
@@ -150,7 +151,7 @@ class Corpus:
         """Return the reader of a split (`train` or `validation`), its files checked by name and size.
 
         Raises:
-            ValueError: if the index or a chunk is missing, cut off, or not what `corpus.json` says.
+            UserError: if the index or a chunk is missing, cut off, or not what `corpus.json` says.
         """
         expected = self.metadata[split]["rows"]
         folder = os.path.join(self.path, split)
@@ -159,7 +160,7 @@ class Corpus:
             index = self._fetch_index(split)
             chunks = _read_json(index)["chunks"]
             if sum(chunk["chunk_size"] for chunk in chunks) != expected:
-                raise ValueError(f"{index}: its rows are not the {expected} of {CORPUS_FILE}; prepare the corpus again")
+                raise UserError(f"{index}: its rows are not the {expected} of {CORPUS_FILE}; prepare the corpus again")
         if not is_remote(self.path):
             _check_sizes(folder, chunks)
         cache = self._local / split if is_remote(self.path) else None
@@ -170,7 +171,7 @@ class Corpus:
         if is_remote(self.path):
             _download_once(f"{self.path}/{split}/{INDEX_NAME}", index)
         if not index.is_file():
-            raise ValueError(f"{index} does not exist; prepare the corpus again")
+            raise UserError(f"{index} does not exist; prepare the corpus again")
         return index
 
 
@@ -189,7 +190,7 @@ def _read_json(file: Path) -> Any:  # noqa: ANN401 (any JSON)
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); prepare the corpus again") from None
+        raise UserError(f"{file} cannot be read ({error}); prepare the corpus again") from None
 
 
 def _check_sizes(folder: str, chunks: list[dict[str, Any]]) -> None:
@@ -198,7 +199,7 @@ def _check_sizes(folder: str, chunks: list[dict[str, Any]]) -> None:
         size = os.path.getsize(file) if os.path.isfile(file) else None
         if size != chunk["chunk_bytes"]:
             state = "is missing" if size is None else f"has {size} bytes instead of {chunk['chunk_bytes']}"
-            raise ValueError(f"{file} {state}; delete the corpus and prepare it again")
+            raise UserError(f"{file} {state}; delete the corpus and prepare it again")
 
 
 def _fetch(url: str) -> Path:
@@ -239,7 +240,7 @@ def _download(url: str, file: Path, required: bool = True) -> None:
             os.replace(fresh, file)
         except Exception as error:  # each store has its own
             if required:
-                raise ValueError(f"{public(url)} cannot be read ({explain(url, error)})") from error
+                raise UserError(f"{public(url)} cannot be read ({explain(url, error)})") from error
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def read_unit(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document
         tally: takes what is skipped and changed.
 
     Raises:
-        ValueError: for bad input whose policy is `strict`.
+        UserError: for bad input whose policy is `strict`.
     """
     try:
         if unit.kind == "jsonl":

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from modules.errors import UserError
+
 _PARTIAL = ".partial"
 
 
@@ -11,7 +13,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name beside it, bring it to the disk, and rename it.
 
     Raises:
-        ValueError: if the system refuses (full disk, no permission); the temporary file is removed.
+        UserError: if the system refuses (full disk, no permission); the temporary file is removed.
     """
     write_blocks(path, [data])
 
@@ -28,7 +30,7 @@ def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot write {path}: {error.strerror}; mend that (free space?) and run the same command again, "
             "what is written so far is kept"
         ) from error

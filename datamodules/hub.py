@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modules.errors import UserError
+
 SCHEME = "hf:"
 DATA_SUFFIX = ".arrow"
 """Suffix of the files that hold the rows."""
@@ -39,11 +41,11 @@ def parse_name(path: str) -> HubDataset:
     """Return what a path of the form `SYNTAX` names.
 
     Raises:
-        ValueError: if it has another form.
+        UserError: if it has another form.
     """
     found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/([^:\[\]]+))?(?::([\w.+-]+))?", path)
     if found is None:
-        raise ValueError(f"paths: {path} names no dataset of the Hub; write {SYNTAX}, with a whole split")
+        raise UserError(f"paths: {path} names no dataset of the Hub; write {SYNTAX}, with a whole split")
     return HubDataset(found[1], found[2], found[3] or "train")
 
 
@@ -54,11 +56,11 @@ def load_files(path: str) -> list[str]:
         path: of the form `SYNTAX`.
 
     Raises:
-        ValueError: if there is no such dataset, or neither a network nor a cache that holds it.
+        UserError: if there is no such dataset, or neither a network nor a cache that holds it.
     """
     name, config, split = parse_name(path)
     if os.path.exists(name):  # `datasets` would load it in place of the dataset
-        raise ValueError(f"paths: {path}: there is a local {name} as well; give it as a path, or start elsewhere")
+        raise UserError(f"paths: {path}: there is a local {name} as well; give it as a path, or start elsewhere")
     print(f"loading {path}", flush=True)
     reachable = _reach_hub()
     import datasets
@@ -71,7 +73,7 @@ def load_files(path: str) -> list[str]:
         mend = "give another name, or log in with `hf auth login` where the dataset asks for it"
         if not reachable:
             mend = "the Hub cannot be reached, and the cache (HF_HOME) does not hold it: run once with a network"
-        raise ValueError(f"paths: {path} cannot be loaded ({type(error).__name__}: {error}); {mend}") from error
+        raise UserError(f"paths: {path} cannot be loaded ({type(error).__name__}: {error}); {mend}") from error
     files = [file["filename"] for file in dataset.cache_files]
     assert files or not len(dataset)
     return files
@@ -105,13 +107,13 @@ def saved_split(folder: str, files: list[str], skip: Callable[[str, str], None])
         skip: takes (reason, name) of each split that is not read.
 
     Raises:
-        ValueError: if it has no split `train`, so that one must be chosen.
+        UserError: if it has no split `train`, so that one must be chosen.
     """
     if _SPLITS not in files:
         return None
     splits = sorted(_describe(folder, _SPLITS, "splits"))
     if "train" not in splits:
-        raise ValueError(f"paths: {folder} has the splits {', '.join(splits)}; give one: {folder}/{splits[0]}")
+        raise UserError(f"paths: {folder} has the splits {', '.join(splits)}; give one: {folder}/{splits[0]}")
     for split in splits:
         if split != "train":
             skip("split of a dataset other than train", split)
@@ -127,7 +129,7 @@ def saved_files(folder: str, files: list[str], skip: Callable[[str, str], None])
         skip: takes (reason, name) of each file that does not belong to the dataset.
 
     Raises:
-        ValueError: if the description of the dataset is damaged.
+        UserError: if the description of the dataset is damaged.
     """
     if not {_STATE, _INFO} <= set(files):
         return None
@@ -142,4 +144,4 @@ def _describe(folder: str, file: str, key: str) -> list[Any]:
     try:
         return json.loads((Path(folder) / file).read_text())[key]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"paths: {folder}/{file} describes no dataset ({error}); save it again") from None
+        raise UserError(f"paths: {folder}/{file} describes no dataset ({error}); save it again") from None

@@ -7,6 +7,8 @@ skipped or changed is counted by reason, with sizes and a few examples, and ends
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from modules.errors import UserError
+
 _EXAMPLES = 3
 
 
@@ -62,7 +64,7 @@ class Policies:
     def __post_init__(self) -> None:
         """Check the size limit."""
         if self.max_document_bytes < 16:
-            raise ValueError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
+            raise UserError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
 
     def decode(self, data: bytes, name: str, tally: Tally) -> str | None:
         """Return the text of UTF-8 bytes, or None where it is to be skipped."""
@@ -70,7 +72,7 @@ class Policies:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
             if self.encoding == "strict":
-                raise ValueError(
+                raise UserError(
                     f"{name}: byte {error.start} is not UTF-8; convert the file, or set encoding to replace or skip"
                 ) from None
         if self.encoding == "skip":
@@ -82,7 +84,7 @@ class Policies:
     def keeps_oversized(self, name: str, size: int, tally: Tally) -> bool:
         """Return whether an oversized document is kept (split)."""
         if self.oversized == "strict":
-            raise ValueError(
+            raise UserError(
                 f"{name}: {size} bytes are over max_document_bytes ({self.max_document_bytes}); "
                 "raise it, or set oversized to split or skip"
             )
@@ -95,23 +97,23 @@ class Policies:
     def skip_empty(self, name: str, size: int, tally: Tally) -> None:
         """Count an empty document as skipped."""
         if self.empty == "strict":
-            raise ValueError(f"{name}: the document is empty; remove it, or set empty to skip")
+            raise UserError(f"{name}: the document is empty; remove it, or set empty to skip")
         tally.skip("empty", name, size)
 
     def no_text(self, name: str, reason: str, size: int, tally: Tally) -> None:
         """Count a JSONL line, or a row of a table, that holds no text."""
         if self.malformed == "strict":
-            raise ValueError(f"{name}: {reason}; mend it, or set malformed to skip")
+            raise UserError(f"{name}: {reason}; mend it, or set malformed to skip")
         tally.skip(reason, name, size)
 
     def corrupt(self, name: str, reason: str, count: int, tally: Tally) -> None:
         """Count a table, or `count` rows of one, that cannot be decoded."""
         if self.malformed == "strict":
-            raise ValueError(f"{name}: cannot be decoded ({reason}); mend it, or set malformed to skip")
+            raise UserError(f"{name}: cannot be decoded ({reason}); mend it, or set malformed to skip")
         tally.skip("cannot be decoded", name, count=count)
 
     def unreadable(self, name: str, error: OSError, tally: Tally) -> None:
         """Count a file that the system does not let us read."""
         if self.malformed == "strict":
-            raise ValueError(f"{name}: {error.strerror}; mend it, or set malformed to skip") from None
+            raise UserError(f"{name}: {error.strerror}; mend it, or set malformed to skip") from None
         tally.skip(f"unreadable ({error.strerror})", name)

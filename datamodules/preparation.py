@@ -37,6 +37,7 @@ from datamodules.shuffle import hash64, permutation
 from datamodules.sources import DEFAULT_CORPUS
 from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from datamodules.workers import Workers
+from modules.errors import UserError
 
 CORPUS_FILE = "corpus.json"
 OPENINGS_FILE = "openings.json"
@@ -79,19 +80,19 @@ class Preparation:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not self.paths:
-            raise ValueError(f"paths: give at least one file, folder, URL or {SYNTAX}, or the word '{DEFAULT_CORPUS}'")
+            raise UserError(f"paths: give at least one file, folder, URL or {SYNTAX}, or the word '{DEFAULT_CORPUS}'")
         if self.sequence_length < 2:
-            raise ValueError(f"sequence_length: {self.sequence_length} leaves nothing to predict, give at least 2")
+            raise UserError(f"sequence_length: {self.sequence_length} leaves nothing to predict, give at least 2")
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size: {self.vocab_size} is too small, {SMALLEST_VOCABULARY} ids are special tokens and bytes"
             )
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction: {self.validation_fraction} is not in [0, 1)")
+            raise UserError(f"validation_fraction: {self.validation_fraction} is not in [0, 1)")
         if self.shard_bytes is not None and self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes: {self.shard_bytes} is not positive")
+            raise UserError(f"shard_bytes: {self.shard_bytes} is not positive")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: {self.workers} is not positive")
+            raise UserError(f"workers: {self.workers} is not positive")
 
     def options(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Return the options that decide the content, as JSON."""
@@ -111,7 +112,7 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
         The content of `corpus.json`, and whether the corpus was complete before.
 
     Raises:
-        ValueError: for bad sources or options, or an output folder that holds something else.
+        UserError: for bad sources or options, or an output folder that holds something else.
     """
     output = preparation.output
     given = None if preparation.tokenizer is None else Tokenizer.load(preparation.tokenizer)
@@ -139,7 +140,7 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
                 work_folder(output) / "downloads",
             )
             if state and state["fingerprint"] != scan.fingerprint:
-                raise ValueError(f"output: the sources changed since {output} was begun; delete it or choose another")
+                raise UserError(f"output: the sources changed since {output} was begun; delete it or choose another")
             write_file(state_file, json.dumps({"options": options, "fingerprint": scan.fingerprint}).encode())
             tokenizer = _make_tokenizer(preparation, given, scan)
             reports = _write_shards(preparation, tokenizer, scan, workers)
@@ -153,17 +154,17 @@ def _locked(output: Path) -> Iterator[None]:
     work = work_folder(output)
     if output.exists() and not (work.is_dir() or (output / CORPUS_FILE).is_file()):
         if not output.is_dir() or any(output.iterdir()):
-            raise ValueError(f"output: {output} exists and holds no corpus; choose a new or an empty folder")
+            raise UserError(f"output: {output} exists and holds no corpus; choose a new or an empty folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
     except OSError as error:
-        raise ValueError(f"output: cannot make {output}: {error.strerror}; choose another folder") from None
+        raise UserError(f"output: cannot make {output}: {error.strerror}; choose another folder") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise ValueError(f"output: another process is preparing {output}; wait for it or choose another") from None
+        raise UserError(f"output: another process is preparing {output}; wait for it or choose another") from None
     try:
         yield
     finally:
@@ -175,7 +176,7 @@ def _locked(output: Path) -> Iterator[None]:
 def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
     for key in new:
         if old.get(key) != new[key]:
-            raise ValueError(
+            raise UserError(
                 f"{key}: {output} was prepared with {old.get(key)}, not {new[key]}; choose another output or delete it"
             )
 
@@ -195,7 +196,7 @@ def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: Sca
             partial.rename(folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"cannot write {partial}: {error.strerror}; mend that and run the same command") from error
+            raise UserError(f"cannot write {partial}: {error.strerror}; mend that and run the same command") from error
     return Tokenizer.load(folder)
 
 

@@ -21,6 +21,7 @@ from datamodules.loader import Placement, TrainingLoader, ValidationLoader, Wind
 from datamodules.mixture import Consumption, Mixture, Stage
 from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.sources import DEFAULT_CORPUS
+from modules.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,9 @@ class PretrainingData(LightningDataModule):
             total_tokens=total_tokens,
         )
         if validation_rows is not None and validation_rows < 0:
-            raise ValueError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
+            raise UserError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
         if workers < 0:
-            raise ValueError(f"data.workers: {workers} is negative")
+            raise UserError(f"data.workers: {workers} is negative")
         # the name seeds the order of rows: a fixed one, so that a corpus can be moved
         self.sources = {"corpus": Source(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
@@ -121,7 +122,7 @@ class PretrainingData(LightningDataModule):
             stage: `fit`, `validate`, `test` or `predict`.
 
         Raises:
-            ValueError: if a corpus is missing or damaged, or sizes do not fit; the message names key or file.
+            UserError: if a corpus is missing or damaged, or sizes do not fit; the message names key or file.
         """
         _ = self.corpora, self.mixture, self._validation_readers
         if self.trainer is None:
@@ -140,12 +141,12 @@ class PretrainingData(LightningDataModule):
         assert self.trainer is not None
         per_pass = self.micro_batch_size * self._placement.ranks
         if self.global_batch_size % per_pass:
-            raise ValueError(
+            raise UserError(
                 f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self._placement.ranks} "
                 f"devices with data.micro_batch_size {self.micro_batch_size}; make it a multiple of {per_pass}"
             )
         if self.trainer.accumulate_grad_batches not in (1, self.accumulation):
-            raise ValueError(
+            raise UserError(
                 f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches} contradicts data."
                 f"global_batch_size / (data.micro_batch_size x devices) = {self.accumulation}; leave it out"
             )
@@ -191,10 +192,10 @@ class PretrainingData(LightningDataModule):
         """Check that a resumed run counts in the same steps.
 
         Raises:
-            ValueError: if a step has another number of tokens than before.
+            UserError: if a step has another number of tokens than before.
         """
         if state_dict["tokens_per_step"] != self.tokens_at(1):
-            raise ValueError(
+            raise UserError(
                 f"data.global_batch_size: a step of this run has {state_dict['tokens_per_step']} tokens, not "
                 f"{self.tokens_at(1)}; keep global_batch_size x sequence_length, or start a new run"
             )
@@ -207,20 +208,20 @@ class PretrainingData(LightningDataModule):
         corpora: dict[str, Corpus] = {}
         for name, source in self.sources.items():
             if not is_remote(source.path) and not (Path(source.path) / CORPUS_FILE).is_file():
-                raise ValueError(
+                raise UserError(
                     f"data.path: {source.path} is no prepared corpus; make it with: "
                     f"python -m app prepare FILES --output {source.path}"
                 )
             corpus = corpora[name] = Corpus(source.path)
             if corpus.sequence_length != self.sequence_length:
-                raise ValueError(
+                raise UserError(
                     f"data.sequence_length: {source.path} has rows of {corpus.sequence_length} tokens, not "
                     f"{self.sequence_length}; set it to {corpus.sequence_length}, or prepare again with "
                     f"--sequence_length {self.sequence_length} and another --output"
                 )
             first = next(iter(corpora.values()))
             if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"data.sources: {source.path} and {first.path} have different tokenizers; prepare one again with "
                     f"--tokenizer {first.tokenizer_folder}"
                 )
@@ -254,7 +255,7 @@ class PretrainingData(LightningDataModule):
     def _validation_readers(self) -> list[RowReader]:
         readers = [corpus.rows("validation") for corpus in self.corpora.values()]
         if self.validation_rows != 0 and not any(map(len, readers)):
-            raise ValueError(
+            raise UserError(
                 "data.validation_rows: no corpus has held-out rows; prepare with a validation_fraction above 0, "
                 "or set validation_rows to 0"
             )
@@ -309,13 +310,13 @@ class PretrainingData(LightningDataModule):
 def _check_positive(**values: int) -> None:
     for key, value in values.items():
         if value < 1:
-            raise ValueError(f"data.{key}: {value} is not positive")
+            raise UserError(f"data.{key}: {value} is not positive")
 
 
 def _check_phases(phases: list[Phase] | None, sources: dict[str, Source]) -> list[Phase]:
     """Return the phases (one with equal weights by default) after checking names, weights and order."""
     if not sources:
-        raise ValueError("data.sources: give at least one source")
+        raise UserError("data.sources: give at least one source")
     if phases is None:
         return [Phase(sources=dict.fromkeys(sources, 1.0))]
     before = 0
@@ -323,19 +324,19 @@ def _check_phases(phases: list[Phase] | None, sources: dict[str, Source]) -> lis
         key = f"data.phases[{number}]"
         for name, weight in phase.sources.items():
             if name not in sources:
-                raise ValueError(f"{key}.sources: '{name}' is not in data.sources ({', '.join(sources)})")
+                raise UserError(f"{key}.sources: '{name}' is not in data.sources ({', '.join(sources)})")
             if not 0 < weight < math.inf:
-                raise ValueError(f"{key}.sources.{name}: the weight {weight} is not positive; leave the source out")
+                raise UserError(f"{key}.sources.{name}: the weight {weight} is not positive; leave the source out")
         if not phase.sources:
-            raise ValueError(f"{key}.sources: give at least one source")
+            raise UserError(f"{key}.sources: give at least one source")
         last = number == len(phases) - 1
         if last != (phase.until_tokens is None):
-            raise ValueError(f"{key}.until_tokens: every phase but the last needs it, the last must not have it")
+            raise UserError(f"{key}.until_tokens: every phase but the last needs it, the last must not have it")
         if phase.until_tokens is not None and phase.until_tokens <= before:
-            raise ValueError(f"{key}.until_tokens: {phase.until_tokens} is not after {before}")
+            raise UserError(f"{key}.until_tokens: {phase.until_tokens} is not after {before}")
         before = phase.until_tokens or before
     if not phases:
-        raise ValueError("data.phases: give at least one phase or leave it out")
+        raise UserError("data.phases: give at least one phase or leave it out")
     return phases
 
 

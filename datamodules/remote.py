@@ -27,6 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from datamodules.files import write_blocks
 from datamodules.progress import Progress
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -64,11 +65,11 @@ def check_scheme(url: str, key: str, schemes: tuple[str, ...]) -> None:
     """Refuse a URL that cannot be read or written.
 
     Raises:
-        ValueError: naming the key and the schemes there are.
+        UserError: naming the key and the schemes there are.
     """
     if urlsplit(url).scheme not in schemes:
         known = ", ".join(f"{scheme}://" for scheme in schemes)
-        raise ValueError(f"{key}: {public(url)} is not a URL that can be used here; give one that begins with {known}")
+        raise UserError(f"{key}: {public(url)} is not a URL that can be used here; give one that begins with {known}")
 
 
 def public(url: str) -> str:
@@ -87,7 +88,7 @@ def list_files(url: str, single: bool) -> list[RemoteFile]:
         single: whether it is that of a file.
 
     Raises:
-        ValueError: if there is nothing, or the store does not answer.
+        UserError: if there is nothing, or the store does not answer.
     """
     try:
         if urlsplit(url).scheme in WEB_SCHEMES:
@@ -100,7 +101,7 @@ def list_files(url: str, single: bool) -> list[RemoteFile]:
     except Exception as error:  # each store has its own
         raise _failed("paths", url, error) from error
     if not entries:
-        raise ValueError(f"paths: there is nothing at {public(url)}")
+        raise UserError(f"paths: there is nothing at {public(url)}")
     start = len(key.rpartition("/")[0]) if single else len(key)
     files = [
         RemoteFile(entry["path"][start:].lstrip("/"), entry["size"], f"{entry['e_tag']} {entry['last_modified']}")
@@ -119,7 +120,7 @@ def download(url: str, files: list[RemoteFile], single: bool, folder: Path) -> P
         folder: where downloads go; each state of the remote files gets a subfolder of its own.
 
     Raises:
-        ValueError: if a file cannot be read or written.
+        UserError: if a file cannot be read or written.
     """
     target = folder / _version(url, files)
     missing = [file for file in files if not (target / file.name).is_file() or not file.version]
@@ -164,7 +165,7 @@ def _read(url: str, file: RemoteFile, single: bool) -> Iterator[bytes]:
     except Exception as error:  # each store has its own
         raise _failed("paths", url, error) from error
     if file.size and done != file.size:
-        raise ValueError(f"paths: {public(url)} ended after {done} of {file.size} bytes; {AGAIN}")
+        raise UserError(f"paths: {public(url)} ended after {done} of {file.size} bytes; {AGAIN}")
 
 
 def _head(url: str) -> RemoteFile:
@@ -186,7 +187,7 @@ def upload_folder(folder: Path, url: str, last: str) -> int:
         The number of files copied: 0 where a complete copy is there already.
 
     Raises:
-        ValueError: if something else is there, or the store refuses.
+        UserError: if something else is there, or the store refuses.
     """
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     names.remove(last)
@@ -205,7 +206,7 @@ def upload_folder(folder: Path, url: str, last: str) -> int:
     except Exception as error:  # each store has its own
         raise _failed("upload", url, error) from error
     if there != (folder / last).read_bytes():
-        raise ValueError(f"upload: another corpus is at {public(url)}; choose another URL, or delete it there first")
+        raise UserError(f"upload: another corpus is at {public(url)}; choose another URL, or delete it there first")
     return 0
 
 

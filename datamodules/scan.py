@@ -19,6 +19,7 @@ from datamodules.shards import DIGEST_BYTES, DUPLICATE, ScanJob, scan_units
 from datamodules.sources import list_units
 from datamodules.units import Unit
 from datamodules.workers import Workers
+from modules.errors import UserError
 
 _SCAN_BYTES = 8 << 20
 _MOST_UNITS = 10_000
@@ -65,7 +66,7 @@ def scan_sources(
         downloads: folder that keeps what URLs hold.
 
     Raises:
-        ValueError: for bad sources, or too little text to train on.
+        UserError: for bad sources, or too little text to train on.
     """
     tally = Tally()
     units = list_units(paths, policies, tally, downloads)
@@ -84,11 +85,11 @@ def scan_sources(
         tally.merge(tallies[position])
     if not any(digests):
         reasons = "; ".join(f"{entry['count']} {reason}" for reason, entry in tally.skipped.items())
-        raise ValueError(f"paths: no document in {', '.join(map(public, paths))} ({reasons or 'nothing there'})")
+        raise UserError(f"paths: no document in {', '.join(map(public, paths))} ({reasons or 'nothing there'})")
     flat = _decide(b"".join(digests), deduplicate, validation_fraction)
     if not (flat == 0).any():
         size = sum(int(part.sum()) for part in sizes)
-        raise ValueError(
+        raise UserError(
             f"paths: {np.count_nonzero(flat == 1)} document of {size} bytes in all is "
             "too little for training and validation; give more documents, a smaller max_document_bytes (cuts long "
             "ones), or validation_fraction 0"

@@ -23,6 +23,7 @@ from datamodules.rows import build_chunks, build_row
 from datamodules.shuffle import hash64, permutation
 from datamodules.tokenizer import Tokenizer
 from datamodules.units import Unit
+from modules.errors import UserError
 
 SPLITS = ("train", "validation")
 """Folders of a corpus; a document's fate is the position of its split here, or `DUPLICATE`."""
@@ -127,7 +128,7 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
         its place among the sources and the bytes of that text in the shard's file of it.
 
     Raises:
-        ValueError: if a source is not what the scan saw, or a file cannot be written.
+        UserError: if a source is not what the scan saw, or a file cannot be written.
     """
     documents = _read_again(job)
     report: dict[str, Any] = {}
@@ -154,7 +155,7 @@ def _read_again(job: ShardJob) -> list[list[tuple[Document, int]]]:
             if number < len(fates) and fates[number] != DUPLICATE:
                 kept.append((document, fates[number]))
         if found.digest() != hashlib.sha256(expected).digest():
-            raise ValueError(f"{unit.name}: changed while it was being prepared; run the command with a new output")
+            raise UserError(f"{unit.name}: changed while it was being prepared; run the command with a new output")
         documents.append(kept)
     return documents
 

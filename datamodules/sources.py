@@ -16,6 +16,7 @@ from datamodules import hub, remote
 from datamodules.policies import Policies, Tally
 from datamodules.tables import PARQUET_SUFFIXES, table_units
 from datamodules.units import Unit
+from modules.errors import UserError
 
 DEFAULT_CORPUS = "stdlib"
 """Name that stands for the Python standard library's sources."""
@@ -44,7 +45,7 @@ def list_units(paths: list[str], policies: Policies, tally: Tally, downloads: Pa
         downloads: folder that keeps what URLs hold.
 
     Raises:
-        ValueError: for a path that does not exist, a single file of unknown kind, a table without the text column.
+        UserError: for a path that does not exist, a single file of unknown kind, a table without the text column.
     """
     units: list[Unit] = []
     for path in paths:
@@ -72,7 +73,7 @@ def _files(path: str, tally: Tally, downloads: Path) -> Iterator[tuple[str, str]
     elif remote.is_url(path):
         yield from _remote_files(path, tally, downloads)
     else:
-        raise ValueError(
+        raise UserError(
             f"paths: {path} does not exist; give files, folders, URLs, {hub.SYNTAX} or the word '{DEFAULT_CORPUS}'"
         )
 
@@ -113,7 +114,7 @@ def _is_known(path: str) -> bool:
 
 def _check_known(shown: str, path: str) -> None:
     if not _is_known(path):
-        raise ValueError(
+        raise UserError(
             f"paths: {shown} has the suffix '{Path(path).suffix}', which is neither text nor JSONL nor Parquet; "
             "rename it (.txt, .md, .jsonl, .parquet, ...) if it is"
         )

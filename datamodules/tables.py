@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.policies import Policies, Tally
 from datamodules.units import Unit, cut_rows
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +43,7 @@ def table_units(
         tally: takes a file that is corrupt or without rows.
 
     Raises:
-        ValueError: if the text column is missing or holds no text.
+        UserError: if the text column is missing or holds no text.
         OSError: if the system does not let us read the file.
     """
     try:
@@ -114,7 +115,7 @@ def _check_column(schema: "pa.Schema", name: str, column: str) -> None:
         )  # fmt: skip
     others = ", ".join(field.name for field in schema if field.name != column and holds_text(field.type))
     mend = f"give one that holds text: {others}" if others else "none of its columns holds text"
-    raise ValueError(f"text_key: {name} {problem}; {mend}")
+    raise UserError(f"text_key: {name} {problem}; {mend}")
 
 
 def _parquet_arrays(unit: Unit, column: str, batch_rows: int) -> Iterator["pa.Array"]:

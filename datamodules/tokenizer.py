@@ -24,6 +24,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from modules.errors import UserError
+
 SPECIAL_TOKENS = {
     0: "<unk>",
     1: "<s>",
@@ -106,11 +108,11 @@ class Tokenizer:
         """Load a Hugging Face tokenizer folder.
 
         Raises:
-            ValueError: if the folder holds no usable tokenizer, or one without an end-of-text token.
+            UserError: if the folder holds no usable tokenizer, or one without an end-of-text token.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ValueError(f"tokenizer: {folder} is not a folder; give a Hugging Face tokenizer folder")
+            raise UserError(f"tokenizer: {folder} is not a folder; give a Hugging Face tokenizer folder")
         try:
             if (folder / "tokenizer.json").is_file():
                 inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -118,11 +120,11 @@ class Tokenizer:
                 inner = _slow_tokenizer(folder)
         except Exception as error:  # the Rust parser raises plain Exception
             reason = str(error).splitlines()[0]
-            raise ValueError(f"tokenizer: {folder} holds no tokenizer that can be loaded ({reason})") from error
+            raise UserError(f"tokenizer: {folder} holds no tokenizer that can be loaded ({reason})") from error
         names = special_names(folder)
         eos = inner.token_to_id(names.get("eos_token", "</s>"))
         if eos is None:
-            raise ValueError(f"tokenizer: {folder} names no eos_token in tokenizer_config.json; add it")
+            raise UserError(f"tokenizer: {folder} names no eos_token in tokenizer_config.json; add it")
         pad = inner.token_to_id(names["pad_token"]) if "pad_token" in names else None
         return cls(inner, eos, eos if pad is None else pad, folder)
 
@@ -201,7 +203,7 @@ class Tokenizer:
         A special token stands for its name.
 
         Raises:
-            ValueError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
+            UserError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
         """
         added = self._inner.get_added_tokens_decoder()
         kinds = set(_types(json.loads(self._inner.to_str())["decoder"]))
@@ -215,14 +217,14 @@ class Tokenizer:
                 is_byte = len(piece) == 6 and piece.startswith("<0x")
                 contents[index] = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
             else:
-                raise ValueError(f"tokenizer: {self.folder} is not byte-level; its tokens stand for no exact bytes")
+                raise UserError(f"tokenizer: {self.folder} is not byte-level; its tokens stand for no exact bytes")
         return contents
 
     def token_bytes(self) -> np.ndarray:
         """Return int64 [V]: UTF-8 bytes each token stands for, 0 for special tokens and unused ids.
 
         Raises:
-            ValueError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
+            UserError: if the tokenizer is neither a byte-level nor a sentencepiece-like one.
         """
         sizes = np.array([len(content) for content in self.contents()], dtype=np.int64)
         sizes[sorted(self.special_ids)] = 0
@@ -250,16 +252,16 @@ def _read_json(folder: Path | None, name: str) -> dict[str, Any]:
     """Return the object in a folder's file, nothing if it is missing.
 
     Raises:
-        ValueError: if it is damaged.
+        UserError: if it is damaged.
     """
     if folder is None or not (folder / name).is_file():
         return {}
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"tokenizer: {folder / name} is not valid JSON ({error}); copy it again") from None
+        raise UserError(f"tokenizer: {folder / name} is not valid JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"tokenizer: {folder / name} holds no JSON object; copy it again")
+        raise UserError(f"tokenizer: {folder / name} holds no JSON object; copy it again")
     return content
 
 

@@ -9,15 +9,15 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
+
+from modules.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Mistake:
-    """A user's mistake that a worker found: a `ValueError` raised by our own code, not by a library inside it."""
+    """A user's mistake that a worker found."""
 
     message: str
 
@@ -60,7 +60,7 @@ class Workers:
             jobs: its arguments.
 
         Raises:
-            ValueError: a user's mistake that a job found, or a process that was killed from outside.
+            UserError: a user's mistake that a job found, or a process that was killed from outside.
         """
         if self._count == 1 or len(jobs) < 2:
             for position, job in enumerate(jobs):
@@ -77,10 +77,10 @@ class Workers:
             for future in as_completed(positions):
                 result = future.result()
                 if isinstance(result, _Mistake):
-                    raise ValueError(result.message)
+                    raise UserError(result.message)
                 yield positions[future], result
         except BrokenProcessPool:
-            raise ValueError(
+            raise UserError(
                 "workers: a worker process was killed (out of memory?); run the same command again with fewer workers"
             ) from None
 
@@ -88,10 +88,7 @@ class Workers:
 def _call(function: Callable[[Job], Result], job: Job) -> "Result | _Mistake":
     try:
         return function(job)
-    except ValueError as error:
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if origin.parent != Path(__file__).parent:
-            raise
+    except UserError as error:
         return _Mistake(str(error))
 
 

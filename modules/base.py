@@ -25,6 +25,7 @@ from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import PackedBatch, TrainingData
 from modules.checkpoints.start import start_from
+from modules.errors import UserError
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
@@ -43,7 +44,7 @@ class MicroBatchLoss(NamedTuple):
     """One `Routing` per router."""
 
 
-class TrainingDivergedError(ValueError):
+class TrainingDivergedError(UserError):
     """Too many steps in a row were skipped: not finite, or spikes."""
 
 
@@ -88,7 +89,7 @@ class StageModule(LightningModule):
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
         if max_skipped_steps < 1:
-            raise ValueError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
+            raise UserError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
         self.network: Network | None = None
         self.precision_table: list[Assignment] = []
         self.metrics: dict[str, Tensor] = {}
@@ -136,7 +137,7 @@ class StageModule(LightningModule):
             device_type: where it will compute, cpu or cuda.
 
         Raises:
-            ValueError: if the recipe does not fit the network or the device.
+            UserError: if the recipe does not fit the network or the device.
         """
         with torch.device("meta"):
             network = Network(self.backbone_config)
@@ -149,20 +150,20 @@ class StageModule(LightningModule):
         """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
         Raises:
-            ValueError: if the recipe does not fit the network, an option the device, or init_from the backbone.
+            UserError: if the recipe does not fit the network, an option the device, or init_from the backbone.
         """
         if self.network is not None:
             return
         strategy = self.trainer.strategy
         if self.data.vocab_size > self.backbone_config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
                 f"{self.data.vocab_size}; raise it to at least that"
             )
         network = self.build_network(strategy.root_device.type)
         if self.compile_layers:
             if strategy.root_device.type != "cuda":
-                raise ValueError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
+                raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
             for layer in network.modules():
                 # A compiled mixture with FSDP2's hooks inside computes garbage for its shapes (fp32, torch 2.13).
                 if isinstance(layer, Layer) and layer.letter != "E":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modules.base import MicroBatchLoss, StageModule
 from modules.batch import IGNORED_LABEL, PackedBatch
+from modules.errors import UserError
 from modules.objectives.next_token import next_token_loss, sequence_auxiliary_loss
 
 
@@ -21,7 +22,7 @@ class Pretraining(StageModule):
         stage: what every stage takes, see `StageModule`.
 
     Raises:
-        ValueError: if mtp_depths does not fit the network.
+        UserError: if mtp_depths does not fit the network.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Pretraining(StageModule):
         super().__init__(**stage)
         backbone = self.backbone_config
         if (mtp_depths > 0) != (backbone.num_nextn_predict_layers > 0):
-            raise ValueError(
+            raise UserError(
                 f"model.mtp_depths: {mtp_depths} does not fit model.backbone.num_nextn_predict_layers "
                 f"{backbone.num_nextn_predict_layers}; set both or neither to 0"
             )
@@ -43,7 +44,7 @@ class Pretraining(StageModule):
             ("auxiliary_loss_coefficient", auxiliary_loss_coefficient),
         ):
             if not 0 <= value < math.inf:
-                raise ValueError(f"model.{key}: {value} must be finite and not negative")
+                raise UserError(f"model.{key}: {value} must be finite and not negative")
         self.mtp_depths, self.mtp_loss_factor = mtp_depths, mtp_loss_factor
         self.auxiliary_loss_coefficient = auxiliary_loss_coefficient
         self._counts: Tensor | None = None

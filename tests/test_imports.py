@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("app", "callbacks", "datamodules", "modules")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 
-BELOW_BACKBONE = ("modules.precision", "modules.ops", "modules.batch")
+BELOW_BACKBONE = ("modules.precision", "modules.ops", "modules.batch", "modules.errors")
 BELOW_OBJECTIVES = ("modules.checkpoints", "modules.backbone", *BELOW_BACKBONE)
 TIERS = {
     "modules.batch": (),
-    "modules.ops": ("modules.batch",),
-    "modules.precision": ("modules.ops", "modules.batch"),
+    "modules.errors": (),
+    "modules.ops": ("modules.batch", "modules.errors"),
+    "modules.precision": ("modules.ops", "modules.batch", "modules.errors"),
     "modules.backbone": BELOW_BACKBONE,
     "modules.checkpoints": ("modules.backbone", *BELOW_BACKBONE),
     "modules.objectives": BELOW_OBJECTIVES,
@@ -24,7 +25,7 @@ TIERS = {
     "modules.optim": BELOW_OBJECTIVES,
     "modules.ptq": ("modules.objectives", *BELOW_OBJECTIVES),
     "modules": ("modules",),  # the LightningModules, directly under modules/
-    "datamodules": ("modules.batch",),
+    "datamodules": ("modules.batch", "modules.errors"),
     "callbacks": ("modules",),
     "app": ("callbacks", "datamodules", "modules"),
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from app.errors import UserError
 from app.options import Device, Dtype, StateDtype, short_state_dtype
 from app.terminal import read_text, write_text
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from datamodules.chat_template import ChatTemplate, Message

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from app.errors import UserError
 from app.options import Device, Dtype, short_dtype
+from modules.errors import UserError
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
         samples: JSONL file to write: a row for each sample, with what the model was asked and answered.
 
     Raises:
-        ValueError: a task, file or option is wrong; the message names it and the mend.
+        UserError: a task, file or option is wrong; the message names it and the mend.
     """
     for name, number in (
         ("limit", limit),

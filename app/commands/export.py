@@ -43,7 +43,7 @@ def export(
             its own.
 
     Raises:
-        ValueError: the model is damaged or of another family, the format does not fit it, or the output holds files;
+        UserError: the model is damaged or of another family, the format does not fit it, or the output holds files;
             the message names the mend.
     """
     from modules.checkpoints.export import convert

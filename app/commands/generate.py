@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.errors import UserError
 from app.options import Device, Dtype, StateDtype, short_dtype, short_state_dtype
+from modules.errors import UserError
 from modules.generation.acceptance import Acceptance
 
 if TYPE_CHECKING:

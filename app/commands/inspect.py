@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.errors import UserError
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from app.cli import RunCLI
@@ -48,7 +48,7 @@ def inspect(
         batch: File that the spike guard saved (runs/NAME/spikes/) to show instead of a step.
 
     Raises:
-        ValueError: a file, key or option is wrong; the message names it and the mend.
+        UserError: a file, key or option is wrong; the message names it and the mend.
     """
     if batch is not None and step is not None:
         raise UserError("--step: --batch shows the step it was saved at; leave one of the two out")
@@ -90,7 +90,7 @@ class StepLoader:
         run: the parsed run.
 
     Raises:
-        ValueError: model or data refuse a value, or a corpus is missing or damaged.
+        UserError: model or data refuse a value, or a corpus is missing or damaged.
     """
 
     def __init__(self, run: "RunCLI") -> None:

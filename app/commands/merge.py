@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from app.errors import UserError
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from modules.checkpoints.source import Source
@@ -40,7 +40,7 @@ def merge(
         max_shard_size: Most bytes of tensors in a file, for example 5GB, 500MB or 2GiB.
 
     Raises:
-        ValueError: options contradict each other, or models cannot be averaged; the message names the mend.
+        UserError: options contradict each other, or models cannot be averaged; the message names the mend.
     """
     from modules.checkpoints.export import export
     from modules.checkpoints.merge import MergedSource

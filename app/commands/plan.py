@@ -6,6 +6,8 @@ the 120B model takes seconds on a laptop and a plan can never describe another m
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from modules.errors import UserError
+
 if TYPE_CHECKING:
     from app.cli import RunCLI
 
@@ -30,7 +32,7 @@ def plan(
         peak_tflops: Peak of one device in 10^12 FLOP/s, with --mfu.
 
     Raises:
-        ValueError: a file, key or option is wrong; the message names it and the mend.
+        UserError: a file, key or option is wrong; the message names it and the mend.
     """
     from app.cli import parse_run
     from app.planning.arithmetic import flop_lines
@@ -44,7 +46,7 @@ def plan(
     run = parse_run([argument for file in config for argument in ("--config", file)])
     module, data = run.instantiate("model"), run.instantiate("data")
     if not isinstance(module, StageModule):
-        raise ValueError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
+        raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
     count, assumed = (devices, []) if devices is not None else _devices(run.config.trainer)
     rows, length = data.micro_batch_size, data.sequence_length
     accumulation = _accumulation(data.global_batch_size, rows, count)
@@ -71,13 +73,13 @@ def _check_options(
     given = {"devices": devices, "tokens_per_second": tokens_per_second, "mfu": mfu, "peak_tflops": peak_tflops}
     for name, value in given.items():
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name}: {value} must be positive")
+            raise UserError(f"--{name}: {value} must be positive")
     if mfu is not None and mfu > 1:
-        raise ValueError(f"--mfu: {mfu} is a share of the peak; give a number up to 1")
+        raise UserError(f"--mfu: {mfu} is a share of the peak; give a number up to 1")
     if (mfu is None) != (peak_tflops is None):
-        raise ValueError("--mfu and --peak_tflops go together: their product is the speed of a device")
+        raise UserError("--mfu and --peak_tflops go together: their product is the speed of a device")
     if mfu is not None and tokens_per_second is not None:
-        raise ValueError("--tokens_per_second: the speed follows from --mfu and --peak_tflops already; leave one out")
+        raise UserError("--tokens_per_second: the speed follows from --mfu and --peak_tflops already; leave one out")
 
 
 def _devices(trainer: Any) -> tuple[int, list[str]]:  # noqa: ANN401
@@ -101,7 +103,7 @@ def _accelerator(given: Any) -> str:  # noqa: ANN401
 
 def _accumulation(rows: int, micro_batch: int, devices: int) -> int:
     if rows % (micro_batch * devices):
-        raise ValueError(
+        raise UserError(
             f"data.global_batch_size: {rows} rows do not divide among {devices} devices with data.micro_batch_size "
             f"{micro_batch}; make it a multiple of {micro_batch * devices}, or plan for other --devices"
         )

@@ -6,6 +6,7 @@ from typing import Literal
 from datamodules.policies import Policies
 from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.remote import STORE_SCHEMES, check_scheme, public, upload_folder
+from modules.errors import UserError
 
 
 def prepare(
@@ -62,7 +63,7 @@ def prepare(
         workers: Processes; null takes one per available core.
     """
     if ":/" in str(output):
-        raise ValueError(f"output: {output} is a URL; give a folder on this machine, and the URL as upload")
+        raise UserError(f"output: {output} is a URL; give a folder on this machine, and the URL as upload")
     if upload is not None:
         check_scheme(upload, "upload", STORE_SCHEMES)
     policies = Policies(

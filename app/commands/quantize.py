@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from app.errors import UserError
 from app.options import Device, Dtype, short_dtype
+from modules.errors import UserError
 
 DEFAULT_BITS = 5.0
 """Budget of `--format auto` unless another is given."""
@@ -77,7 +77,7 @@ def quantize(
         max_shard_size: Most bytes of tensors in a file, for example 5GB, 500MB or 2GiB.
 
     Raises:
-        ValueError: an option, pattern or file is wrong; the message names it and the mend.
+        UserError: an option, pattern or file is wrong; the message names it and the mend.
     """
     from app.models import choose_device, open_source
     from app.quantization.job import Job, Request

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.errors import UserError
 from app.options import Device, Dtype, short_dtype
 from app.rows_file import Answers, read_rows
+from modules.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def score(
         batch_tokens: Tokens in one forward pass, padding included: bounds the memory. Longer rows go through in pieces.
 
     Raises:
-        ValueError: a file, row or option is wrong; the message names it and the mend.
+        UserError: a file, row or option is wrong; the message names it and the mend.
     """
     from app.models import choose_device, load_network, open_source
     from app.scoring.rows import Reader, same_vocabulary

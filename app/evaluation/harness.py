@@ -15,11 +15,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from app.errors import UserError
 from datamodules.chat_template import ChatTemplate
 from datamodules.progress import Progress
 from datamodules.tokenizer import Tokenizer, special_names
 from modules.backbone.model import Network
+from modules.errors import UserError
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
 from modules.generation.scoring import BATCH_TOKENS, score

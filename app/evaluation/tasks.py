@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
-from app.errors import UserError
+from modules.errors import UserError
 
 WILDCARDS = "*?["
 NAME = re.compile(rb"^(?:task|group|tag):[ \t]*[\"']?([\w.-]+)", re.MULTILINE)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.errors import UserError, shorten
+from app.errors import shorten
 from modules.batch import PackedBatch
+from modules.errors import UserError
 
 FIELDS = ("tokens", "labels", "document_ids")
 
@@ -68,17 +69,17 @@ def _micro_batch(entry: dict[str, Any]) -> PackedBatch:
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: one is of the wrong kind or size.
+        UserError: one is of the wrong kind or size.
     """
     tensors = {name: entry[name] for name in (*FIELDS, "counts")}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name} holds no integers")
+            raise UserError(f"{name} holds no integers")
     shape = tensors["tokens"].shape
     if len(shape) != 2 or not tensors["tokens"].numel() or any(tensors[name].shape != shape for name in FIELDS):
-        raise ValueError(f"{', '.join(FIELDS)} are not [rows, positions] alike")
+        raise UserError(f"{', '.join(FIELDS)} are not [rows, positions] alike")
     if tensors["counts"].ndim != 1 or not tensors["counts"].numel():
-        raise ValueError("counts is no list of numbers")
+        raise UserError("counts is no list of numbers")
     return PackedBatch(**tensors)
 
 

@@ -52,7 +52,7 @@ class Vocabulary:
         tokenizer: a byte-level or sentencepiece-like one.
 
     Raises:
-        ValueError: if it is another kind.
+        UserError: if it is another kind.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ def run_lines(module: StageModule, data: TrainingData) -> list[str]:
         data: the datamodule.
 
     Raises:
-        ValueError: if the schedule is longer than the run.
+        UserError: if the schedule is longer than the run.
     """
     schedule, peak, total, step_tokens = (
         module.schedule,

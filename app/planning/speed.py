@@ -8,6 +8,7 @@ import yaml
 
 from app.run_folder import CONFIG, RunFolder, flatten
 from modules.checkpoints import folder
+from modules.errors import UserError
 
 SPEED = "training/tokens_per_second"
 _WORK = (
@@ -58,7 +59,7 @@ def device_count(trainer: Any) -> int | None:  # noqa: ANN401
         trainer: the keys of the trainer.
 
     Raises:
-        ValueError: it asks for none.
+        UserError: it asks for none.
     """
     given = trainer["devices"]
     try:
@@ -68,7 +69,7 @@ def device_count(trainer: Any) -> int | None:  # noqa: ANN401
     except ValueError:
         count = 0
     if count == 0 or count < -1:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices: {trainer['devices']!r} asks for no device; give a number, a list like 0,1 or auto"
         )
     return None if count == -1 else count

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from app.errors import UserError
 from app.quantization.quality import compare
 from app.quantization.report import choice_lines, make_report
 from app.quantization.texts import Texts, missing_data
@@ -21,6 +20,7 @@ from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import REPORT
 from modules.checkpoints.source import Source
 from modules.checkpoints.writer import size_of
+from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight, ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
 from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
@@ -63,7 +63,7 @@ class Job:
         device: where to compute.
 
     Raises:
-        ValueError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
+        UserError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
     """
 
     def __init__(self, source: Source, request: Request, texts: Texts | None, device: torch.device) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.errors import UserError
 from app.models import open_tokenizer
 from app.rows_file import read_rows
 from app.scoring.rows import Reader
 from datamodules.corpus import Corpus, RowReader, is_remote
 from datamodules.preparation import CORPUS_FILE
 from modules.checkpoints.source import Source
+from modules.errors import UserError
 
 HELD_OUT = 10
 """Every so many rows of a file one is held out."""
@@ -40,7 +40,7 @@ def read_texts(source: Source, data: str | None, calibration_tokens: int, held_o
         held_out_tokens: most tokens to judge by.
 
     Raises:
-        ValueError: the texts are damaged, of another tokenizer, or too few.
+        UserError: the texts are damaged, of another tokenizer, or too few.
     """
     places = _run_corpora(source) if data is None else [data]
     if not places:

@@ -3,12 +3,12 @@
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from app.errors import UserError
 from app.models import open_tokenizer
 from app.rows_file import text_of
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import Source
+from modules.errors import UserError
 
 
 class Tokens(NamedTuple):
@@ -91,7 +91,7 @@ class Reader:
             return None
         try:
             known = self.tokenizer.token_bytes().tolist()
-        except ValueError:
+        except UserError:
             return None
         return known + [0] * (self._source.config.vocab_size - len(known))
 
@@ -132,7 +132,7 @@ class Reader:
             raise UserError(f"{where}: messages must hold at least one turn")
         try:
             return self.template.encode(messages, answer=answer)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{where}: {error}") from error
 
     def _ids(self, row: dict[str, Any], key: str, where: str) -> list[int]:

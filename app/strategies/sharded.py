@@ -33,6 +33,7 @@ from modules.backbone.model import ShardingUnit
 from modules.batch import PackedBatch
 from modules.checkpoints import folder
 from modules.checkpoints.reader import SafeReader
+from modules.errors import UserError
 from modules.ops.documents import bring_boundaries
 
 ABOUT = "about"
@@ -57,7 +58,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         environment = self.cluster_environment
         if isinstance(environment, LightningEnvironment) and self.num_nodes > 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.num_nodes: {self.num_nodes} machines need torchrun or srun to start the command on each"
             )
         super()._configure_launcher()
@@ -214,7 +215,7 @@ class ShardedStrategy(ModelParallelStrategy):
             The other state: loops, callbacks, loaders.
 
         Raises:
-            ValueError: the folder is damaged, or was written for a model with other tensors.
+            UserError: the folder is damaged, or was written for a model with other tensors.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         reader = SafeReader(path)
@@ -294,7 +295,7 @@ def _check_same_tensors(path: Path, metadata: Metadata, model: dict[str, Tensor]
     if unexpected:
         differences.append(f"{len(unexpected)} unknown here ({unexpected[0]})")
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{path} is a checkpoint of another architecture; tensors: {', '.join(differences)}. "
             f"Give the run another --name, or delete {path.parent.parent} to start it anew"
         )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
+from modules.errors import UserError
 from modules.ops.attention import cached_attention
 from modules.ops.chunked_scan import continued_scan
 from modules.ops.recurrence import continued_convolution, read_scan, round_stochastically, step_scan, take_over
@@ -247,7 +248,7 @@ class Cache:
         generator: of that device, for stochastic rounding; None: the global one.
 
     Raises:
-        ValueError: if the state dtype is none of `STATE_DTYPES`.
+        UserError: if the state dtype is none of `STATE_DTYPES`.
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class Cache:
         generator: torch.Generator | None = None,
     ) -> None:
         if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype: {state_dtype} must be one of {', '.join(map(str, STATE_DTYPES))}")
+            raise UserError(f"state_dtype: {state_dtype} must be one of {', '.join(map(str, STATE_DTYPES))}")
         self.capacity = capacity
         self.device = device
         self.lengths = [0] * rows

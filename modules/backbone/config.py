@@ -6,6 +6,8 @@ reads off directly. Dimensions of a mixer that the layer string does not use may
 
 from dataclasses import dataclass
 
+from modules.errors import UserError
+
 MIXERS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "MLP"}
 """Letters of a layer string."""
 
@@ -22,7 +24,7 @@ class BackboneConfig:
     """Shape of a hybrid Mamba-2 / attention / LatentMoE network with MTP.
 
     Raises:
-        ValueError: if a field is out of range or two fields contradict each other; names the key and the mend.
+        UserError: if a field is out of range or two fields contradict each other; names the key and the mend.
     """
 
     vocab_size: int
@@ -202,4 +204,4 @@ class BackboneConfig:
 
 def _check(holds: bool, key: str, value: object, mend: str) -> None:
     if not holds:
-        raise ValueError(f"model.backbone.{key}: {value!r} {mend}")
+        raise UserError(f"model.backbone.{key}: {value!r} {mend}")

@@ -20,6 +20,7 @@ from modules.backbone.native import NativeLayers
 from modules.backbone.native_round import NativeRounds
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
+from modules.errors import UserError
 from modules.ops.documents import DocumentLayout
 from modules.precision.linear import Embedding, FormattedModule, Head
 
@@ -115,7 +116,7 @@ class Network(nn.Module):
             `Output`; the head is applied by the loss or by `logits`.
 
         Raises:
-            ValueError: if MTP depths are asked of a network without an MTP block.
+            UserError: if MTP depths are asked of a network without an MTP block.
         """
         if cache is not None:
             return self._continue(tokens, cache, counts, hold)
@@ -285,7 +286,7 @@ class Network(nn.Module):
         if depths == 0:
             return [], []
         if self.mtp is None:
-            raise ValueError(
+            raise UserError(
                 "model.mtp_depths: the network has no MTP block; set model.backbone.num_nextn_predict_layers to 1"
             )
         states, routings = [], []

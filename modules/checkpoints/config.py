@@ -20,6 +20,7 @@ import torch
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints.defaults import GenerationDefaults
 from modules.checkpoints.names import PLACEHOLDER_WIDTH
+from modules.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072,
@@ -119,16 +120,16 @@ def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
         file: where it was read, for messages.
 
     Raises:
-        ValueError: it is of another family, contradicts itself, or sets a field to something not computed here.
+        UserError: it is of another family, contradicts itself, or sets a field to something not computed here.
     """
     check_family(raw, file)
     fields = _rename(raw, file)
     for key, (allowed, why) in FIXED.items():
         if key in fields and fields[key] not in allowed:
-            raise ValueError(f"{file}: {key} {shown(fields[key])} is not supported: {why} ({allowed[0]!r})")
+            raise UserError(f"{file}: {key} {shown(fields[key])} is not supported: {why} ({allowed[0]!r})")
     known = {key: fields.get(key, default) for key, default in DEFAULTS.items()}
     if known["num_nextn_predict_layers"] not in (0, 1):
-        raise ValueError(
+        raise UserError(
             f"{file}: num_nextn_predict_layers {shown(known['num_nextn_predict_layers'])} is not supported: one MTP "
             "block is applied at every depth here (0 or 1)"
         )
@@ -141,7 +142,7 @@ def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
     layers = _layers(raw, MAIN, file) or DEFAULT_LAYERS
     stated = raw.get("num_hidden_layers")
     if stated is not None and stated != len(layers):
-        raise ValueError(
+        raise UserError(
             f"{file}: num_hidden_layers is {shown(stated)}, but {len(layers)} layers are listed; correct the wrong one"
         )
     known["hybrid_override_pattern"] = layers
@@ -218,34 +219,34 @@ def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:
     """Return a `BackboneConfig` of fields that were read from a file.
 
     Raises:
-        ValueError: a field is unknown, missing, of the wrong type or out of range; names file and key.
+        UserError: a field is unknown, missing, of the wrong type or out of range; names file and key.
     """
     known = {field.name: field for field in dataclasses.fields(BackboneConfig)}
     if unknown := sorted(fields.keys() - known.keys()):
-        raise ValueError(f"{file}: {unknown[0]} is no field of a backbone; it was written by another version")
+        raise UserError(f"{file}: {unknown[0]} is no field of a backbone; it was written by another version")
     hints = typing.get_type_hints(BackboneConfig)
     values = {}
     for key, value in fields.items():
         values[key] = _typed(value, hints[key], key, file)
     missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
-        raise ValueError(f"{file}: {missing[0]} is missing")
+        raise UserError(f"{file}: {missing[0]} is missing")
     try:
         return BackboneConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {str(error).removeprefix('model.backbone.')}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix('model.backbone.')}") from None
 
 
 def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and type(value) in (int, float):
         if not -sys.float_info.max <= value <= sys.float_info.max:
-            raise ValueError(f"{file}: {key} {shown(value)} must be finite")
+            raise UserError(f"{file}: {key} {shown(value)} must be finite")
         return float(value)
     if type(value) in kinds:
         return value
     wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
-    raise ValueError(f"{file}: {key} {shown(value)} must be {wanted}")
+    raise UserError(f"{file}: {key} {shown(value)} must be {wanted}")
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
@@ -258,7 +259,7 @@ def check_family(raw: dict[str, Any], file: Path) -> None:
     """Raise a ValueError if a `config.json` is not of a Nemotron-H language model."""
     kind, architectures = raw.get("model_type"), raw.get("architectures") or ["NemotronHForCausalLM"]
     if kind != "nemotron_h" or not isinstance(architectures, list) or "NemotronHForCausalLM" not in architectures:
-        raise ValueError(
+        raise UserError(
             f"{file}: model_type {shown(kind)}, architectures {shown(architectures)}: only language models of the "
             "Nemotron-H family ('nemotron_h', NemotronHForCausalLM) can be loaded"
         )
@@ -273,7 +274,7 @@ def _rename(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         if new == "layer_norm_epsilon":  # transformers reads no other name of it, other engines do
             fields.setdefault(new, DEFAULTS[new])
         if new in fields and _plain(fields[new]) != _plain(raw[old]):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {old} {shown(raw[old])} contradicts {new} {shown(fields[new])}; remove the wrong one"
             )
         fields[new] = raw[old]
@@ -300,14 +301,14 @@ def _layers(raw: dict[str, Any], keys: tuple[str, ...], file: Path) -> str | Non
             continue
         if isinstance(value, list):
             if unknown := [name for name in value if not isinstance(name, str) or name not in LETTERS]:
-                raise ValueError(f"{file}: {key} names a layer {shown(unknown[0])}; known are {', '.join(LETTERS)}")
+                raise UserError(f"{file}: {key} names a layer {shown(unknown[0])}; known are {', '.join(LETTERS)}")
             value = "".join(LETTERS[name] for name in value)
         if not isinstance(value, str):
-            raise ValueError(f"{file}: {key} {shown(value)} must be a layer string or a list of layer names")
+            raise UserError(f"{file}: {key} {shown(value)} must be a layer string or a list of layer names")
         found[key] = value
     for key, value in found.items():
         first = next(iter(found))
         if value != found[first]:
             both = f"{shown(value)} and {shown(found[first])}"
-            raise ValueError(f"{file}: {key} contradicts {first} ({both}); remove the wrong one")
+            raise UserError(f"{file}: {key} contradicts {first} ({both}); remove the wrong one")
     return next(iter(found.values()), None)

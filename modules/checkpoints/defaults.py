@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.checkpoints.documents import read_json
+from modules.errors import UserError
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -33,7 +34,7 @@ def read_defaults(folder: Path, config: dict[str, Any], tokenizer_folder: Path |
         tokenizer_folder: the tokenizer's files, if any.
 
     Raises:
-        ValueError: a file cannot be read, or an id is no id.
+        UserError: a file cannot be read, or an id is no id.
     """
     file = folder / GENERATION_CONFIG
     generation = read_json(file) if file.exists() else {}
@@ -59,7 +60,7 @@ def _checked(key: str, value: Any, file: Path) -> tuple[int, ...]:  # noqa: ANN4
     values = value if isinstance(value, list) else [] if value is None else [value]
     for entry in values:
         if type(entry) is not int or entry < 0:
-            raise ValueError(f"{file}: {key} {value!r} must be a token id or a list of them")
+            raise UserError(f"{file}: {key} {value!r} must be a token id or a list of them")
     return tuple(values)
 
 

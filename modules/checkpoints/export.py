@@ -99,7 +99,7 @@ def export(
         report: gets lines of progress.
 
     Raises:
-        ValueError: the output holds files already, or a tensor of the source is damaged.
+        UserError: the output holds files already, or a tensor of the source is damaged.
         OSError: the disk is full; nothing is left behind.
     """
     tensors = stored_as(source, dtype)
@@ -136,7 +136,7 @@ def write_quantized(
             read as a MODEL. The model card quotes quantization_report.json.
 
     Raises:
-        ValueError: the output holds files already, or a tensor of the source is damaged.
+        UserError: the output holds files already, or a tensor of the source is damaged.
         OSError: the disk is full; nothing is left behind.
     """
     spelling = LAYOUTS[layout]
@@ -171,7 +171,7 @@ def convert(
         report: see `export`.
 
     Raises:
-        ValueError: see `export`.
+        UserError: see `export`.
         OSError: see `export`.
     """
     quantization = source.quantization

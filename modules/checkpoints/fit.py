@@ -19,6 +19,7 @@ from modules.checkpoints.names import HEAD, STACKED, TensorInfo, public_names, s
 from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.reader import SafeReader
 from modules.checkpoints.values import check_finite
+from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
 RUN_CONFIG = "config.yaml"
@@ -36,12 +37,12 @@ class FitSource:
         path: the folder.
 
     Raises:
-        ValueError: it is damaged, or its tensors are not those of its own configuration.
+        UserError: it is damaged, or its tensors are not those of its own configuration.
     """
 
     def __init__(self, path: Path) -> None:
         if problem := folder.damage(path):
-            raise ValueError(f"{path} is damaged: {problem}; take another checkpoint of the run, or copy it again")
+            raise UserError(f"{path} is damaged: {problem}; take another checkpoint of the run, or copy it again")
         self.path = path
         run = _read_run(path / RUN_CONFIG)
         self.config = _backbone(run, path / RUN_CONFIG)
@@ -81,7 +82,7 @@ class FitSource:
             except dcp.CheckpointException as error:
                 failure = next(iter(error.failures.values()))[0]
                 reason = (str(failure) or repr(failure)).partition("\n")[0][:120]
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: tensor {parameter} cannot be read ({reason}); take another checkpoint of the run"
                 ) from None
         check_finite(tensor, parameter, self.path)
@@ -100,18 +101,18 @@ class FitSource:
         places = public_names(self.config)
         for (name, place), shape in zip(places.items(), shapes.values(), strict=True):
             if place.parameter not in stored:
-                raise ValueError(f"{self.path}: tensor {place.parameter} is missing; copy the checkpoint again")
+                raise UserError(f"{self.path}: tensor {place.parameter} is missing; copy the checkpoint again")
             info = stored[place.parameter]
             held = info.shape if place.expert is None else info.shape[1:]
             if held != shape:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: tensor {name} has shape {list(held)}, but {RUN_CONFIG} means {list(shape)}; "
                     "one of the two is not of this checkpoint"
                 )
             tensors[name] = TensorInfo(shape, info.dtype)
         known = {place.parameter for place in places.values()} | {HEAD}
         if unknown := sorted(stored.keys() - known):
-            raise ValueError(f"{self.path}: tensor {unknown[0]} is unknown to the network that {RUN_CONFIG} describes")
+            raise UserError(f"{self.path}: tensor {unknown[0]} is unknown to the network that {RUN_CONFIG} describes")
         return tensors
 
 
@@ -134,7 +135,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
         wrong.append("metrics")
     if wrong:
-        raise ValueError(f"{path / folder.MANIFEST}: {wrong[0]} is missing or of the wrong type; copy it again")
+        raise UserError(f"{path / folder.MANIFEST}: {wrong[0]} is missing or of the wrong type; copy it again")
     return manifest
 
 
@@ -142,11 +143,11 @@ def _read_run(file: Path) -> dict[str, Any]:
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is not valid YAML ({' '.join(str(error).split())}); copy the checkpoint again"
         ) from None
     if not isinstance(run, dict):
-        raise ValueError(f"{file} is no configuration of a run; copy the checkpoint again")
+        raise UserError(f"{file} is no configuration of a run; copy the checkpoint again")
     return run
 
 
@@ -156,5 +157,5 @@ def _backbone(run: dict[str, Any], file: Path) -> BackboneConfig:
     except (KeyError, TypeError):
         fields = None
     if not isinstance(fields, dict):
-        raise ValueError(f"{file}: model.init_args.backbone is missing; it is no configuration that fit wrote")
+        raise UserError(f"{file}: model.init_args.backbone is missing; it is no configuration that fit wrote")
     return make_config(fields, file)

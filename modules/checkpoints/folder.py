@@ -14,6 +14,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from modules.errors import UserError
+
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
 REMOVED = ".removed"
@@ -89,11 +91,11 @@ def step_of(folder: Path) -> int:
     """Return the optimiser step in the name of a checkpoint folder.
 
     Raises:
-        ValueError: the name is not of the form `step=00000123`.
+        UserError: the name is not of the form `step=00000123`.
     """
     match = STEP_FOLDER.fullmatch(folder.name)
     if match is None:
-        raise ValueError(f"{folder} is not named like a checkpoint (step=00000123)")
+        raise UserError(f"{folder} is not named like a checkpoint (step=00000123)")
     return int(match[1])
 
 
@@ -101,14 +103,14 @@ def describe(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint folder.
 
     Raises:
-        ValueError: the folder has none that can be read.
+        UserError: the folder has none that can be read.
     """
     try:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(about, dict):
             raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+        raise UserError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
     return about
 
 

@@ -34,6 +34,7 @@ from modules.checkpoints.quantization import (
 from modules.checkpoints.quantized_layers import StoredLayer, check_settings, fused_notes, kv_scales, separate
 from modules.checkpoints.safetensors import Entry, read_entry, read_folder
 from modules.checkpoints.values import check_finite
+from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
 CONFIG = "config.json"
@@ -48,7 +49,7 @@ class HuggingFaceSource:
         path: the folder.
 
     Raises:
-        ValueError: config.json or a weight file is damaged, or the tensors are not exactly those it describes.
+        UserError: config.json or a weight file is damaged, or the tensors are not exactly those it describes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,19 +146,19 @@ class HuggingFaceSource:
         held |= {name: (layer.parts["codes"][1].file, layer.info) for name, layer in self._layers.items()}
         shapes = shapes_in_files(self.config, len(held), self.path / CONFIG)
         if unexpected := [name for name in held if name not in shapes]:
-            raise ValueError(
+            raise UserError(
                 f"{held[unexpected[0]][0]}: {_count(unexpected)} not part of the network that {CONFIG} "
                 f"describes ({unexpected[0]}); {_mend(unexpected[0])}"
             )
         if missing := [name for name in shapes if name not in held]:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {_count(missing)} missing in its weight files ({missing[0]}); {CONFIG} is of another "
                 "network, or a file is missing: download it again"
             )
         for name, shape in shapes.items():
             file, (stored, _) = held[name]
             if stored != shape:
-                raise ValueError(
+                raise UserError(
                     f"{file}: tensor {name} has shape {list(stored)}, but {CONFIG} means {list(shape)}; one of the two "
                     "files is not of this model: download both again"
                 )
@@ -170,7 +171,7 @@ def _public(entries: dict[str, Entry]) -> dict[str, Entry]:
     for name, entry in entries.items():
         new = IN_MEMORY.sub("backbone.", name)
         if new in public:
-            raise ValueError(f"{entry.file}: tensor {new} is there under two names, the other is {name}; remove one")
+            raise UserError(f"{entry.file}: tensor {new} is there under two names, the other is {name}; remove one")
         public[new] = entry
     return public
 

@@ -20,6 +20,7 @@ from modules.backbone.initialization import local_rows
 from modules.backbone.model import Network
 from modules.checkpoints.names import EMBEDDING, HEAD, public_names
 from modules.checkpoints.source import Source, open_model
+from modules.errors import UserError
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 from modules.precision.served import serve
@@ -49,11 +50,11 @@ def load_model(path: Path | str, dtype: str = "auto", device: torch.device | str
         device: where the network lives.
 
     Raises:
-        ValueError: the folder is no MODEL or damaged, the dtype is unknown, or weights cannot be served as they are
+        UserError: the folder is no MODEL or damaged, the dtype is unknown, or weights cannot be served as they are
             quantised.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
     source = open_model(Path(path))
     with torch.device("meta"):
         network = Network(source.config)
@@ -81,7 +82,7 @@ def load_weights(network: Network, source: Source, leave: Container[str] = ()) -
         leave: parameters to leave as they are.
 
     Raises:
-        ValueError: a tensor cannot be read or holds values that are not finite.
+        UserError: a tensor cannot be read or holds values that are not finite.
     """
     state = network.state_dict()
     for name, place in public_names(network.config).items():
@@ -105,7 +106,7 @@ def _quantized(source: Source) -> dict[str, list[str]]:
     """Return the public names of the quantised weights, by parameter: one, or one for each expert.
 
     Raises:
-        ValueError: the experts of a layer are not all quantised in the same way.
+        UserError: the experts of a layer are not all quantised in the same way.
     """
     if source.quantization is None:
         return {}
@@ -116,7 +117,7 @@ def _quantized(source: Source) -> dict[str, list[str]]:
     for parameter, parts in names.items():
         layers = {weights.get(name) for name in parts}
         if len(layers) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{source.path}: the experts of {parameter.removesuffix('.weight')} are quantised in more than one way "
                 "and cannot be run so; --dtype bf16 runs the model with plain, dequantised weights"
             )

@@ -18,6 +18,7 @@ from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.source import Source
 from modules.checkpoints.start import ALWAYS, OF_LETTER
+from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
 
@@ -33,7 +34,7 @@ class MergedSource:
         method: a sentence for the model card.
 
     Raises:
-        ValueError: weights and models do not fit together, or the models are of different architectures.
+        UserError: weights and models do not fit together, or the models are of different architectures.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], method: str) -> None:
@@ -74,16 +75,16 @@ def normalize(weights: Sequence[float], models: int) -> list[float]:
     """Return weights divided by their sum.
 
     Raises:
-        ValueError: there is not one weight per model, or one is negative or not finite, or all are 0.
+        UserError: there is not one weight per model, or one is negative or not finite, or all are 0.
     """
     if len(weights) != models:
-        raise ValueError(f"--weights: {len(weights)} given for {models} MODELs; give one for each, in their order")
+        raise UserError(f"--weights: {len(weights)} given for {models} MODELs; give one for each, in their order")
     for weight in weights:
         if not 0 <= weight < math.inf:
-            raise ValueError(f"--weights: {weight} must be finite and not negative")
+            raise UserError(f"--weights: {weight} must be finite and not negative")
     total = math.fsum(weights)
     if total == 0:
-        raise ValueError("--weights: all are 0; at least one must be positive")
+        raise UserError("--weights: all are 0; at least one must be positive")
     return [weight / total for weight in weights]
 
 
@@ -120,7 +121,7 @@ def check_same_network(first: Source, other: Source) -> None:
     """Check that two models can be averaged.
 
     Raises:
-        ValueError: their networks differ in fields that change numbers; names these.
+        UserError: their networks differ in fields that change numbers; names these.
     """
     patterns = ["hybrid_override_pattern", "num_nextn_predict_layers"]
     if first.config.num_nextn_predict_layers:
@@ -130,7 +131,7 @@ def check_same_network(first: Source, other: Source) -> None:
     pairs = {name: (getattr(first.config, name), getattr(other.config, name)) for name in (*ALWAYS, *patterns, *used)}
     different = [f"{name} {one!r} and {another!r}" for name, (one, another) in pairs.items() if one != another]
     if different:
-        raise ValueError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
+        raise UserError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
 
 
 def _different_tokenizers(sources: Sequence[Source]) -> list[str]:

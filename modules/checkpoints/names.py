@@ -13,6 +13,7 @@ import torch
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
+from modules.errors import UserError
 
 PLACEHOLDER_WIDTH = 1
 """Width of the all-zero shared expert that stands in a file for none: transformers cannot build a mixture without."""
@@ -60,7 +61,7 @@ def shapes_in_files(config: BackboneConfig, held: int, file: Path) -> dict[str, 
         file: where the configuration was read, for messages.
 
     Raises:
-        ValueError: it has more layers or experts than there are tensors, or sizes that no computer holds.
+        UserError: it has more layers or experts than there are tensors, or sizes that no computer holds.
     """
     letters = config.hybrid_override_pattern
     if config.num_nextn_predict_layers:
@@ -68,14 +69,14 @@ def shapes_in_files(config: BackboneConfig, held: int, file: Path) -> dict[str, 
     counts = {"number of layers": len(letters), "n_routed_experts": config.n_routed_experts if "E" in letters else 0}
     for key, count in counts.items():
         if count > held:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key} is {count}, but the weight files hold {held} tensors in all; one of the two is not of "
                 "this model: copy or download both again"
             )
     try:
         return public_shapes(config)
     except (RuntimeError, TypeError):  # torch's, for more bytes or rows than an integer holds
-        raise ValueError(f"{file}: its sizes are beyond any file; copy or download it again") from None
+        raise UserError(f"{file}: its sizes are beyond any file; copy or download it again") from None
 
 
 def placeholder_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modules.checkpoints.config import shown
 from modules.checkpoints.names import EMBEDDING, TensorInfo
+from modules.errors import UserError
 from modules.precision import e2m1
 from modules.precision.blocks import BLOCK
 from modules.precision.quantized import QuantizedWeight, WeightFormat
@@ -94,7 +95,7 @@ def is_fp8_cache(scheme: Any, place: str) -> bool:  # noqa: ANN401
     """Return whether a configuration's entry for the KV cache means FP8 with a scale per layer, or none.
 
     Raises:
-        ValueError: it means another format.
+        UserError: it means another format.
     """
     if scheme is None:
         return False
@@ -103,7 +104,7 @@ def is_fp8_cache(scheme: Any, place: str) -> bool:  # noqa: ANN401
     wanted = {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor", "symmetric": True}
     if isinstance(scheme, dict) and all(scheme.get(key, value) == value for key, value in wanted.items()):
         return True
-    raise ValueError(f"{place}: a KV cache in {shown(scheme)} cannot be read, only FP8 can; take another model")
+    raise UserError(f"{place}: a KV cache in {shown(scheme)} cannot be read, only FP8 can; take another model")
 
 
 def may_be_quantized(name: str, shape: Sequence[int]) -> bool:

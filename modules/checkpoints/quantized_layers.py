@@ -22,6 +22,7 @@ from modules.checkpoints.quantization import (
 )
 from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry, read_numbers
 from modules.checkpoints.values import check_finite
+from modules.errors import UserError
 from modules.precision.blocks import BLOCK
 from modules.precision.quantized import WeightFormat
 
@@ -47,7 +48,7 @@ class StoredLayer(NamedTuple):
         """Return its tensors as they are stored, by field.
 
         Raises:
-            ValueError: a file ends too early, or a value is not finite or, being a scale, not positive.
+            UserError: a file ends too early, or a value is not finite or, being a scale, not positive.
         """
         return {field: read_checked(*part, scale=field != "codes") for field, part in self.parts.items()}
 
@@ -56,7 +57,7 @@ def read_checked(name: str, entry: Entry, scale: bool) -> Tensor:
     """Read a tensor of a quantised layer; codes must be finite, scales of tensors positive, of blocks not negative.
 
     Raises:
-        ValueError: they are not, or the file ends before the tensor does.
+        UserError: they are not, or the file ends before the tensor does.
     """
     tensor = read_entry(entry)
     if tensor.dtype == torch.uint8 or not tensor.numel():
@@ -65,7 +66,7 @@ def read_checked(name: str, entry: Entry, scale: bool) -> Tensor:
     check_finite(values, name, entry.file)
     least = 0.0 if tensor.numel() > 1 else torch.finfo(torch.float32).tiny
     if scale and values.amin() < least:
-        raise ValueError(
+        raise UserError(
             f"{entry.file}: tensor {name} holds a scale of {values.amin():g}, which is not positive; the model was "
             "saved broken: take another checkpoint of it"
         )
@@ -76,7 +77,7 @@ def _read_scales(parts: Sequence[tuple[str, Entry]]) -> list[float]:
     """Read scales of tensors.
 
     Raises:
-        ValueError: see `read_checked`.
+        UserError: see `read_checked`.
     """
     scales = read_numbers([entry for _, entry in parts])
     for scale, part in zip(scales, parts, strict=True):
@@ -93,7 +94,7 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
         layout: how quantised ones are spelled.
 
     Raises:
-        ValueError: a tensor of a quantised layer is missing, or has another shape or dtype than it must have.
+        UserError: a tensor of a quantised layer is missing, or has another shape or dtype than it must have.
     """
     suffixes = sorted({stored.suffix for tensors in layout.stored.values() for stored in tensors.values()})
     modules: dict[str, None] = {}
@@ -102,7 +103,7 @@ def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[s
         if suffix in suffixes and (suffix != "weight" or entry.info.dtype in CODES):
             modules[module] = None
         elif entry.info.dtype in CODES:
-            raise ValueError(
+            raise UserError(
                 f"{entry.file}: tensor {name} is {_short(entry.info.dtype)}, but {layout.name} has no such tensor of a "
                 f"quantised layer; {AGAIN}, or take the model in bf16"
             )
@@ -125,7 +126,7 @@ def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str
         wanted = " or ".join(
             f"{tensors['codes'].suffix} in {_short(tensors['codes'].dtype)}" for tensors in layout.stored.values()
         )
-        raise ValueError(
+        raise UserError(
             f"{entry.file}: {module}.{suffix} ({_short(entry.info.dtype)}) is of a quantised layer, but there is no "
             f"{module}.{wanted}; {AGAIN}, or take the model in bf16"
         )
@@ -134,19 +135,19 @@ def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str
     packed = codes.info.shape
     shape = (*packed[:-1], packed[-1] * (2 if format == "nvfp4" else 1)) if packed else packed
     if not may_be_quantized(f"{module}.weight", shape):
-        raise ValueError(
+        raise UserError(
             f"{codes.file}: tensor {module}.{tensors['codes'].suffix} is quantised, which only the matrices of linear "
             "layers can be here, routers and embeddings apart; take the model in bf16"
         )
     if format == "nvfp4" and shape[-1] % BLOCK:
-        raise ValueError(
+        raise UserError(
             f"{codes.file}: tensor {module}.{tensors['codes'].suffix} has rows of {shape[-1]} codes, but blocks of "
             f"NVFP4 have {BLOCK}; {AGAIN}"
         )
     layer = LayerQuantization(format, inputs=tensors["input_scale"].suffix in there)
     wanted = stored_tensors(layout, layer, f"{module}.weight", shape)
     if format == "fp8" and not layer.inputs:
-        raise ValueError(
+        raise UserError(
             f"{codes.file}: tensor {module}.{tensors['input_scale'].suffix} is missing: FP8 weights with inputs that "
             "are not quantised, or with a scale of their own per token, cannot be read; take the model in bf16"
         )
@@ -154,7 +155,7 @@ def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str
     for field, (name, info) in wanted.items():
         entry = entries.get(name)
         if entry is None:
-            raise ValueError(
+            raise UserError(
                 f"{codes.file}: tensor {module}.{tensors['codes'].suffix} is quantised, but its {name} is missing; "
                 f"download the folder again"
             )
@@ -163,7 +164,7 @@ def _layer(module: str, entries: Entries, layout: Layout, suffixes: Sequence[str
     extra = there.keys() - {stored.suffix for stored in tensors.values()}
     if extra:
         name = f"{module}.{min(extra)}"
-        raise ValueError(
+        raise UserError(
             f"{entries[name].file}: tensor {name} does not belong beside {tensors['codes'].suffix} in "
             f"{_short(codes.info.dtype)}; download the folder again"
         )
@@ -176,7 +177,7 @@ def _check(name: str, entry: Entry, wanted: TensorInfo) -> None:
     scalar = wanted.dtype == torch.float32
     if (scalar and shape in ((), (1,)) and dtype in DTYPES.values()) or (shape, dtype) == wanted:
         return
-    raise ValueError(
+    raise UserError(
         f"{entry.file}: tensor {name} is {_short(dtype)} {list(shape)}, but must be {_short(wanted.dtype)} "
         f"{list(wanted.shape)}; download the folder again"
     )
@@ -198,24 +199,24 @@ def check_settings(settings: Settings, quantization: Quantization, plain: Iterab
         A line for the user where it leaves open that plain weights are plain.
 
     Raises:
-        ValueError: it says otherwise of a quantised layer, or the KV cache.
+        UserError: it says otherwise of a quantised layer, or the KV cache.
     """
     for name, layer in quantization.weights.items():
         said = settings.says(module_of(name))
         if said != layer:
             lacks = " (there is no scale of its inputs)" if said is not None and said.inputs > layer.inputs else ""
-            raise ValueError(
+            raise UserError(
                 f"{settings.place} says that {module_of(name)} is {said.label if said else 'not quantised'}, but its "
                 f"tensors are {layer.label}{lacks}; one of the two is not of this model: download both again"
             )
     if quantization.kv_scales and not settings.kv:
-        raise ValueError(
+        raise UserError(
             f"{settings.place} says nothing of an FP8 KV cache, but the weight files hold scales for it "
             f"({next(iter(quantization.kv_scales))}); one of the two is not of this model: download both again"
         )
     unlisted = [name for name in plain if settings.says(module_of(name)) is not None]
     if unlisted and not quantization.weights:
-        raise ValueError(
+        raise UserError(
             f"{settings.place} says that weights are quantised, but no tensor is; remove it if the model is plain, or "
             "download the model again"
         )
@@ -240,13 +241,13 @@ def kv_scales(
         folder: for messages.
 
     Raises:
-        ValueError: a scale is of no attention module, has another shape, or is not positive.
+        UserError: a scale is of no attention module, has another shape, or is not positive.
     """
     names = {f"{module}.{end}": (module, number) for module in attention for number, end in enumerate(layout.kv_names)}
     found: dict[str, list[float]] = {module: [NO_SCALE, NO_SCALE] for module in attention} if stated or caches else {}
     for name, entry in caches.items():
         if name not in names:
-            raise ValueError(
+            raise UserError(
                 f"{entry.file}: tensor {name} is the scale of a KV cache, but {layout.name} has none of this name in "
                 "this network; download the folder again"
             )
@@ -270,7 +271,7 @@ def fused_notes(layers: Mapping[str, StoredLayer], folder: object) -> list[str]:
     all experts of a layer with one scale of the inputs.
 
     Raises:
-        ValueError: a scale is not positive and finite.
+        UserError: a scale is not positive and finite.
     """
     groups: dict[tuple[str, str, WeightFormat], list[StoredLayer]] = {}
     for name, layer in layers.items():

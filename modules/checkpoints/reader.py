@@ -11,6 +11,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from modules.errors import UserError
+
 ADMITTED = {
     "builtins": {"set", "frozenset", "slice"},
     "collections": {"OrderedDict"},
@@ -39,7 +41,7 @@ class SafeReader(FileSystemReader):
         """Read the index of the checkpoint.
 
         Raises:
-            ValueError: it is damaged, or refers to anything but the admitted classes.
+            UserError: it is damaged, or refers to anything but the admitted classes.
         """
         path = self._get_metadata_path()
         with self.fs.create_stream(path, "rb") as stream:
@@ -49,7 +51,7 @@ class SafeReader(FileSystemReader):
             if not isinstance(metadata, Metadata):
                 raise TypeError(f"it holds a {type(metadata).__name__}")
         except Exception as error:  # damaged bytes are instructions to pickle, which fail in any way
-            raise ValueError(f"{path} is damaged or no index of a checkpoint: {error}") from error
+            raise UserError(f"{path} is damaged or no index of a checkpoint: {error}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modules.checkpoints.documents import read_json
 from modules.checkpoints.names import TensorInfo
+from modules.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -47,11 +48,11 @@ def read_folder(folder: Path, quantized: bool = False) -> dict[str, Entry]:
         quantized: whether it may hold quantised weights.
 
     Raises:
-        ValueError: a file is missing or damaged, or index and shards contradict each other.
+        UserError: a file is missing or damaged, or index and shards contradict each other.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
-        raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}: two models; remove the one that is not meant")
+        raise UserError(f"{folder} holds both {SINGLE} and {INDEX}: two models; remove the one that is not meant")
     if index.exists():
         return _read_shards(folder, index, quantized)
     if single.exists():
@@ -60,14 +61,14 @@ def read_folder(folder: Path, quantized: bool = False) -> dict[str, Entry]:
         path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"}
     )
     there = f"; {others[0]} is there" if others else ""
-    raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{there}; download the safetensors weights")
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there{there}; download the safetensors weights")
 
 
 def read_entry(entry: Entry) -> Tensor:
     """Read a tensor.
 
     Raises:
-        ValueError: the file ends before the tensor does.
+        UserError: the file ends before the tensor does.
     """
     tensor = torch.empty(entry.info.shape, dtype=entry.info.dtype)
     if tensor.numel():
@@ -83,7 +84,7 @@ def read_numbers(entries: Sequence[Entry]) -> list[float]:
     """Read tensors of one number each; neighbours in the list that lie in one file cost one opening.
 
     Raises:
-        ValueError: a file ends before its tensor does.
+        UserError: a file ends before its tensor does.
     """
     numbers = []
     for file, group in groupby(entries, key=lambda entry: entry.file):
@@ -109,30 +110,30 @@ def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:
         quantized: whether it may hold quantised weights.
 
     Raises:
-        ValueError: they do not, or the file is no safetensors file.
+        UserError: they do not, or the file is no safetensors file.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise ValueError(f"{file} is cut short or no safetensors file ({size} bytes); {AGAIN}")
+            raise UserError(f"{file} is cut short or no safetensors file ({size} bytes); {AGAIN}")
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_repetition)
         if not isinstance(header, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
+        raise UserError(f"{file}: its header is damaged ({error}); {AGAIN}") from None
     header.pop("__metadata__", None)
     dtypes = DTYPES | QUANTIZED_DTYPES if quantized else DTYPES
     entries = {name: _entry(file, name, said, 8 + length, dtypes) for name, said in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != end and math.prod(entry.info.shape):
-            raise ValueError(f"{file}: its header puts tensor {name} at byte {entry.start} instead of {end}; {AGAIN}")
+            raise UserError(f"{file}: its header puts tensor {name} at byte {entry.start} instead of {end}; {AGAIN}")
         end += math.prod(entry.info.shape) * entry.info.dtype.itemsize
     if end != size:
-        raise ValueError(f"{file} has {size} bytes where its header means {end}; {AGAIN}")
+        raise UserError(f"{file} has {size} bytes where its header means {end}; {AGAIN}")
     return entries
 
 
@@ -140,7 +141,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"tensor {name} is there twice")
+        raise UserError(f"tensor {name} is there twice")
     return found
 
 
@@ -152,7 +153,7 @@ def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.
     except (TypeError, KeyError, ValueError):
         kind, shape, start, end, valid = None, (), 0, 0, False
     if not valid:
-        raise ValueError(f"{file}: its header is damaged at tensor {name}; {AGAIN}")
+        raise UserError(f"{file}: its header is damaged at tensor {name}; {AGAIN}")
     if not isinstance(kind, str) or kind not in dtypes:
         quantized = isinstance(kind, str) and kind in QUANTIZED_DTYPES
         mend = (
@@ -160,10 +161,10 @@ def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.
             if quantized
             else ("take the model in bf16")
         )
-        raise ValueError(f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; {mend}")
+        raise UserError(f"{file}: tensor {name} has dtype {kind}, but weights must be {', '.join(DTYPES)}; {mend}")
     needed = math.prod(shape) * dtypes[kind].itemsize
     if end - start != needed:
-        raise ValueError(
+        raise UserError(
             f"{file}: its header gives tensor {name} {end - start} bytes, but {kind} {list(shape)} needs "
             f"{needed}; {AGAIN}"
         )
@@ -173,23 +174,23 @@ def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.
 def _read_shards(folder: Path, index: Path, quantized: bool) -> dict[str, Entry]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(_is_file_name(value) for value in places.values()):
-        raise ValueError(f"{index}: weight_map must give the file of each tensor; {AGAIN}")
+        raise UserError(f"{index}: weight_map must give the file of each tensor; {AGAIN}")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
             problem = "is no file" if (folder / shard).exists() else "is missing"
-            raise ValueError(f"{folder / shard} {problem}, though {index.name} names it; download it")
+            raise UserError(f"{folder / shard} {problem}, though {index.name} names it; download it")
         for name, entry in read_header(folder / shard, quantized).items():
             if name in entries:
-                raise ValueError(
+                raise UserError(
                     f"tensor {name} is in two files, {entries[name].file} and {entry.file}; download both again"
                 )
             if name not in places:
-                raise ValueError(f"{index}: it has no entry for tensor {name}, which {entry.file.name} holds; {AGAIN}")
+                raise UserError(f"{index}: it has no entry for tensor {name}, which {entry.file.name} holds; {AGAIN}")
             entries[name] = entry
     for name, shard in places.items():
         if name not in entries or entries[name].file.name != shard:
-            raise ValueError(f"{index}: it says that {shard} holds tensor {name}, which is not so; {AGAIN}")
+            raise UserError(f"{index}: it says that {shard} holds tensor {name}, which is not so; {AGAIN}")
     return entries
 
 

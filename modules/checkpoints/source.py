@@ -13,6 +13,7 @@ from modules.checkpoints.fit import FitSource
 from modules.checkpoints.huggingface import CONFIG, HuggingFaceSource
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
+from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
 CHECKPOINTS = "checkpoints"
@@ -44,7 +45,7 @@ class Source(Protocol):
         """Return a tensor on the CPU in the dtype it is stored in; of a quantised weight the numbers it means, in fp32.
 
         Raises:
-            ValueError: it cannot be read, or holds values that are not finite; names file, tensor and mend.
+            UserError: it cannot be read, or holds values that are not finite; names file, tensor and mend.
         """
         ...
 
@@ -52,7 +53,7 @@ class Source(Protocol):
         """Return a quantised weight; `name` is in `quantization.weights`.
 
         Raises:
-            ValueError: see `read`.
+            UserError: see `read`.
         """
         ...
 
@@ -65,18 +66,18 @@ def open_model(path: Path) -> Source:
             Face folder of the Nemotron-H family.
 
     Raises:
-        ValueError: it is none of them, or damaged; one line that names the file and the mend.
+        UserError: it is none of them, or damaged; one line that names the file and the mend.
     """
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
+        raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
     if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
         return FitSource(path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
     if (path / CHECKPOINTS).is_dir():
         return FitSource(_newest(path))
-    raise ValueError(
+    raise UserError(
         f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor {CHECKPOINTS}/ (a "
         f"run's folder), nor {CONFIG} (a Hugging Face folder)"
     )
@@ -90,4 +91,4 @@ def _newest(run: Path) -> Path:
         if problem is None:
             return path
         damaged.append(f"{path.name}: {problem}")
-    raise ValueError(f"{run} has no complete checkpoint" + (f" ({'; '.join(damaged)})" if damaged else " yet"))
+    raise UserError(f"{run} has no complete checkpoint" + (f" ({'; '.join(damaged)})" if damaged else " yet"))

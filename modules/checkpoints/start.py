@@ -14,6 +14,7 @@ from modules.backbone.config import MIXERS, BackboneConfig
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_weights
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 
 ALWAYS = ("vocab_size", "hidden_size", "hybrid_override_pattern", "tie_word_embeddings", "layer_norm_epsilon")
 OF_LETTER = {
@@ -41,12 +42,12 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
         Lines for the user: what was loaded, and what to look at.
 
     Raises:
-        ValueError: the MODEL cannot be read, or does not fit the run's backbone; names the keys that differ.
+        UserError: the MODEL cannot be read, or does not fit the run's backbone; names the keys that differ.
     """
     try:
         source = open_model(path)
-    except ValueError as error:
-        raise ValueError(f"model.init_from: {error}") from None
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
     check_fits(network.config, source.config, path)
     lines = [str(source.path), *source.notes]
     if source.quantization is not None:
@@ -68,7 +69,7 @@ def check_fits(run: BackboneConfig, model: BackboneConfig, path: Path) -> None:
     """Check that a network can take over a MODEL's weights.
 
     Raises:
-        ValueError: a field that changes numbers differs, or the run has an MTP block and the MODEL has none.
+        UserError: a field that changes numbers differs, or the run has an MTP block and the MODEL has none.
     """
     letters = set(run.hybrid_override_pattern + model.hybrid_override_pattern)
     fields: list[str] = [*ALWAYS]
@@ -80,9 +81,9 @@ def check_fits(run: BackboneConfig, model: BackboneConfig, path: Path) -> None:
     different = [name for name in fields if getattr(run, name) != getattr(model, name)]
     if different:
         listed = ", ".join(f"{name} {getattr(run, name)!r} (there {getattr(model, name)!r})" for name in different)
-        raise ValueError(f"model.init_from: {path} is of another network; set model.backbone as it is there: {listed}")
+        raise UserError(f"model.init_from: {path} is of another network; set model.backbone as it is there: {listed}")
     if run.num_nextn_predict_layers and not model.num_nextn_predict_layers:
-        raise ValueError(
+        raise UserError(
             f"model.init_from: {path} has no MTP block (tensors mtp.*), but model.backbone.num_nextn_predict_layers is "
             "1; set it and model.mtp_depths to 0, or start from a model that has one"
         )

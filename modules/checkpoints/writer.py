@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.checkpoints import folder
 from modules.checkpoints.names import TensorInfo
+from modules.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -45,13 +46,13 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size such as 5GB, 500MB, 2GiB or 1000000; case and blanks do not count.
 
     Raises:
-        ValueError: it is no size, or none above 0.
+        UserError: it is no size, or none above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", text.strip(), re.IGNORECASE)
     units = {name.upper(): factor for name, factor in UNITS.items()} | {"B": 1}
     size = int(float(match[1]) * units[(match[2] or "").upper()]) if match else 0
     if size < 1:
-        raise ValueError(f"--max_shard_size: {text!r} is no size; give one like 5GB, 500MB or 2GiB")
+        raise UserError(f"--max_shard_size: {text!r} is no size; give one like 5GB, 500MB or 2GiB")
     return size
 
 
@@ -59,12 +60,12 @@ def check_new(output: Path) -> None:
     """Check that a folder can be made.
 
     Raises:
-        ValueError: it holds files already, or is a file.
+        UserError: it holds files already, or is a file.
     """
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: {output} is a file; name a folder that does not exist yet")
+        raise UserError(f"--output: {output} is a file; name a folder that does not exist yet")
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output: {output} holds files already; name another folder, or delete it")
+        raise UserError(f"--output: {output} holds files already; name another folder, or delete it")
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         output: must not exist, or be an empty folder.
 
     Raises:
-        ValueError: it holds files already.
+        UserError: it holds files already.
         OSError: the disk is full, or the folder cannot be written.
     """
     check_new(output)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.errors import UserError
 from modules.generation.decoding import Decoder, Decoding, PlainDecoder, Row
 from modules.generation.sampling import Sampling
 from modules.generation.speculative import SpeculativeDecoder
@@ -90,7 +91,7 @@ def generate(
         An iterator over the completions of `requests[first:]`, in order.
 
     Raises:
-        ValueError: if a prompt is empty or holds a token that the network does not know, or an option is out of range.
+        UserError: if a prompt is empty or holds a token that the network does not know, or an option is out of range.
     """
     _check(network, requests, batch_size, stop, decode)
     decoding = Decoding(
@@ -240,16 +241,16 @@ def _check(
     network: Network, requests: Sequence[Request], batch_size: int, stop: Sequence[str], decode: Decode | None
 ) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} must be at least 1")
+        raise UserError(f"batch_size: {batch_size} must be at least 1")
     if not all(stop):
-        raise ValueError("stop: a stop string is empty; leave it out")
+        raise UserError("stop: a stop string is empty; leave it out")
     if stop and decode is None:
-        raise ValueError("stop: stop strings need the text of tokens; this model brings no tokenizer")
+        raise UserError("stop: stop strings need the text of tokens; this model brings no tokenizer")
     vocab_size = network.config.vocab_size
     for request in requests:
         if not request.tokens:
-            raise ValueError("prompt: must hold at least one token")
+            raise UserError("prompt: must hold at least one token")
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocab_size:
-            raise ValueError(f"prompt: holds a token id outside 0 to {vocab_size - 1}, the model's vocabulary")
+            raise UserError(f"prompt: holds a token id outside 0 to {vocab_size - 1}, the model's vocabulary")
         if request.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: {request.max_new_tokens} must not be negative")
+            raise UserError(f"max_new_tokens: {request.max_new_tokens} must not be negative")

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.errors import UserError
+
 LEAST_TEMPERATURE = 1e-20
 """Below it quotients leave the range of fp32; far above it they already make one token certain, but for equals."""
 
@@ -25,7 +27,7 @@ class Sampling:
     """How the next token is chosen.
 
     Raises:
-        ValueError: if a field is out of range; names it.
+        UserError: if a field is out of range; names it.
     """
 
     temperature: float = 0.0
@@ -48,7 +50,7 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
         ):
             if not holds:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {range_}")
+                raise UserError(f"{name}: {getattr(self, name)} must be {range_}")
 
     @property
     def greedy(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.errors import UserError
 
 BATCH_TOKENS = 8192
 """Positions in a forward pass unless others are asked for: enough to keep a CPU or a GPU busy."""
@@ -51,7 +52,7 @@ def score(
         Number of the row and its scores, the longest rows first.
 
     Raises:
-        ValueError: a log-probability is not finite.
+        UserError: a log-probability is not finite.
     """
     networks = [network] if reference is None else [network, reference]
     for batch in batches([len(row) - 1 for row in rows], batch_tokens):
@@ -86,7 +87,7 @@ def _score_batch(networks: list[Network], rows: list[Sequence[int]], batch_token
     parts = [nothing, *_score_pieces(networks, tokens, valid, batch_tokens)]
     columns = [torch.cat(column).split(counts) for column in zip(*parts, strict=True)]
     if not all(bool(row.isfinite().all()) for row in columns[0]):
-        raise ValueError(
+        raise UserError(
             "a log-probability is not finite: weights are damaged, or too large for the dtype; try --dtype fp32"
         )
     return [Scores(*row) for row in zip(*columns, strict=True)]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from modules.backbone.model import Network
 from modules.backbone.native_round import NativeRounds
+from modules.errors import UserError
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
 from modules.generation.sampling import distribution, draw
 from modules.ops import native
@@ -93,12 +94,12 @@ class SpeculativeDecoder(PlainDecoder):
     other numbers than those of the plain decoder, so a seed gives other samples, of the same distribution.
 
     Raises:
-        ValueError: if the network has no MTP block.
+        UserError: if the network has no MTP block.
     """
 
     def __init__(self, network: Network, rows: int, capacity: int, decoding: Decoding) -> None:
         if network.mtp is None:
-            raise ValueError("draft_tokens: this model has no MTP block to draft with; leave it at 0")
+            raise UserError("draft_tokens: this model has no MTP block to draft with; leave it at 0")
         # A round may run past the end of a row; what it writes there is cut off.
         capacity += decoding.draft_tokens
         super().__init__(network, rows, capacity, decoding)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from modules.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Settings of AdamW (arXiv 1711.05101).
 
     Raises:
-        ValueError: if a field is out of range.
+        UserError: if a field is out of range.
     """
 
     learning_rate: float
@@ -32,15 +34,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"model.optimizer.learning_rate: {self.learning_rate} must be positive and finite")
+            raise UserError(f"model.optimizer.learning_rate: {self.learning_rate} must be positive and finite")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"model.optimizer.betas: {self.betas} must lie in [0, 1)")
+            raise UserError(f"model.optimizer.betas: {self.betas} must lie in [0, 1)")
         if not self.epsilon > 0:
-            raise ValueError(f"model.optimizer.epsilon: {self.epsilon} must be positive")
+            raise UserError(f"model.optimizer.epsilon: {self.epsilon} must be positive")
         if not self.weight_decay >= 0:
-            raise ValueError(f"model.optimizer.weight_decay: {self.weight_decay} must not be negative")
+            raise UserError(f"model.optimizer.weight_decay: {self.weight_decay} must not be negative")
         if self.gradient_clip_norm is not None and not self.gradient_clip_norm > 0:
-            raise ValueError(f"model.optimizer.gradient_clip_norm: {self.gradient_clip_norm} must be positive or null")
+            raise UserError(f"model.optimizer.gradient_clip_norm: {self.gradient_clip_norm} must be positive or null")
 
 
 class AdamW(torch.optim.AdamW):

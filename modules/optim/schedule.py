@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass
 
+from modules.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """WSD in tokens. The decay ends with the run.
 
     Raises:
-        ValueError: if a field is out of range.
+        UserError: if a field is out of range.
     """
 
     warmup_tokens: int = 0
@@ -23,18 +25,18 @@ class ScheduleConfig:
         """Check the ranges."""
         for key in ("warmup_tokens", "decay_tokens"):
             if getattr(self, key) < 0:
-                raise ValueError(f"model.schedule.{key}: {getattr(self, key)} must not be negative")
+                raise UserError(f"model.schedule.{key}: {getattr(self, key)} must not be negative")
         if not 0 <= self.minimum_ratio <= 1:
-            raise ValueError(f"model.schedule.minimum_ratio: {self.minimum_ratio} must lie in [0, 1]")
+            raise UserError(f"model.schedule.minimum_ratio: {self.minimum_ratio} must lie in [0, 1]")
 
     def check_length(self, total_tokens: int) -> None:
         """Check that warm-up and decay fit into the run.
 
         Raises:
-            ValueError: if they do not.
+            UserError: if they do not.
         """
         if self.warmup_tokens + self.decay_tokens > total_tokens:
-            raise ValueError(
+            raise UserError(
                 f"model.schedule: warmup_tokens + decay_tokens ({self.warmup_tokens + self.decay_tokens:,}) exceed "
                 f"the run's data.total_tokens ({total_tokens:,}); shorten them or lengthen the run"
             )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modules.errors import UserError
+
 REASONS = ("none", "not_finite", "loss_spike", "gradient_spike")
 """Why a step was skipped, by `StepGuard.reason`."""
 LEAST_SIGMA = 1e-3
@@ -26,7 +28,7 @@ class SpikeGuardConfig:
     """What counts as a spike.
 
     Raises:
-        ValueError: if a field is out of range.
+        UserError: if a field is out of range.
     """
 
     sigmas: float = 6.0
@@ -39,14 +41,14 @@ class SpikeGuardConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0 < self.sigmas < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"model.spike_guard.sigmas: {self.sigmas} must be positive and finite; model.spike_guard: null "
                 "switches the guard off"
             )
         if self.window < 2:
-            raise ValueError(f"model.spike_guard.window: {self.window} must be at least 2")
+            raise UserError(f"model.spike_guard.window: {self.window} must be at least 2")
         if not 2 <= self.minimum_steps <= self.window:
-            raise ValueError(
+            raise UserError(
                 f"model.spike_guard.minimum_steps: {self.minimum_steps} must lie between 2 and model.spike_guard."
                 f"window ({self.window})"
             )

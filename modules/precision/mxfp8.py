@@ -47,7 +47,7 @@ def quantize(x: Tensor) -> MXFP8:
         x: [..., K].
 
     Raises:
-        ValueError: if K is not divisible by 32.
+        UserError: if K is not divisible by 32.
     """
     check_blocks(x.shape[-1], BLOCK, "MXFP8")
     blocks = x.float().unflatten(-1, (-1, BLOCK))

@@ -195,7 +195,7 @@ def quantize(x: Tensor, **options: Unpack[Options]) -> NVFP4:
         options: see `Options`.
 
     Raises:
-        ValueError: if the axis of the blocks is not divisible by 16.
+        UserError: if the axis of the blocks is not divisible by 16.
     """
     request = _Request(x, **options)
     if request.native:
@@ -224,7 +224,7 @@ def quantize_dequantize(x: Tensor, **options: Unpack[Options]) -> Tensor:
         options: see `Options`.
 
     Raises:
-        ValueError: if the axis of the blocks is not divisible by 16.
+        UserError: if the axis of the blocks is not divisible by 16.
     """
     request = _Request(x, **options)
     if request.native:
@@ -251,7 +251,7 @@ def gemm_operand(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]
         bf16 like `x`, and fp32: a scalar, or of the shape of leading axes.
 
     Raises:
-        ValueError: if the axis of the blocks is not divisible by 16.
+        UserError: if the axis of the blocks is not divisible by 16.
     """
     values, _, scale = _gemm_operand(_Request(x, **options), keep_scales=False)
     return values, scale
@@ -270,7 +270,7 @@ def gemm_operand_and_bound(x: Tensor, **options: Unpack[Options]) -> tuple[Tenso
         number's block, infinity where that is 0 (nothing is left there).
 
     Raises:
-        ValueError: if the axis of the blocks is not divisible by 16.
+        UserError: if the axis of the blocks is not divisible by 16.
     """
     request = _Request(x, **options)
     values, scales, scale = _gemm_operand(request, keep_scales=True)
@@ -307,7 +307,7 @@ def mse_scales(x: Tensor, *, amax: Tensor | None = None, encode: Tensor | None =
         float8_e4m3fn [..., K/16], for `quantize(..., scales=)` with the same `amax` or `encode`.
 
     Raises:
-        ValueError: if K is not divisible by 16.
+        UserError: if K is not divisible by 16.
     """
     request = _Request(x, amax=amax, encode=encode, stacked=stacked)
     if request.native:

@@ -87,7 +87,7 @@ def quantize_weight(
         search: of the block scales in NVFP4.
 
     Raises:
-        ValueError: if I is not divisible by 16 in NVFP4.
+        UserError: if I is not divisible by 16 in NVFP4.
     """
     four_over_six = format == "nvfp4" and search == "four_over_six"
     scale = tensor_scale(tensor_amax(weight) if amax is None else amax.float(), format, four_over_six)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 from torch import Tensor, nn
 
+from modules.errors import UserError
 from modules.precision.backends import BackendName, choose
 from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
@@ -29,7 +30,7 @@ TAIL = "bf16_tail"
 
 def _check_format(chosen: str, known: Sequence[str] | dict) -> None:
     if chosen not in known:
-        raise ValueError(f"model.precision: unknown format {chosen!r}; choose one of {', '.join(known)}")
+        raise UserError(f"model.precision: unknown format {chosen!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class PrecisionRule:
     """One line of a recipe.
 
     Raises:
-        ValueError: if the format is unknown.
+        UserError: if the format is unknown.
     """
 
     pattern: str
@@ -55,7 +56,7 @@ class FormatSwitch:
     """A change of the quantised products during a run.
 
     Raises:
-        ValueError: if the format is unknown or fp32, or a value is out of range.
+        UserError: if the format is unknown or fp32, or a value is out of range.
     """
 
     at_tokens: int
@@ -73,9 +74,9 @@ class FormatSwitch:
         """Check the values."""
         _check_format(self.format, ("bf16", *QUANTIZED))
         if self.at_tokens < 0:
-            raise ValueError(f"model.precision.switches: at_tokens {self.at_tokens} must not be negative")
+            raise UserError(f"model.precision.switches: at_tokens {self.at_tokens} must not be negative")
         if self.products not in get_args(Part):
-            raise ValueError(f"model.precision.switches: products {self.products!r}: say all, forward or backward")
+            raise UserError(f"model.precision.switches: products {self.products!r}: say all, forward or backward")
 
     def change(self, products: Products) -> Products:
         """Return the formats of a module's products after the change."""
@@ -107,7 +108,7 @@ class PrecisionConfig:
     """Number format of each matrix product, and the arithmetic of the quantised ones.
 
     Raises:
-        ValueError: if a value is out of range.
+        UserError: if a value is out of range.
     """
 
     recipe: RecipeName | None = "super"
@@ -134,18 +135,18 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.recipe is None and not self.rules:
-            raise ValueError("model.precision: neither recipe nor rules are given; name a recipe, e.g. bf16")
+            raise UserError("model.precision: neither recipe nor rules are given; name a recipe, e.g. bf16")
         if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(f"model.precision.recipe: unknown {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+            raise UserError(f"model.precision.recipe: unknown {self.recipe!r}; choose one of {', '.join(RECIPES)}")
         if self.backend not in get_args(BackendName):
-            raise ValueError(
+            raise UserError(
                 f"model.precision.backend: unknown {self.backend!r}; choose one of {', '.join(get_args(BackendName))}"
             )
         if not 0 <= self.bf16_tail <= 1:
-            raise ValueError(f"model.precision.bf16_tail: {self.bf16_tail} is a share of the layers, 0 to 1")
+            raise UserError(f"model.precision.bf16_tail: {self.bf16_tail} is a share of the layers, 0 to 1")
         tokens = [switch.at_tokens for switch in self.switches]
         if tokens != sorted(tokens):
-            raise ValueError(f"model.precision.switches: at_tokens {tokens} must not fall")
+            raise UserError(f"model.precision.switches: at_tokens {tokens} must not fall")
 
 
 class Assignment(NamedTuple):
@@ -171,7 +172,7 @@ def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu")
         One row per module, in module order.
 
     Raises:
-        ValueError: if a module matches no rule, a rule of the user or a switch no module, a module cannot compute in
+        UserError: if a module matches no rule, a rule of the user or a switch no module, a module cannot compute in
             its format, or the backend does not run here.
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, FormattedModule)}
@@ -180,11 +181,11 @@ def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu")
     table = [_assign(name, rules, name in tail) for name in modules]
     for rule in config.rules:
         if not any(fnmatchcase(name, rule.pattern) for name in modules):
-            raise ValueError(f"model.precision: pattern {rule.pattern!r} matches no module; mend or remove it")
+            raise UserError(f"model.precision: pattern {rule.pattern!r} matches no module; mend or remove it")
     quantized = {row.name: modules[row.name] for row in table if row.format in QUANTIZED}
     for switch in config.switches:
         if not any(fnmatchcase(name, switch.pattern) for name in quantized):
-            raise ValueError(
+            raise UserError(
                 f"model.precision.switches: pattern {switch.pattern!r} matches no module in a quantised format"
             )
     arithmetic = Arithmetic(config.stochastic_rounding, config.hadamard, config.two_dimensional_weights)
@@ -262,7 +263,7 @@ def _describe(products: Products) -> str:
 def _assign(name: str, rules: Sequence[PrecisionRule], in_tail: bool) -> Assignment:
     rule = next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None)
     if rule is None:
-        raise ValueError(f"model.precision: no pattern matches {name}; end the rules with pattern '*'")
+        raise UserError(f"model.precision: no pattern matches {name}; end the rules with pattern '*'")
     if in_tail and rule.format in QUANTIZED:
         return Assignment(name, "bf16", TAIL)
     return Assignment(name, rule.format, rule.pattern)
@@ -279,7 +280,7 @@ def _tail(names: Sequence[str], share: float) -> set[str]:
 
 def _check_kind(row: Assignment, module: FormattedModule) -> None:
     if row.format in QUANTIZED and (isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear)):
-        raise ValueError(
+        raise UserError(
             f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
             f"{row.pattern!r} says; put a rule for it before that one"
         )

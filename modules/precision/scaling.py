@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from modules.errors import UserError
+
 
 def tensor_amax(x: Tensor, stacked: bool = False) -> Tensor:
     """Return the largest magnitude as fp32: a scalar, or [E] for each leading index.
@@ -25,6 +27,6 @@ def broadcast_scale(scale: Tensor, dimensions: int) -> Tensor:
 def check_blocks(length: int, block: int, name: str) -> None:
     """Raise a ValueError unless an axis consists of whole blocks."""
     if length % block:
-        raise ValueError(
+        raise UserError(
             f"{name} needs a length divisible by {block} along its blocks, not {length}; take another format"
         )

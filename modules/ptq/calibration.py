@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modules.backbone.attention import Attention
 from modules.backbone.model import Network
 from modules.checkpoints.names import MTP
+from modules.errors import UserError
 from modules.ops.experts import row_experts
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.scaling import tensor_amax
@@ -83,7 +84,7 @@ def calibrate(
         advance: gets the tokens of each pass.
 
     Raises:
-        ValueError: a layer gets numbers that are not finite.
+        UserError: a layer gets numbers that are not finite.
     """
     found = Calibration({}, {}, {}, {})
     attentions = {name for name, module in network.named_modules() if isinstance(module, Attention)}
@@ -103,7 +104,7 @@ def calibrate(
     for maxima in (found.inputs, found.keys, found.values):
         for name, amax in maxima.items():
             if not amax.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"calibration: {name} gets numbers that are not finite: weights are damaged, or too large for bf16"
                 )
             maxima[name] = amax.bfloat16().float().cpu()  # as served: products get their inputs in bf16

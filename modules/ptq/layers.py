@@ -19,6 +19,7 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.checkpoints.names import MTP, STACKED, public_names, public_shapes
 from modules.checkpoints.quantization import LayerQuantization
+from modules.errors import UserError
 from modules.precision.blocks import BLOCK
 from modules.precision.linear import GroupedLinear, Head, Linear
 
@@ -114,13 +115,13 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
     """Return the rules of PATTERN=FORMAT texts.
 
     Raises:
-        ValueError: one is of another form, or the format is unknown.
+        UserError: one is of another form, or the format is unknown.
     """
     rules = []
     for text in texts:
         pattern, equals, choice = text.rpartition("=")
         if not equals or not pattern or choice not in CHOICES:
-            raise ValueError(f"--rules: {text!r} must be PATTERN=FORMAT with one of {', '.join(CHOICES)}")
+            raise UserError(f"--rules: {text!r} must be PATTERN=FORMAT with one of {', '.join(CHOICES)}")
         rules.append(Rule(pattern, choice))
     return rules
 
@@ -145,16 +146,16 @@ def decide(
         By name of the group.
 
     Raises:
-        ValueError: a pattern matches nothing, a rule nothing that can be quantised, or a group would be split.
+        UserError: a pattern matches nothing, a rule nothing that can be quantised, or a group would be split.
     """
     modules = [layer.module for group in groups for layer in group.layers]
     others = _modules_with_weights(config)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in others):
-            raise ValueError(f"--exclude: pattern {pattern!r} matches no module; mend or remove it")
+            raise UserError(f"--exclude: pattern {pattern!r} matches no module; mend or remove it")
     for rule in rules:
         if not any(_reaches(rule.pattern, name) for name in modules):
-            raise ValueError(f"--rules: pattern {rule.pattern!r} {_why_not(rule.pattern, modules, others)}")
+            raise UserError(f"--rules: pattern {rule.pattern!r} {_why_not(rule.pattern, modules, others)}")
     first = [Rule(pattern, "bf16") for pattern in exclude]
     return {group.name: _decide(group, default, [*first, *rules]) for group in groups}
 
@@ -168,7 +169,7 @@ def _decide(group: Group, default: Choice | None, rules: Sequence[Rule]) -> Deci
     first, *rest = found.items()
     for name, decision in rest:
         if decision.choice != first[1].choice:
-            raise ValueError(
+            raise UserError(
                 f"{first[0]} would be {first[1].choice or 'searched'} ({first[1].reason!r}) and {name} "
                 f"{decision.choice or 'searched'} ({decision.reason!r}), but engines run them as one: give a pattern "
                 f"that matches both, like {group.name!r}"

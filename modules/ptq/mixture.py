@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from modules.errors import UserError
 from modules.ptq.layers import BITS, Choice, Decision, Group, counted
 from modules.ptq.search import Option, choose
 
@@ -21,13 +22,13 @@ def check_budget(groups: Sequence[Group], decisions: Mapping[str, Decision], bit
         bits: most mean bits per weight, over the groups that count (`layers.counted`).
 
     Raises:
-        ValueError: even the smallest formats need more; names the least possible budget.
+        UserError: even the smallest formats need more; names the least possible budget.
     """
     least = sum(group.size * min(_costs(decisions[group.name])) for group in counted(groups, decisions))
     total = _UNITS * sum(group.size for group in counted(groups, decisions))
     if least > bits * total:
         possible = math.ceil(least / total * 1000) / 1000
-        raise ValueError(
+        raise UserError(
             f"--effective_bits: {bits:g} cannot be reached: the least possible here is {possible:g} bits per weight"
         )
 

@@ -75,7 +75,7 @@ def choose(groups: Sequence[Sequence[Option]], budget: int) -> list[int]:
         Indices: of all choices within the budget the one with the least sum of losses, of equals one that is cheapest.
 
     Raises:
-        ValueError: even the cheapest options cost more than the budget.
+        UserError: even the cheapest options cost more than the budget.
     """
     if sum(min(option.cost for option in options) for options in groups) > budget:
         raise ValueError("the budget is less than what the cheapest options cost")

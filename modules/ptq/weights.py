@@ -55,7 +55,7 @@ class WeightMaker:
             choice: of its group; not bf16.
 
         Raises:
-            ValueError: the tensor cannot be read.
+            UserError: the tensor cannot be read.
         """
         group, module = self._places[name]
         format: WeightFormat = "fp8" if choice == "fp8" else "nvfp4"

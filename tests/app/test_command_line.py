@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from app.command_line import build_parser, call
-from app.errors import UserError
+from modules.errors import UserError
 
 CALLS = []
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from app.errors import UserError
 from app.keys import check_keys, find, keys_of, parameters_of, unknown_key
+from modules.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from app.cli import RunCLI
-from app.errors import UserError
+from modules.errors import UserError
 from tests.app.helpers import ROOT
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import UserError
 from app.rows_file import Answers, read_rows, text_of
+from modules.errors import UserError
 
 ROWS = [{"text": "a"}, {"text": "\u00e4\u2028b"}, {"text": "c"}]
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from app.errors import UserError
 from app.run_folder import RunFolder, differences, flatten
 from modules.checkpoints import folder
+from modules.errors import UserError
 
 
 def test_differences_name_key_old_and_new(tmp_path):

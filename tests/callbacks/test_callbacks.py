@@ -8,6 +8,7 @@ from callbacks.checkpoint import Checkpoint
 from callbacks.samples import Samples, markdown
 from callbacks.step import is_due
 from callbacks.validation import Validation
+from modules.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from callbacks.validation import Validation
     ],
 )
 def test_options_out_of_range_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make()
 
 

@@ -5,6 +5,7 @@ import torch
 
 from callbacks.console import Console, duration, number, progress_line, validation_line
 from callbacks.throughput import Throughput
+from modules.errors import UserError
 
 
 def test_progress_line_says_where_the_run_is():
@@ -47,7 +48,7 @@ def test_durations_have_two_units(seconds, text):
 
 
 def test_intervals_below_one_are_refused():
-    with pytest.raises(ValueError, match=r"console\.every_n_steps is 0"):
+    with pytest.raises(UserError, match=r"console\.every_n_steps is 0"):
         Console(every_n_steps=0)
 
 

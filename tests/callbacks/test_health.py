@@ -10,6 +10,7 @@ from callbacks.health import Health, Observation, expert_metrics, layer_names, l
 from modules.backbone.layer import Layer
 from modules.backbone.router import Routing
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.pretraining import Pretraining
 from tests.callbacks.helpers import run
 from tests.modules.helpers import (
@@ -132,7 +133,7 @@ def test_layers_are_named_as_in_checkpoints():
 
 
 def test_intervals_below_one_are_refused():
-    with pytest.raises(ValueError, match=r"health\.every_n_steps is 0"):
+    with pytest.raises(UserError, match=r"health\.every_n_steps is 0"):
         Health(every_n_steps=0)
 
 

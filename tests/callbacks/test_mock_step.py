@@ -12,6 +12,7 @@ from callbacks.mock_step import MockStep, is_out_of_memory, mock_batch
 from callbacks.random_state import random_state
 from modules.base import MicroBatchLoss
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.optim.spikes import SpikeGuardConfig
 from modules.pretraining import Pretraining
 from tests.modules.helpers import Collector, ListData, fit, make_module, network_state, row_batches
@@ -140,7 +141,7 @@ def test_a_lack_of_memory_is_one_line_with_the_mend(error, rows: int, checkpoint
     module.error = error
     data = Sized(row_batches(2))
     data.micro_batch_size = rows
-    with pytest.raises(ValueError, match=rf"^out of memory: a step with {rows} rows of 16 tokens[^\n]*{mend}"):
+    with pytest.raises(UserError, match=rf"^out of memory: a step with {rows} rows of 16 tokens[^\n]*{mend}"):
         fit(module, data, callbacks=[MockStep()])
 
 

@@ -20,6 +20,7 @@ from callbacks.quantization import QuantizationHealth, Watch, unseen_lines
 from callbacks.weights import DECAYED
 from modules.backbone.initialization import initialize, local_rows
 from modules.batch import IGNORED_LABEL, PackedBatch
+from modules.errors import UserError
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.recipe import PrecisionConfig, quantized_schemes
@@ -317,7 +318,7 @@ def test_what_other_backends_hide_is_said_once(capsys) -> None:
 
 
 def test_intervals_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"quantization_health\.every_n_steps is 0"):
+    with pytest.raises(UserError, match=r"quantization_health\.every_n_steps is 0"):
         QuantizationHealth(every_n_steps=0)
 
 

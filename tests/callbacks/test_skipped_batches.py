@@ -10,6 +10,7 @@ import torch
 from callbacks.skipped_batches import SkippedBatches, skip_line
 from modules.base import MicroBatchLoss
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.pretraining import Pretraining
 from tests.modules.helpers import ListData, fit, make_module, row_batches
 
@@ -94,7 +95,7 @@ def test_the_newest_are_kept_by_when_they_were_written(tmp_path) -> None:
 def test_batches_are_written_before_the_run_is_stopped(tmp_path) -> None:
     module = make_module(cls=NotFinite, max_skipped_steps=2)
     module.bad = frozenset({1, 2})
-    with pytest.raises(ValueError, match="in steps 2 to 3"):
+    with pytest.raises(UserError, match="in steps 2 to 3"):
         fit(module, ListData(row_batches(6)), callbacks=[SkippedBatches()], default_root_dir=str(tmp_path))
     assert names(tmp_path) == ["step=00000002.pt", "step=00000003.pt"]
 
@@ -116,5 +117,5 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
 
 
 def test_keeping_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^skipped_batches\.keep_last is 0: "):
+    with pytest.raises(UserError, match=r"^skipped_batches\.keep_last is 0: "):
         SkippedBatches(keep_last=0)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from datamodules.chat_template import CHAT_ML, ChatTemplate
 from datamodules.tokenizer import Tokenizer
+from modules.errors import UserError
 
 TALK = [
     {"role": "system", "content": "Be short."},
@@ -84,15 +85,15 @@ def test_the_token_that_ends_a_turn_is_read_off_the_template(folder: Path, templ
 
 def test_what_a_template_refuses_is_said(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with pytest.raises(ValueError, match=r"^chat template: .*\(the user begins\)"):
+    with pytest.raises(UserError, match=r"^chat template: .*\(the user begins\)"):
         ChatTemplate(Tokenizer.load(folder)).render(TALK[2:], answer=True)
     (folder / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(ValueError, match=r"^chat template: "):
+    with pytest.raises(UserError, match=r"^chat template: "):
         ChatTemplate(Tokenizer.load(folder)).render(TALK, answer=True)
 
 
 def test_a_tokenizer_without_turns_is_refused(folder: Path) -> None:
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace("<|im_end|>", "<|other|>"))
-    with pytest.raises(ValueError, match=r"has no chat_template.jinja and no chat_template in tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"has no chat_template.jinja and no chat_template in tokenizer_config.json"):
         ChatTemplate(Tokenizer.load(folder))

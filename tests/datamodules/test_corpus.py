@@ -10,6 +10,7 @@ import pytest
 
 from datamodules import corpus
 from datamodules.corpus import Corpus
+from modules.errors import UserError
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_urls_are_read_through_litdata(corpus_folder: Path, tmp_path, monkeypatc
     assert len(theirs) == len(ours)
     for row in (len(ours) - 1, 0, len(ours) // 2):
         assert np.array_equal(theirs.read(row)[0], ours.read(row)[0])
-    with pytest.raises(ValueError, match=r"local:.*nowhere/corpus\.json cannot be read"):
+    with pytest.raises(UserError, match=r"local:.*nowhere/corpus\.json cannot be read"):
         Corpus(f"local:{corpus_folder}/nowhere")
 
 
@@ -94,7 +95,7 @@ def test_a_chunk_that_never_stays_is_an_error_in_the_end(corpus_folder: Path, tm
     monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
     far = Corpus(f"local:{corpus_folder}").rows("train")
     monkeypatch.setattr(corpus, "_download_once", lambda *_: None)
-    with pytest.raises(ValueError, match=r"is removed from the cache as soon as it is there"):
+    with pytest.raises(UserError, match=r"is removed from the cache as soon as it is there"):
         far.read(0)
 
 
@@ -141,7 +142,7 @@ def other_tokenizer(folder: Path) -> None:
 def test_damage_is_found_at_the_start(name: str, folder: Path):
     act, message = DAMAGES[name]
     act(folder)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Corpus(str(folder)).rows("train")
     assert "\n" not in str(error.value)
 
@@ -163,6 +164,6 @@ def test_damage_inside_a_chunk_is_found_when_the_row_is_read(at: int | str, data
     places = {"first row": row, "first token": row + 12, "first length": row + 12 + 4 * 64}
     damage(file, places.get(at, at), data)  # type: ignore[arg-type]
     reader = Corpus(str(folder)).rows("train")
-    with pytest.raises(ValueError, match=r"train/chunk-0-0\.bin: row 0 cannot be read \(.*corrupt") as error:
+    with pytest.raises(UserError, match=r"train/chunk-0-0\.bin: row 0 cannot be read \(.*corrupt") as error:
         reader.read(0)
     assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ import pytest
 from datamodules.hub import HubDataset, parse_name
 from datamodules.policies import Policies, Tally
 from datamodules.sources import list_units
+from modules.errors import UserError
 from tests.datamodules.test_sources import counts, read
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_names_are_taken_apart(path: str, expected: HubDataset):
 
 @pytest.mark.parametrize("path", ["hf:a", "hf:", "hf:a/b:train[:10%]", "hf:a/b:", "hf://datasets/a/b/c.parquet"])
 def test_other_names_are_refused_with_the_syntax(path: str, tmp_path):
-    with pytest.raises(ValueError, match=r"names no dataset of the Hub; write hf:OWNER/NAME\[/CONFIG\]\[:SPLIT\]"):
+    with pytest.raises(UserError, match=r"names no dataset of the Hub; write hf:OWNER/NAME\[/CONFIG\]\[:SPLIT\]"):
         list_units([path], Policies(), Tally(), tmp_path)
 
 
@@ -55,7 +56,7 @@ def test_a_saved_dataset_is_read_shard_by_shard(dataset, tmp_path):
     assert texts == ["beside it", *TEXTS]
     assert counts(tally.skipped) == {"not part of the dataset": 1}
     assert read([tmp_path / "saved"])[0] == TEXTS
-    with pytest.raises(ValueError, match=r"^text_key: .*has no column 'body'; .* holds text: text$"):
+    with pytest.raises(UserError, match=r"^text_key: .*has no column 'body'; .* holds text: text$"):
         read([tmp_path], text_key="body")
 
 
@@ -75,7 +76,7 @@ def test_of_saved_splits_train_is_read_and_others_are_counted(dataset, tmp_path)
     assert read([tmp_path / "both" / "test"])[0] == TEXTS[3:5]
     assert read([tmp_path])[0] == TEXTS[:3]
     datasets.DatasetDict({"a": dataset, "b": dataset}).save_to_disk(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"^paths: .*none has the splits a, b; give one: .*none/a$"):
+    with pytest.raises(UserError, match=r"^paths: .*none has the splits a, b; give one: .*none/a$"):
         read([tmp_path / "none"])
 
 
@@ -83,7 +84,7 @@ def test_of_saved_splits_train_is_read_and_others_are_counted(dataset, tmp_path)
 def test_a_damaged_description_is_one_line(damage: str, dataset, tmp_path):
     dataset.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "saved" / "state.json").write_text(damage)
-    with pytest.raises(ValueError, match=r"^paths: .*state\.json describes no dataset \(.*\); save it again$"):
+    with pytest.raises(UserError, match=r"^paths: .*state\.json describes no dataset \(.*\); save it again$"):
         read([tmp_path])
 
 
@@ -95,7 +96,7 @@ def test_a_missing_or_cut_shard_follows_the_policy(dataset, tmp_path):
     texts, tally = read([tmp_path])
     assert texts == TEXTS[40:]
     assert counts(tally.skipped) == {"unreadable (No such file or directory)": 1, "cannot be decoded": 1}
-    with pytest.raises(ValueError, match=r"data-0000\d-of-00003\.arrow: "):
+    with pytest.raises(UserError, match=r"data-0000\d-of-00003\.arrow: "):
         read([tmp_path], malformed="strict")
 
 

@@ -16,6 +16,7 @@ from datamodules.corpus import Corpus
 from datamodules.policies import Policies
 from datamodules.preparation import Preparation, describe, prepare_corpus
 from datamodules.tokenizer import Tokenizer
+from modules.errors import UserError
 from tests.datamodules.conftest import small
 
 
@@ -124,9 +125,9 @@ def test_a_finished_corpus_is_returned_at_once_and_other_options_are_refused(
     assert tree(corpus_folder) == before
     assert not (corpus_folder / ".preparation").exists()
     for key, value in (("sequence_length", 32), ("seed", 3), ("validation_fraction", 0.5), ("vocab_size", 401)):
-        with pytest.raises(ValueError, match=f"^{key}: .* was prepared with .*, not {value}; "):
+        with pytest.raises(UserError, match=f"^{key}: .* was prepared with .*, not {value}; "):
             prepare_corpus(small(sources, corpus_folder, **{key: value}))
-    with pytest.raises(ValueError, match=r"^paths: "):
+    with pytest.raises(UserError, match=r"^paths: "):
         prepare_corpus(small(tmp_path, corpus_folder))
 
 
@@ -167,9 +168,9 @@ def test_sources_that_change_in_between_are_refused(sources: Path, tmp_path, mon
         prepare_corpus(small(tmp_path / "in", tmp_path / "out"))
     monkeypatch.undo()
     (tmp_path / "in" / "new.txt").write_text("a new document")
-    with pytest.raises(ValueError, match=r"^output: the sources changed"):
+    with pytest.raises(UserError, match=r"^output: the sources changed"):
         prepare_corpus(small(tmp_path / "in", tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"^seed: "):
+    with pytest.raises(UserError, match=r"^seed: "):
         prepare_corpus(small(tmp_path / "in", tmp_path / "out", seed=9))
 
 
@@ -228,7 +229,7 @@ def test_two_preparations_of_one_folder_are_refused(sources: Path, tmp_path):
     descriptor = os.open(output, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ValueError, match="another process is preparing"):
+        with pytest.raises(UserError, match="another process is preparing"):
             prepare_corpus(small(sources, output))
     finally:
         os.close(descriptor)
@@ -237,9 +238,9 @@ def test_two_preparations_of_one_folder_are_refused(sources: Path, tmp_path):
 def test_foreign_folders_and_files_are_left_alone(sources: Path, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"^output: .* holds no corpus"):
+    with pytest.raises(UserError, match=r"^output: .* holds no corpus"):
         prepare_corpus(small(sources, tmp_path / "mine"))
-    with pytest.raises(ValueError, match=r"^output: "):
+    with pytest.raises(UserError, match=r"^output: "):
         prepare_corpus(small(sources, tmp_path / "mine" / "thesis.txt"))
     assert [file.name for file in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
@@ -258,7 +259,7 @@ def test_too_little_text_is_refused_and_leaves_nothing_behind(files: dict, messa
     (tmp_path / "in").mkdir()
     for name, content in files.items():
         (tmp_path / "in" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare_corpus(Preparation(paths=[str(tmp_path / "in")], output=tmp_path / "out", workers=1))
     assert not (tmp_path / "out").exists()
 
@@ -304,5 +305,5 @@ def test_a_given_tokenizer_is_used_and_travels_along(sources: Path, corpus_folde
     ],
 )
 def test_options_out_of_range_are_named(key: str, value: float, sources: Path, tmp_path):
-    with pytest.raises(ValueError, match=f"^{key}: "):
+    with pytest.raises(UserError, match=f"^{key}: "):
         small(sources, tmp_path / "out", **{key: value})

@@ -14,6 +14,7 @@ from datamodules.loader import TrainingLoader, ValidationLoader
 from datamodules.preparation import prepare_corpus
 from datamodules.pretraining import Phase, PretrainingData, Source
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from tests.datamodules.conftest import small
 
 
@@ -102,7 +103,7 @@ def test_a_resumed_run_sees_the_rest_for_any_micro_batch_and_workers(
 
 
 def test_a_run_goes_on_only_with_the_same_tokens_in_a_step(whole_run: tuple[Recorder, Path], corpus_folder: Path):
-    with pytest.raises(ValueError, match=r"^data\.global_batch_size: a step of this run has 512 tokens, not 256; keep"):
+    with pytest.raises(UserError, match=r"^data\.global_batch_size: a step of this run has 512 tokens, not 256; keep"):
         fit(make_data(corpus_folder, global_batch_size=4, total_tokens=10 * 4 * 64), checkpoint=whole_run[1])
 
 
@@ -199,7 +200,7 @@ def check(message: str, folder: Path, **options: Any) -> None:
         data.prepare_data()
         data.setup("fit")
 
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         start()
     assert "\n" not in str(error.value)
 
@@ -259,7 +260,7 @@ def test_accumulation_follows_from_the_batch_sizes(corpus_folder: Path):
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, accumulate_grad_batches=accumulate, barebones=True
         )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             trainer.fit(Recorder(), datamodule=data)
 
 
@@ -291,5 +292,5 @@ def test_a_corrupt_chunk_stops_a_run_with_the_name_of_the_file(corpus_folder: Pa
         file.write_bytes(bytes(content))
     data = make_data(folder)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"train/chunk-\d+-0\.bin: row \d+ cannot be read"):
+    with pytest.raises(UserError, match=r"train/chunk-\d+-0\.bin: row \d+ cannot be read"):
         list(data.train_dataloader())

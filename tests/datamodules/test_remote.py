@@ -20,6 +20,7 @@ from datamodules.policies import Policies, Tally
 from datamodules.preparation import CORPUS_FILE, prepare_corpus
 from datamodules.remote import AGAIN, upload_folder
 from datamodules.sources import list_units
+from modules.errors import UserError
 from tests.datamodules.conftest import small
 from tests.datamodules.servers import Store, serve
 from tests.datamodules.test_preparation import interrupt_after, tree
@@ -116,7 +117,7 @@ def test_an_interrupted_download_goes_on_file_by_file(
 def test_a_transfer_that_breaks_off_is_never_a_shorter_document(store: Store, tmp_path):
     store.files["bucket/a.txt"] = b"text " * 100
     store.cut.add("bucket/a.txt")
-    with pytest.raises(ValueError, match=rf"^paths: {store.url}/bucket/a\.txt.*run the same command again"):
+    with pytest.raises(UserError, match=rf"^paths: {store.url}/bucket/a\.txt.*run the same command again"):
         list_units([f"{store.url}/bucket/a.txt"], Policies(), Tally(), tmp_path)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
@@ -140,7 +141,7 @@ def test_a_transfer_that_breaks_off_is_never_a_shorter_document(store: Store, tm
 def test_what_a_url_does_not_give_is_one_line(url: str, message: str, store: Store, tmp_path):
     store.files["bucket/secret.txt"] = b"x"
     store.broken.add("bucket/secret.txt")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         list_units([url.replace("HTTP", store.url)], Policies(), Tally(), tmp_path)
     assert "\n" not in str(error.value)
 
@@ -148,7 +149,7 @@ def test_what_a_url_does_not_give_is_one_line(url: str, message: str, store: Sto
 def test_secrets_in_urls_are_not_written_down(store: Store, tmp_path):
     store.files["bucket/a.jsonl"] = b"".join(b'{"text": "document %d"}\n' % n for n in range(50))
     address = store.url.replace("http://", "http://user:password@")
-    with pytest.raises(ValueError, match=r"^paths: http://127") as error:
+    with pytest.raises(UserError, match=r"^paths: http://127") as error:
         prepare_url(f"{address}/bucket/none.jsonl?token=secret", tmp_path / "out")
     assert "secret" not in str(error.value)
     prepare_url(f"{store.url}/bucket/a.jsonl?token=secret", tmp_path / "out")
@@ -166,7 +167,7 @@ def test_secrets_in_the_url_of_an_upload_are_not_shown(store: Store, sources: Pa
         assert "hush" not in printed.out + printed.err
     assert labels == ["uploading to s3://bucket/mine"]
     store.files[f"bucket/mine/{CORPUS_FILE}"] = b"{}"
-    with pytest.raises(ValueError, match=r"another corpus is at s3://bucket/mine; ") as error:
+    with pytest.raises(UserError, match=r"another corpus is at s3://bucket/mine; ") as error:
         upload_folder(tmp_path / "out", "s3://bucket/mine?token=hush", CORPUS_FILE)
     assert "hush" not in str(error.value)
 
@@ -175,16 +176,16 @@ def test_a_corpus_that_cannot_be_read_is_one_short_sentence(store: Store):
     store.files[f"bucket/mine/{CORPUS_FILE}"] = b"{}"
     store.broken.add(f"bucket/mine/{CORPUS_FILE}")
     reason = r"S3 at 127\.0\.0\.1:\d+ answers 403 Forbidden \(AccessDenied\): mend the credentials or the permissions"
-    with pytest.raises(ValueError, match=rf"^s3://bucket/mine/corpus\.json cannot be read \({reason}\)$"):
+    with pytest.raises(UserError, match=rf"^s3://bucket/mine/corpus\.json cannot be read \({reason}\)$"):
         Corpus("s3://bucket/mine")
-    with pytest.raises(ValueError, match=r"^s3://bucket/none/corpus\.json cannot be read \(it does not exist\)$"):
+    with pytest.raises(UserError, match=r"^s3://bucket/none/corpus\.json cannot be read \(it does not exist\)$"):
         Corpus("s3://bucket/none")
 
 
 def test_a_store_that_is_not_there_is_one_short_sentence(store: Store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     message = r"^paths: s3://bucket/a\.txt: S3 at 127\.0\.0\.1:9 cannot be reached \(Connection refused\); "
-    with pytest.raises(ValueError, match=message + f"{AGAIN}$"):
+    with pytest.raises(UserError, match=message + f"{AGAIN}$"):
         remote.list_files("s3://bucket/a.txt", single=True)
 
 
@@ -223,7 +224,7 @@ def test_a_corpus_is_uploaded_with_its_description_last_and_read_there(store: St
 
 def test_an_upload_over_another_corpus_is_refused(store: Store, corpus_folder: Path):
     store.files[f"bucket/mine/{CORPUS_FILE}"] = b"{}"
-    with pytest.raises(ValueError, match=r"^upload: another corpus is at s3://bucket/mine"):
+    with pytest.raises(UserError, match=r"^upload: another corpus is at s3://bucket/mine"):
         upload_folder(corpus_folder, "s3://bucket/mine", CORPUS_FILE)
     assert len(store.files) == 1
 
@@ -231,7 +232,7 @@ def test_an_upload_over_another_corpus_is_refused(store: Store, corpus_folder: P
 def test_an_upload_that_fails_leaves_no_description(store: Store, corpus_folder: Path):
     store.broken.add("bucket/mine/openings.json")
     reason = rf"S3 at 127\.0\.0\.1:\d+ answers 403 Forbidden \(AccessDenied\): {MEND}"
-    with pytest.raises(ValueError, match=f"^upload: s3://bucket/mine: {reason}"):
+    with pytest.raises(UserError, match=f"^upload: s3://bucket/mine: {reason}"):
         upload_folder(corpus_folder, "s3://bucket/mine", CORPUS_FILE)
     assert f"bucket/mine/{CORPUS_FILE}" not in store.files
     store.broken.clear()

@@ -8,6 +8,7 @@ from datamodules import sources
 from datamodules.documents import read_unit
 from datamodules.policies import Policies, Tally
 from datamodules.sources import list_units
+from modules.errors import UserError
 
 
 def read(paths: list[Path | str], **options: object) -> tuple[list[str], Tally]:
@@ -42,10 +43,10 @@ def test_folders_are_walked_in_sorted_order_and_what_is_left_out_is_counted(tmp_
 
 
 def test_missing_and_unknown_paths_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         read([tmp_path / "nowhere"])
     write(tmp_path, {"model.bin": b"\0"})
-    with pytest.raises(ValueError, match=r"model\.bin has the suffix '\.bin'"):
+    with pytest.raises(UserError, match=r"model\.bin has the suffix '\.bin'"):
         read([tmp_path / "model.bin"])
 
 
@@ -65,7 +66,7 @@ BAD = b"good \xff\xfe bad"
 
 def test_bad_encodings(tmp_path):
     write(tmp_path, {"a.txt": BAD, "b.txt": b"\xef\xbb\xbfwith mark", "c.jsonl": b'{"text": "ok"}\n{"text": "\xff"}\n'})
-    with pytest.raises(ValueError, match=r"a\.txt: byte 5 is not UTF-8; .*encoding"):
+    with pytest.raises(UserError, match=r"a\.txt: byte 5 is not UTF-8; .*encoding"):
         read([tmp_path], encoding="strict")
     texts, tally = read([tmp_path], encoding="skip")
     assert texts == ["with mark", "ok"]
@@ -90,7 +91,7 @@ def test_empty_documents(tmp_path):
     texts, tally = read([tmp_path])
     assert texts == ["c"]
     assert counts(tally.skipped) == {"empty": 4}
-    with pytest.raises(ValueError, match=r"a\.txt: the document is empty"):
+    with pytest.raises(UserError, match=r"a\.txt: the document is empty"):
         read([tmp_path], empty="strict")
 
 
@@ -102,7 +103,7 @@ def test_malformed_lines_and_unreadable_files(tmp_path):
     assert counts(tally.skipped) == {"not JSON": 1, "not a JSON object": 1, "no string under the key 'text'": 2}
     assert tally.skipped["not JSON"]["examples"] == [f"{tmp_path / 'a.jsonl'} at byte 16"]
     assert read([tmp_path], text_key="body")[0] == ["x"]
-    with pytest.raises(ValueError, match=r"a\.jsonl at byte 16: not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl at byte 16: not JSON"):
         read([tmp_path], malformed="strict")
     os.symlink(tmp_path / "gone", tmp_path / "b.txt")
     texts, tally = read([tmp_path])
@@ -127,7 +128,7 @@ def test_oversized_documents_are_split_without_loss_at_line_ends(kind: str, tmp_
     assert sum(text.endswith("\n") for text in texts) >= len(texts) - 3
     texts, tally = read([tmp_path], max_document_bytes=5000, oversized="skip")
     assert (texts, counts(tally.skipped)) == ([], {"over max_document_bytes": 1})
-    with pytest.raises(ValueError, match="over max_document_bytes"):
+    with pytest.raises(UserError, match="over max_document_bytes"):
         read([tmp_path], max_document_bytes=5000, oversized="strict")
     policies = Policies(max_document_bytes=5000)
     tally = Tally()

@@ -12,6 +12,7 @@ from datamodules import tables, units
 from datamodules.policies import Policies, Tally
 from datamodules.preparation import Preparation, prepare_corpus
 from datamodules.units import cut_rows
+from modules.errors import UserError
 from tests.datamodules.conftest import small
 from tests.datamodules.test_preparation import tree
 from tests.datamodules.test_sources import counts, read
@@ -92,9 +93,9 @@ def test_groups_are_joined_and_cut_by_size(monkeypatch):
 def test_a_column_that_is_missing_or_no_text_is_one_line_with_the_text_columns_there(tmp_path):
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
     columns = "give one that holds text: body$"
-    with pytest.raises(ValueError, match=rf"^text_key: .*a\.parquet has no column 'text'; {columns}"):
+    with pytest.raises(UserError, match=rf"^text_key: .*a\.parquet has no column 'text'; {columns}"):
         read([tmp_path])
-    with pytest.raises(ValueError, match=rf"^text_key: .*has a column 'id' of int64, not of text; {columns}"):
+    with pytest.raises(UserError, match=rf"^text_key: .*has a column 'id' of int64, not of text; {columns}"):
         read([tmp_path], text_key="id")
     assert read([tmp_path], text_key="body")[0] == ["x"]
 
@@ -102,7 +103,7 @@ def test_a_column_that_is_missing_or_no_text_is_one_line_with_the_text_columns_t
 def test_a_table_without_text_is_told_so_and_no_column_is_advised(tmp_path):
     pq.write_table(pa.table({"text": [1], "size": [2.0]}), tmp_path / "a.parquet")
     message = r"^text_key: .*a\.parquet has a column 'text' of int64, not of text; none of its columns holds text$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read([tmp_path])
 
 
@@ -116,13 +117,13 @@ def test_bad_encodings_empty_and_oversized_texts_follow_the_policies(tmp_path):
     assert counts(tally.skipped) == {"empty": 2}
     assert counts(tally.changed) == {"bad bytes replaced by U+FFFD": 1, "over max_document_bytes, split": 1}
     assert read([tmp_path], encoding="skip", oversized="skip", max_document_bytes=20)[0] == ["ok"]
-    with pytest.raises(ValueError, match=r"a\.parquet row 1: byte 0 is not UTF-8"):
+    with pytest.raises(UserError, match=r"a\.parquet row 1: byte 0 is not UTF-8"):
         read([tmp_path], encoding="strict")
 
 
 def test_a_null_stops_a_strict_preparation(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet row 1: null in the column 'text'; mend it"):
+    with pytest.raises(UserError, match=r"a\.parquet row 1: null in the column 'text'; mend it"):
         read([tmp_path], malformed="strict")
 
 
@@ -136,7 +137,7 @@ def test_corrupt_tables_are_counted_or_stop(tmp_path):
     found, tally = read([tmp_path])
     assert found == ["a" * 90] * 40
     assert counts(tally.skipped) == {"cannot be decoded": 2, "empty": 2}
-    with pytest.raises(ValueError, match=r"cut\.parquet: cannot be decoded \(.*\); mend it"):
+    with pytest.raises(UserError, match=r"cut\.parquet: cannot be decoded \(.*\); mend it"):
         read([tmp_path], malformed="strict")
 
 
@@ -154,7 +155,7 @@ def test_rows_behind_a_damaged_page_are_counted(tmp_path):
     lost = tally.skipped["cannot be decoded"]
     assert lost["count"] == 1000 - len(found)
     assert lost["examples"] == [f"{tmp_path / 'a.parquet'} rows {len(found)} to 999"]
-    with pytest.raises(ValueError, match=r"a\.parquet rows \d+ to 999: cannot be decoded"):
+    with pytest.raises(UserError, match=r"a\.parquet rows \d+ to 999: cannot be decoded"):
         read([tmp_path], malformed="strict")
 
 

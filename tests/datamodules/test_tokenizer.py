@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 from datamodules.tokenizer import RESERVED_IDS, SPECIAL_TOKENS, Tokenizer
+from modules.errors import UserError
 
 TEXTS = [
     "def f(self):\n    return self.x1 + 2048\n\n\nclass A:\n\tpass\r\n",
@@ -137,11 +138,11 @@ def test_bad_folders_are_named(files: dict, message: str, tmp_path):
     for name, content in files.items():
         text = content or tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str()
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(UserError, match="not a folder"):
         Tokenizer.load(tmp_path / "missing")
 
 

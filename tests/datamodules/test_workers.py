@@ -6,6 +6,7 @@ import pytest
 
 from datamodules.tokenizer import Tokenizer
 from datamodules.workers import Workers
+from modules.errors import UserError
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -17,7 +18,7 @@ def test_every_job_has_its_result(count: int):
 
 def test_a_mistake_arrives_as_one_and_a_defect_as_another():
     with Workers(2) as workers:
-        with pytest.raises(ValueError, match=r"^tokenizer: nowhere is not a folder") as mistake:
+        with pytest.raises(UserError, match=r"^tokenizer: nowhere is not a folder") as mistake:
             list(workers.run(Tokenizer.load, ["nowhere", "nowhere"]))
         assert mistake.value.__cause__ is None
         with pytest.raises(json.JSONDecodeError):
@@ -25,5 +26,5 @@ def test_a_mistake_arrives_as_one_and_a_defect_as_another():
 
 
 def test_a_killed_worker_is_named():
-    with Workers(2) as workers, pytest.raises(ValueError, match=r"^workers: a worker process was killed"):
+    with Workers(2) as workers, pytest.raises(UserError, match=r"^workers: a worker process was killed"):
         list(workers.run(os._exit, [1, 1]))

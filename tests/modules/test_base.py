@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modules.base import MicroBatchLoss, TrainingDivergedError
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.optim.spikes import SpikeGuardConfig
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
@@ -207,16 +208,16 @@ def test_weights_after_building_are_those_of_a_network_built_at_once() -> None:
     ],
 )
 def test_settings_that_contradict_are_one_line_naming_the_key(changes: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{key}: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{key}: [^\n]*$"):
         make_module(**changes)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused() -> None:
     build(make_module(), vocab_size=64)
-    with pytest.raises(ValueError, match=r"^model\.backbone\.vocab_size: [^\n]*65[^\n]*$"):
+    with pytest.raises(UserError, match=r"^model\.backbone\.vocab_size: [^\n]*65[^\n]*$"):
         build(make_module(), vocab_size=65)
 
 
 def test_compiling_layers_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"^model\.compile_layers: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^model\.compile_layers: [^\n]*$"):
         built(compile_layers=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from tests.modules.helpers import (
@@ -163,7 +164,7 @@ def test_learning_rate_follows_the_tokens() -> None:
 
 def test_a_schedule_longer_than_the_run_is_refused() -> None:
     module = make_module(schedule=ScheduleConfig(warmup_tokens=100 * LENGTH))
-    with pytest.raises(ValueError, match=r"model\.schedule"):
+    with pytest.raises(UserError, match=r"model\.schedule"):
         fit(module, ListData(row_batches(2)))
 
 

@@ -22,6 +22,7 @@ from modules.checkpoints.quantization import (
     is_fp8_cache,
     module_of,
 )
+from modules.errors import UserError
 from modules.precision.blocks import BLOCK
 
 CLASS = "Linear"
@@ -48,17 +49,17 @@ def settings(document: Mapping[str, Any], place: str) -> Settings:
     """Return what `quantization_config` of config.json says.
 
     Raises:
-        ValueError: it is damaged, or names another format than NVFP4 (with or without inputs) and per-tensor FP8.
+        UserError: it is damaged, or names another format than NVFP4 (with or without inputs) and per-tensor FP8.
     """
     formats = [document.get("format"), *(group.get("format") for group in _groups(document, place).values())]
     for name in formats:
         if name is not None and name not in READ:
-            raise ValueError(
+            raise UserError(
                 f"{place}: format {shown(name)} cannot be read, only {', '.join(sorted(READ))}; take the model in bf16"
             )
     for key in ("transform_config", "sparsity_config"):
         if document.get(key):
-            raise ValueError(f"{place}: {key} cannot be applied here; take the model in bf16")
+            raise UserError(f"{place}: {key} cannot be applied here; take the model in bf16")
     try:
         plain = ModuleList(document.get("ignore") or [])
         targets = [
@@ -67,7 +68,7 @@ def settings(document: Mapping[str, Any], place: str) -> Settings:
         ]
         named = [(ModuleList(names), layer) for names, layer in targets]
     except (TypeError, KeyError, AttributeError, re.error):
-        raise ValueError(f"{place}: targets or ignore are damaged; copy or download the file again") from None
+        raise UserError(f"{place}: targets or ignore are damaged; copy or download the file again") from None
     everything = next((layer for names, layer in targets if CLASS in names), None)
 
     def says(module: str) -> LayerQuantization | None:
@@ -82,13 +83,13 @@ def _groups(document: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]
     """Return the groups, those that only name a preset (`NVFP4: [Linear]`) written out."""
     groups = document.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{place}: config_groups must say what is quantised; copy or download the file again")
+        raise UserError(f"{place}: config_groups must say what is quantised; copy or download the file again")
     full = {}
     for name, group in groups.items():
         if isinstance(group, list) and name.upper() in PRESETS:
             group = {"targets": group, **_arguments(PRESETS[name.upper()])}
         if not isinstance(group, dict):
-            raise ValueError(
+            raise UserError(
                 f"{place}.config_groups.{name}: it cannot be read, only {', '.join(PRESETS)} are known by name; take "
                 "the model in bf16"
             )
@@ -106,7 +107,7 @@ def _layer(group: Mapping[str, Any], place: str) -> LayerQuantization:
     brief = {
         side: group.get(side) for side in ("weights", "input_activations", "output_activations") if group.get(side)
     }
-    raise ValueError(
+    raise UserError(
         f"{place}: it is neither {' nor '.join(PRESETS)} with static scales, which alone can be read "
         f"({shown(brief)}); take the model in bf16"
     )

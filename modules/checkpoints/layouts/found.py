@@ -9,6 +9,7 @@ from modules.checkpoints.layouts import compressed_tensors, modelopt
 from modules.checkpoints.layouts.compressed_tensors import COMPRESSED_TENSORS
 from modules.checkpoints.layouts.modelopt import MODELOPT
 from modules.checkpoints.quantization import Layout, LayoutName, Quantization, Settings
+from modules.errors import UserError
 
 KEY = "quantization_config"
 LAYOUTS: dict[LayoutName, Layout] = {layout.name: layout for layout in (MODELOPT, COMPRESSED_TENSORS)}
@@ -35,7 +36,7 @@ def find_layout(folder: Path, raw: dict[str, Any]) -> Found | None:
         raw: its config.json.
 
     Raises:
-        ValueError: the quantisation is of a kind that cannot be read, or the two files are of different kinds.
+        UserError: the quantisation is of a kind that cannot be read, or the two files are of different kinds.
     """
     file, config = folder / modelopt.FILE, folder / "config.json"
     separate = read_json(file) if file.exists() else None
@@ -44,16 +45,14 @@ def find_layout(folder: Path, raw: dict[str, Any]) -> Found | None:
         return None if separate is None else Found(MODELOPT, [modelopt.settings(separate, str(file))])
     place = f"{config}: {KEY}"
     if not isinstance(inner, dict):
-        raise ValueError(f"{place} is damaged; copy or download the file again")
+        raise UserError(f"{place} is damaged; copy or download the file again")
     method = inner.get("quant_method", "modelopt" if "quant_algo" in inner else None)
     if method == COMPRESSED_TENSORS.name:
         if separate is not None:
-            raise ValueError(
-                f"{place} is of {method}, but {file} of Model Optimizer; remove the file that is not meant"
-            )
+            raise UserError(f"{place} is of {method}, but {file} of Model Optimizer; remove the file that is not meant")
         return Found(COMPRESSED_TENSORS, [compressed_tensors.settings(inner, place)])
     if not str(method).startswith("modelopt"):
-        raise ValueError(
+        raise UserError(
             f"{place}: quant_method {shown(method)} cannot be read, only {' and '.join(LAYOUTS)} are; take the model "
             "in bf16"
         )
@@ -70,19 +69,19 @@ def fitting_layout(format: str, quantization: Quantization | None, model: Path) 
         model: its folder, for messages.
 
     Raises:
-        ValueError: the format wants another quantisation than the model has.
+        UserError: the format wants another quantisation than the model has.
     """
     if format == "hf":
         return None
     if quantization is None:
-        raise ValueError(
+        raise UserError(
             f"--format {format}: {model} is not quantised; first do that: python -m app quantize {model} --output DIR"
         )
     kind, _, layout = format.partition("-")
     found = KINDS.get(frozenset(layer.format for layer in quantization.weights.values()))
     if found is None:
-        raise ValueError(f"--format {format}: {model} has no quantised weights, only a KV cache; take --format hf")
+        raise UserError(f"--format {format}: {model} has no quantised weights, only a KV cache; take --format hf")
     if kind != found:
         has = {"nvfp4": "NVFP4 weights", "fp8": "FP8 weights", "mixed": "both NVFP4 and FP8 weights"}[found]
-        raise ValueError(f"--format {format}: {model} has {has}; take --format {found}-{layout}")
+        raise UserError(f"--format {format}: {model} has {has}; take --format {found}-{layout}")
     return "modelopt" if layout == "modelopt" else "compressed-tensors"

@@ -22,6 +22,7 @@ from modules.checkpoints.quantization import (
     is_fp8_cache,
     module_of,
 )
+from modules.errors import UserError
 from modules.precision.blocks import BLOCK
 
 FILE = "hf_quant_config.json"
@@ -46,14 +47,14 @@ def settings(document: Mapping[str, Any], place: str) -> Settings:
         place: where it was read, for messages.
 
     Raises:
-        ValueError: it is damaged, or names another algorithm than NVFP4, W4A16_NVFP4, FP8 and mixtures of these.
+        UserError: it is damaged, or names another algorithm than NVFP4, W4A16_NVFP4, FP8 and mixtures of these.
     """
     inner = document.get("quantization", document)
     if not isinstance(inner, dict):
-        raise ValueError(f"{place}: quantization must be an object; copy or download the file again")
+        raise UserError(f"{place}: quantization must be an object; copy or download the file again")
     excluded = inner.get("exclude_modules", inner.get("ignore")) or []
     if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
-        raise ValueError(f"{place}: the list of modules that are not quantised is damaged; copy or download it again")
+        raise UserError(f"{place}: the list of modules that are not quantised is damaged; copy or download it again")
     plain = ModuleList(name for name in excluded)
     kv = is_fp8_cache(inner.get("kv_cache_quant_algo", inner.get("kv_cache_scheme")), place)
     algorithm = inner.get("quant_algo")
@@ -64,7 +65,7 @@ def settings(document: Mapping[str, Any], place: str) -> Settings:
         return Settings(lambda module: None if module in plain else layer, kv, place)
     listed = inner.get("quantized_layers")
     if not isinstance(listed, dict) or not listed or not all(isinstance(entry, dict) for entry in listed.values()):
-        raise ValueError(f"{place}: {MIXED} needs quantized_layers, an object that is missing; download it again")
+        raise UserError(f"{place}: {MIXED} needs quantized_layers, an object that is missing; download it again")
     by_layer: dict[LayerQuantization, list[str]] = {}
     for name, entry in listed.items():
         by_layer.setdefault(_layer(entry, place, name), []).append(name)
@@ -80,13 +81,13 @@ def _layer(entry: Mapping[str, Any], place: str, name: str = "") -> LayerQuantiz
     of = f" of {name}" if name else ""
     layer = ALGORITHMS.get(str(entry.get("quant_algo")).upper())
     if layer is None:
-        raise ValueError(
+        raise UserError(
             f"{place}: quant_algo {shown(entry.get('quant_algo'))}{of} cannot be read, only {', '.join(ALGORITHMS)} "
             f"and {MIXED} of them; take the model in bf16"
         )
     size = entry.get("group_size")
     if layer.format == "nvfp4" and size not in (None, BLOCK):
-        raise ValueError(f"{place}: group_size {shown(size)}{of} is not NVFP4's, which is {BLOCK}; take another model")
+        raise UserError(f"{place}: group_size {shown(size)}{of} is not NVFP4's, which is {BLOCK}; take another model")
     return layer
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from modules.errors import UserError
 from modules.precision.backends.emulated import Emulated
 from modules.precision.backends.torchao import TorchAO
 from modules.precision.backends.transformer_engine import TransformerEngine
@@ -35,7 +36,7 @@ def choose(
         device_type: where it will be, cpu or cuda.
 
     Raises:
-        ValueError: the backend that is asked for cannot compute it here.
+        UserError: the backend that is asked for cannot compute it here.
     """
     quantized = [products for products in stages if not products.plain]
     refused: dict[str, str] = {}
@@ -47,7 +48,7 @@ def choose(
         if not reason:
             return backend, refused
         if name == backend.name:
-            raise ValueError(
+            raise UserError(
                 f"model.precision.backend: {name} cannot compute {module} in {quantized[0].fprop} here: {reason}; "
                 "take auto or emulated"
             )

@@ -11,11 +11,11 @@ import torch
 
 from app.__main__ import main
 from app.commands.inspect import choose_rows
-from app.errors import UserError
 from datamodules.corpus import Corpus
 from datamodules.preparation import Preparation, prepare_corpus
 from datamodules.pretraining import PretrainingData
 from modules.batch import PackedBatch
+from modules.errors import UserError
 from tests.app.inspection.test_page import Page
 
 ROWS, MICRO, LENGTH, STEPS = 6, 2, 64, 5

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from lm_eval.api.instance import Instance
 
-from app.errors import UserError
 from app.evaluation.harness import HarnessModel, prefix_id, read_settings
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
+from modules.errors import UserError
 from modules.generation.sampling import Sampling
 from tests.app.models import TEXTS
 from tests.modules.checkpoints.helpers import made_comparable

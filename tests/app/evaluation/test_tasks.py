@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from app.errors import UserError
 from app.evaluation.tasks import load_tasks
+from modules.errors import UserError
 from tests.app.evaluation.tasks import TASKS, write_tasks
 
 METRIC = {"metric": "no_such_metric", "aggregation": "mean", "higher_is_better": True}

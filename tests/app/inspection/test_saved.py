@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.errors import UserError
 from app.inspection import saved
+from modules.errors import UserError
 from tests.app.inspection.helpers import packed
 
 

@@ -8,6 +8,7 @@ from lightning.fabric.utilities import device_parser
 
 from app.planning.speed import device_count, measured_speed
 from app.run_folder import RunFolder
+from modules.errors import UserError
 
 
 def test_a_folder_without_a_speed(tmp_path: Path) -> None:
@@ -30,5 +31,5 @@ def test_all_devices_are_not_counted(given: Any) -> None:
 
 @pytest.mark.parametrize("given", [0, "0", [], -2, "two", "", "0,b"])
 def test_no_devices_are_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.devices: .* asks for no device"):
+    with pytest.raises(UserError, match=r"trainer\.devices: .* asks for no device"):
         device_count({"devices": given})

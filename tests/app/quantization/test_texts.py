@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import UserError
 from app.quantization.texts import missing_data, read_texts
 from datamodules.corpus import Corpus
 from datamodules.preparation import Preparation, prepare_corpus
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from tests.modules.checkpoints.folders import write_fit_folder, write_hf_folder, write_tokenizer
 from tests.modules.helpers import make_network, tiny_config
 

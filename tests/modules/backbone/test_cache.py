@@ -5,6 +5,7 @@ import torch
 
 from modules.backbone.cache import Cache
 from modules.backbone.model import Network
+from modules.errors import UserError
 from modules.ops import native
 from modules.precision.linear import FormattedModule
 from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
@@ -226,5 +227,5 @@ def test_fp16_states_are_smaller_and_near(network):
 
 
 def test_a_dtype_no_state_can_have_is_refused():
-    with pytest.raises(ValueError, match="state_dtype"):
+    with pytest.raises(UserError, match="state_dtype"):
         make_network(tiny_config()).new_cache(1, 8, state_dtype=torch.bfloat16)

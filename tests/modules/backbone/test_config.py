@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from modules.backbone.config import BackboneConfig
+from modules.errors import UserError
 from tests.modules.helpers import tiny_config
 
 BAD = [
@@ -49,7 +50,7 @@ BAD = [
 
 @pytest.mark.parametrize(("key", "value", "others"), BAD, ids=[f"{key}={value!r}" for key, value, _ in BAD])
 def test_a_bad_value_is_one_line_naming_its_key(key: str, value: object, others: dict) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.backbone\.{key}: ") as caught:
+    with pytest.raises(UserError, match=rf"^model\.backbone\.{key}: ") as caught:
         tiny_config(**{**others, key: value})
     message = str(caught.value)
     assert "\n" not in message
@@ -80,14 +81,14 @@ def test_only_the_fields_of_used_mixers_are_needed(letter: str) -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "hybrid_override_pattern": letter}
     BackboneConfig(**shape, **{name: everything[name] for name in needed})
     for left_out in needed:
-        with pytest.raises(ValueError, match=left_out):
+        with pytest.raises(UserError, match=left_out):
             BackboneConfig(**shape, **{name: everything[name] for name in needed if name != left_out})
 
 
 def test_the_mtp_block_needs_its_mixers_fields_too() -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "hybrid_override_pattern": "-", "intermediate_size": 8}
     BackboneConfig(**shape, mtp_hybrid_override_pattern="no letters, but no MTP either")
-    with pytest.raises(ValueError, match="num_attention_heads"):
+    with pytest.raises(UserError, match="num_attention_heads"):
         BackboneConfig(**shape, num_nextn_predict_layers=1)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.errors import UserError
 from tests.modules.helpers import assert_close, assert_same_gradients, gradients, make_network, tiny_config
 
 
@@ -133,5 +134,5 @@ def test_more_depths_than_tokens() -> None:
 
 def test_depths_without_a_block_are_a_users_mistake() -> None:
     network = make_network(tiny_config(num_nextn_predict_layers=0))
-    with pytest.raises(ValueError, match="num_nextn_predict_layers"):
+    with pytest.raises(UserError, match="num_nextn_predict_layers"):
         network(torch.tensor([[3, 4]]), mtp_depths=1)

@@ -13,6 +13,7 @@ from modules.checkpoints import config as module
 from modules.checkpoints.config import from_hugging_face, make_config, notes, to_hugging_face
 from modules.checkpoints.defaults import GenerationDefaults
 from modules.checkpoints.start import check_fits
+from modules.errors import UserError
 from tests.modules.checkpoints.helpers import THEIRS
 from tests.modules.helpers import tiny_config
 
@@ -138,7 +139,7 @@ def test_the_first_generation_names_the_head_width_otherwise():
     raw = {key: value for key, value in COMMON.items() if key != "head_dim"}
     raw |= {"attention_head_dim": 96, "hybrid_override_pattern": "M-*", "num_hidden_layers": 3}
     assert from_hugging_face(raw, FILE).head_dim == 96
-    with pytest.raises(ValueError, match="attention_head_dim 96 contradicts head_dim 128"):
+    with pytest.raises(UserError, match="attention_head_dim 96 contradicts head_dim 128"):
         from_hugging_face(raw | {"head_dim": 128}, FILE)
 
 
@@ -230,7 +231,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_is_not_computed_here_is_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         from_hugging_face({"model_type": "nemotron_h", **changes}, FILE)
     assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ from modules.checkpoints import folder
 from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from tests.modules.checkpoints.helpers import MANIFEST, public_tensors, write_fit_folder, write_shards
 from tests.modules.helpers import make_network, tiny_config
 
@@ -37,7 +38,7 @@ def single(network, tmp_path) -> Path:
 
 
 def message(path: Path) -> str:
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         load_model(path)
     text = str(caught.value)
     assert "\n" not in text

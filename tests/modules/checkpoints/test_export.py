@@ -15,6 +15,7 @@ from modules.backbone.model import Network
 from modules.checkpoints.export import export
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from tests.modules.checkpoints.folders import (
     public_tensors,
     stored_tensors,
@@ -230,7 +231,7 @@ def test_a_damaged_tokenizer_is_not_passed_on(tmp_path: Path):
     source = write_hf_folder(tmp_path / "source", make_network(tiny_config()), tokenizer=True)
     file = source / "tokenizer.json"
     file.write_text(file.read_text()[:-9])
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON"):
         export(open_model(source), tmp_path / "out", max_shard_bytes=10**9, report=print)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from modules.checkpoints import folder
+from modules.errors import UserError
 
 
 def write(target: Path, **files: str) -> Path:
@@ -74,10 +75,10 @@ def test_damage_is_found(tmp_path, harm, answer):
 
 
 def test_a_name_without_a_step_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not named like a checkpoint"):
+    with pytest.raises(UserError, match="not named like a checkpoint"):
         folder.step_of(tmp_path)
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         folder.describe(tmp_path)

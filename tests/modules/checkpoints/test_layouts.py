@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modules.checkpoints.export import export
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from modules.precision.quantized import tensor_scale
 from tests.modules.checkpoints.folders import stored_tensors, write_hf_folder
 from tests.modules.checkpoints.quantized_folders import (
@@ -128,7 +129,7 @@ def test_lists_as_the_released_models_have_them(tmp_path: Path):
     assert open_model(path).notes == []
     del raw["quantization_config"]["quantized_layers"]
     (path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=r"config\.json: quantization_config: MIXED_PRECISION needs quantized_layers"):
+    with pytest.raises(UserError, match=r"config\.json: quantization_config: MIXED_PRECISION needs quantized_layers"):
         open_model(path)
 
 

@@ -16,6 +16,7 @@ from modules.checkpoints.config import make_config, to_hugging_face
 from modules.checkpoints.load import load_model
 from modules.checkpoints.names import public_names, public_shapes
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from modules.precision.linear import FormattedModule
 from tests.modules.checkpoints.helpers import public_tensors, write_fit_folder, write_shards
 from tests.modules.helpers import make_network, tiny_config
@@ -99,7 +100,7 @@ def test_router_bias_that_bf16_cannot_hold(tmp_path):
 
 
 def test_an_unknown_dtype_is_refused(network, tmp_path):
-    with pytest.raises(ValueError, match="dtype: 'fp8' must be one of auto, fp32"):
+    with pytest.raises(UserError, match="dtype: 'fp8' must be one of auto, fp32"):
         load_model(write(tmp_path, network, torch.float32), "fp8")
 
 

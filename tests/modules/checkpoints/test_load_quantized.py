@@ -17,6 +17,7 @@ from modules.checkpoints.export import write_quantized
 from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
 from modules.precision.served import serve
@@ -112,7 +113,7 @@ def test_a_dtype_loads_plain_dequantised_weights(tmp_path, dtype) -> None:
 def test_experts_of_a_layer_that_differ_are_not_served(tmp_path) -> None:
     names = [name for name in public_tensors(make_network(CONFIG)) if ".experts.0." not in name]
     path, _ = write(tmp_path, kinds=kinds_of(names))
-    with pytest.raises(ValueError, match=r"layers.1.mixer.experts.up_proj are quantised in more .*; --dtype bf16 runs"):
+    with pytest.raises(UserError, match=r"layers.1.mixer.experts.up_proj are quantised in more .*; --dtype bf16 runs"):
         load_model(path)
     assert hidden(load_model(path, "bf16").network).isfinite().all()
 

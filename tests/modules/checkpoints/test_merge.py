@@ -9,6 +9,7 @@ import torch
 from modules.checkpoints.export import export
 from modules.checkpoints.merge import MergedSource, decay_weights, normalize
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from modules.optim.schedule import ScheduleConfig
 from tests.modules.checkpoints.folders import public_tensors, stored_tensors, write_fit_folder, write_hf_folder
 from tests.modules.helpers import make_network, tiny_config
@@ -86,7 +87,7 @@ def test_weights_are_an_average():
         ([1.0, float("nan")], "nan must be finite"),
         ([0.0, 0.0], "all are 0"),
     ):
-        with pytest.raises(ValueError, match=f"--weights: .*{message}"):
+        with pytest.raises(UserError, match=f"--weights: .*{message}"):
             normalize(weights, 2)
 
 
@@ -130,7 +131,7 @@ def test_one_model_stays_as_it_is(tmp_path: Path):
 def test_models_of_another_architecture_are_refused(tmp_path: Path):
     first = open_model(write_fit_folder(tmp_path / "a", make_network(tiny_config())))
     other = open_model(write_fit_folder(tmp_path / "b", make_network(tiny_config(n_groups=4, moe_latent_size=None))))
-    with pytest.raises(ValueError, match=r"different architectures: n_groups 2 and 4, moe_latent_size 16 and None"):
+    with pytest.raises(UserError, match=r"different architectures: n_groups 2 and 4, moe_latent_size 16 and None"):
         MergedSource([first, other], [1, 1], "")
     speed = open_model(write_fit_folder(tmp_path / "c", make_network(tiny_config(chunk_size=4, time_step_min=0.01))))
     MergedSource([first, speed], [1, 1], "")

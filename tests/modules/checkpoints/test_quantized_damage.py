@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from modules.checkpoints.layouts.matching import ModuleList
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from tests.modules.checkpoints.quantized_folders import SHARDS, make_source, mixed, write_quantized_folder
 
 EXPERT = "backbone.layers.1.mixer.experts.3.up_proj"
@@ -46,7 +47,7 @@ def read_all(path: Path) -> None:
 
 def message(path: Path) -> str:
     """Of opening the folder and reading all of it."""
-    with pytest.raises(ValueError, match=r".") as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         read_all(path)
     text = str(caught.value)
     assert "\n" not in text

@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from modules.checkpoints.reader import SafeReader
+from modules.errors import UserError
 
 
 class Harmful:
@@ -26,7 +27,7 @@ def test_a_checkpoint_of_torch_is_read(tmp_path):
 def test_an_index_that_brings_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(ValueError, match=r"is damaged or no index.*refers to .*mkdir"):
+    with pytest.raises(UserError, match=r"is damaged or no index.*refers to .*mkdir"):
         SafeReader(tmp_path).read_metadata()
     assert not (tmp_path / "harm").exists()
 
@@ -34,5 +35,5 @@ def test_an_index_that_brings_code_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"nothing", pickle.dumps({"a": 1})[:-1]])
 def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged or no index"):
+    with pytest.raises(UserError, match="is damaged or no index"):
         SafeReader(tmp_path).read_metadata()

@@ -16,6 +16,7 @@ from modules.checkpoints.config import to_hugging_face
 from modules.checkpoints.names import public_names
 from modules.checkpoints.source import open_model
 from modules.checkpoints.start import check_fits, start_from
+from modules.errors import UserError
 from tests.modules.checkpoints.helpers import public_tensors, write_fit_folder, write_shards
 from tests.modules.checkpoints.quantized_folders import config, make_source, mixed, write_quantized_folder
 from tests.modules.helpers import build, make_module, make_network, tiny_config
@@ -74,7 +75,7 @@ def test_a_run_starts_from_a_model(tmp_path, kind):
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.init_from: .*gone does not exist"):
+    with pytest.raises(UserError, match=r"model\.init_from: .*gone does not exist"):
         build(make_module(init_from=tmp_path / "gone"))
 
 
@@ -125,7 +126,7 @@ def test_every_field_either_must_agree_or_is_free():
 def test_a_model_of_another_network_is_refused_with_the_keys(tmp_path, changes, answer):
     network = make_network(tiny_config(**changes))
     path = write_fit_folder(tmp_path / "step=00000001", network)
-    with pytest.raises(ValueError, match=r"model\.init_from: ") as caught:
+    with pytest.raises(UserError, match=r"model\.init_from: ") as caught:
         build(make_module(init_from=path))
     assert answer in str(caught.value)
     assert str(path) in str(caught.value)

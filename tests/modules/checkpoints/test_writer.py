@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.writer import new_folder, parse_size, plan_shards, show_size, write_tensors
+from modules.errors import UserError
 
 TENSORS = {
     "a": torch.randn(3, generator=torch.Generator().manual_seed(0)).bfloat16(),  # 6 bytes: what follows is not aligned
@@ -126,7 +127,7 @@ def test_sizes(text: str, size: int):
 
 @pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "GB", "0.1"])
 def test_what_is_no_size(text: str):
-    with pytest.raises(ValueError, match=r"--max_shard_size: .* is no size"):
+    with pytest.raises(UserError, match=r"--max_shard_size: .* is no size"):
         parse_size(text)
 
 
@@ -174,6 +175,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException):
 def test_what_is_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "file").touch()
     for output, message in ((tmp_path, "holds files already"), (tmp_path / "file", "is a file")):
-        with pytest.raises(ValueError, match=f"--output: .* {message}"), new_folder(output):
+        with pytest.raises(UserError, match=f"--output: .* {message}"), new_folder(output):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from modules.errors import UserError
 from modules.generation.engine import Request, generate, plan_batches
 from modules.generation.sampling import Sampling, distribution, draw
 from tests.modules.helpers import make_network, tiny_config
@@ -158,5 +159,5 @@ def test_processes_can_agree_on_the_tokens(network) -> None:
     ],
 )
 def test_mistakes_are_named(network, prompt: list[int], changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         list(generate(network, [Request(tokens=prompt, max_new_tokens=1)], GREEDY, **changes))

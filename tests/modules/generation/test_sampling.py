@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from modules.errors import UserError
 from modules.generation.sampling import Sampling, distribution, draw
 from tests.modules.helpers import assert_close
 
@@ -125,5 +126,5 @@ def test_streams_differ_by_seed_and_key() -> None:
     ],
 )
 def test_mistakes_are_named(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"^{field}: "):
+    with pytest.raises(UserError, match=f"^{field}: "):
         Sampling(**{field: value})

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modules.backbone import model
+from modules.errors import UserError
 from modules.generation.scoring import batches, score
 from tests.modules.backbone.test_parity import load_ours_into_theirs, their_model
 from tests.modules.helpers import BF16, make_network, tiny_config
@@ -118,7 +119,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
     network = make_network(tiny_config()).eval()
     with torch.no_grad():
         network.lm_head.weight[3] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         list(score(network, ROWS))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modules.backbone.model import Network
 from modules.backbone.native_round import NativeRounds
+from modules.errors import UserError
 from modules.generation import speculative
 from modules.generation.decoding import Decoding, Row
 from modules.generation.engine import Completion, Request, generate
@@ -307,7 +308,7 @@ def test_several_processes_agree_on_drafts_and_outcome() -> None:
 
 def test_a_network_without_mtp_block_is_refused() -> None:
     network = make_network(tiny_config(num_nextn_predict_layers=0)).eval()
-    with pytest.raises(ValueError, match="draft_tokens: this model has no MTP block"):
+    with pytest.raises(UserError, match="draft_tokens: this model has no MTP block"):
         list(generate(network, ask([[1, 2]], 4), GREEDY, draft_tokens=2))
 
 

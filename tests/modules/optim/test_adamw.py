@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from modules.errors import UserError
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from tests.modules.helpers import assert_close, make_network, tiny_config
 
@@ -122,5 +123,5 @@ def test_groups_decay_matrices_only() -> None:
     ],
 )
 def test_a_bad_setting_is_one_line_naming_its_key(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.optimizer\.{key}: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^model\.optimizer\.{key}: [^\n]*$"):
         OptimizerConfig(**{"learning_rate": 1e-3, key: value})

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from modules.errors import UserError
 from modules.optim.schedule import ScheduleConfig
 
 SCHEDULE = ScheduleConfig(warmup_tokens=100, decay_tokens=400, minimum_ratio=0.1)
@@ -49,7 +50,7 @@ def test_a_decay_over_the_whole_run() -> None:
 
 def test_must_fit_the_run() -> None:
     SCHEDULE.check_length(500)
-    with pytest.raises(ValueError, match=r"^model\.schedule: [^\n]*\(500\)[^\n]*data\.total_tokens \(499\)[^\n]*$"):
+    with pytest.raises(UserError, match=r"^model\.schedule: [^\n]*\(500\)[^\n]*data\.total_tokens \(499\)[^\n]*$"):
         SCHEDULE.check_length(499)
 
 
@@ -58,5 +59,5 @@ def test_must_fit_the_run() -> None:
     [("warmup_tokens", -1), ("decay_tokens", -1), ("minimum_ratio", -0.1), ("minimum_ratio", 1.1)],
 )
 def test_a_bad_setting_is_one_line_naming_its_key(key: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.schedule\.{key}: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^model\.schedule\.{key}: [^\n]*$"):
         ScheduleConfig(**{key: value})

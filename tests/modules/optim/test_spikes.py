@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modules.errors import UserError
 from modules.optim.spikes import LEAST_SIGMA, REASONS, SpikeGuardConfig, StepGuard
 
 CONFIG = SpikeGuardConfig(sigmas=4.0, window=16, minimum_steps=8)
@@ -216,5 +217,5 @@ def test_why_a_streak_ended_a_run() -> None:
     ],
 )
 def test_settings_out_of_range_are_one_line_naming_the_key(fields: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.spike_guard\.{key}: [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^model\.spike_guard\.{key}: [^\n]*$"):
         SpikeGuardConfig(**fields)

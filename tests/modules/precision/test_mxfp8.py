@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modules.errors import UserError
 from modules.precision import mxfp8
 
 
@@ -44,5 +45,5 @@ def test_what_is_no_number():
 def test_along_the_other_axis():
     x = torch.randn(64, 5)
     assert torch.equal(mxfp8.quantize_dequantize(x, axis=-2), mxfp8.quantize_dequantize(x.T.contiguous()).T)
-    with pytest.raises(ValueError, match="32"):
+    with pytest.raises(UserError, match="32"):
         mxfp8.quantize(x)

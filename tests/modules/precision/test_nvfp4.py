@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modules.errors import UserError
 from modules.precision import e2m1, fp8, mxfp8, nvfp4
 
 TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
@@ -159,9 +160,9 @@ def test_infinity_saturates():
 
 
 def test_lengths_must_be_whole_blocks():
-    with pytest.raises(ValueError, match="16"):
+    with pytest.raises(UserError, match="16"):
         nvfp4.quantize(torch.zeros(4, 24))
-    with pytest.raises(ValueError, match="16"):
+    with pytest.raises(UserError, match="16"):
         nvfp4.quantize_dequantize(torch.zeros(24, 16), axis=-2)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from modules.backbone.model import Network
+from modules.errors import UserError
 from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head, Linear
 from modules.precision.recipe import FormatSchedule, FormatSwitch, PrecisionConfig, PrecisionRule, apply
 from tests.modules.helpers import tiny_config
@@ -50,12 +51,12 @@ def test_the_table_names_every_formatted_module_once_in_order(network: Network) 
 
 
 def test_an_unmatched_module_is_an_error(network: Network) -> None:
-    with pytest.raises(ValueError, match=r"^model\.precision: no pattern matches backbone\.embeddings; end"):
+    with pytest.raises(UserError, match=r"^model\.precision: no pattern matches backbone\.embeddings; end"):
         apply(rules(("*.layers.*", "bf16"), ("lm_head", "bf16")), network)
 
 
 def test_a_pattern_without_a_module_is_an_error(network: Network) -> None:
-    with pytest.raises(ValueError, match=r"^model\.precision: pattern '\*\.mixers\.\*' matches no module"):
+    with pytest.raises(UserError, match=r"^model\.precision: pattern '\*\.mixers\.\*' matches no module"):
         apply(rules(("*.mixers.*", "fp32"), ("*", "bf16")), network)
 
 
@@ -173,7 +174,7 @@ def test_rules_come_before_the_named_recipe(network: Network) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(config, message: str) -> None:
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
+    with pytest.raises(UserError, match="^" + re.escape(message)):
         config()
 
 
@@ -182,7 +183,7 @@ def test_embedding_and_head_are_not_quantised(network: Network) -> None:
         ValueError, match=r"^model\.precision: backbone\.embeddings computes in fp32 or bf16 only, not in fp8"
     ):
         apply(rules(("*", "fp8")), network)
-    with pytest.raises(ValueError, match=r"^model\.precision: lm_head computes in fp32 or bf16 only"):
+    with pytest.raises(UserError, match=r"^model\.precision: lm_head computes in fp32 or bf16 only"):
         apply(rules(("*embeddings", "bf16"), ("*", "fp8")), network)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import modules.precision.served
+from modules.errors import UserError
 from modules.ops.native import quantization as native
 from modules.precision.backends import EMULATED
 from modules.precision.linear import GroupedLinear, Head, Linear
@@ -211,7 +212,7 @@ def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
     with pytest.raises(KeyboardInterrupt), served(module, [quantized(16, 32, "fp8", 5.0)]):
         raise KeyboardInterrupt
     check()
-    with pytest.raises(ValueError, match="divisible by 16"), served(module, [quantized(16, 24, "nvfp4", 5.0)]):
+    with pytest.raises(UserError, match="divisible by 16"), served(module, [quantized(16, 24, "nvfp4", 5.0)]):
         pass
     check()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from modules.errors import UserError
 from modules.ptq.calibration import calibrate, pack
 from modules.ptq.layers import find_groups
 from tests.modules.helpers import BF16, make_network, tiny_config
@@ -137,5 +138,5 @@ def test_numbers_that_are_not_finite_are_named():
     network = make_network(tiny_config()).eval()
     with torch.no_grad():
         network.get_parameter("backbone.layers.1.mixer.fc1_latent_proj.weight")[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"backbone\.layers\.1\.mixer\.experts\.up_proj gets numbers that are not"):
+    with pytest.raises(UserError, match=r"backbone\.layers\.1\.mixer\.experts\.up_proj gets numbers that are not"):
         calibrated(network)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from modules.errors import UserError
 from modules.ptq.layers import DEFAULT, KEPT, WIDTH, Rule, counted, decide, effective_bits, find_groups, parse_rules
 from tests.modules.helpers import tiny_config
 
@@ -97,7 +98,7 @@ def test_layers_that_fill_no_blocks_are_kept_and_named():
     ],
 )
 def test_patterns_that_do_nothing_or_split_a_group_are_refused(options, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         decisions(**options)
 
 
@@ -108,7 +109,7 @@ def test_what_is_kept_anyway_may_be_excluded():
 
 @pytest.mark.parametrize("text", ["*.q_proj", "=fp8", "*.q_proj=", "*.q_proj=int4"])
 def test_a_rule_of_another_form_is_refused(text: str):
-    with pytest.raises(ValueError, match="must be PATTERN=FORMAT with one of nvfp4, nvfp4-weight-only, fp8, bf16"):
+    with pytest.raises(UserError, match="must be PATTERN=FORMAT with one of nvfp4, nvfp4-weight-only, fp8, bf16"):
         parse_rules([text])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from modules.backbone.model import Network
 from modules.checkpoints.source import open_model
+from modules.errors import UserError
 from modules.precision.served import serve
 from modules.ptq.calibration import calibrate
 from modules.ptq.layers import BITS, Rule, counted, decide, effective_bits, find_groups
@@ -132,7 +133,7 @@ def test_an_unattainable_budget_names_the_least_possible():
     kept = decide(GROUPS, None, [Rule("*.experts.*", "bf16")], [], CONFIG)
     least = effective_bits(counted(GROUPS, kept), {name: decision.choice or "nvfp4" for name, decision in kept.items()})
     assert least > BITS["nvfp4"]
-    with pytest.raises(ValueError, match=f"the least possible here is {least:.2f}"):
+    with pytest.raises(UserError, match=f"the least possible here is {least:.2f}"):
         check_budget(GROUPS, kept, 4.5)
     check_budget(GROUPS, kept, least + 0.001)
     mix(GROUPS, kept, losses(), least + 0.001)
