@@ -317,8 +317,8 @@ def _summary(text: str) -> str:
     return textwrap.shorten(re.sub(r"^Generic \w+ error: ", "", sentence), 200, placeholder=" ...")
 
 
-def _failed(key: str, url: str, error: Exception) -> ValueError:
+def _failed(key: str, url: str, error: Exception) -> UserError:
     reason = explain(url, error)
     if reason == _MISSING:
-        return ValueError(f"{key}: {public(url)} does not exist")
-    return ValueError(f"{key}: {public(url)}: {reason}; {AGAIN}")
+        return UserError(f"{key}: {public(url)} does not exist")
+    return UserError(f"{key}: {public(url)}: {reason}; {AGAIN}")

@@ -98,8 +98,8 @@ def read_numbers(entries: Sequence[Entry]) -> list[float]:
     return numbers
 
 
-def _shortened(file: Path) -> ValueError:
-    return ValueError(f"{file} has become shorter while it was read; {AGAIN}")
+def _shortened(file: Path) -> UserError:
+    return UserError(f"{file} has become shorter while it was read; {AGAIN}")
 
 
 def read_header(file: Path, quantized: bool = False) -> dict[str, Entry]:

@@ -15,6 +15,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from modules.errors import UserError
+
 VOCABULARY = 16
 LENGTH = 8
 
@@ -74,7 +76,7 @@ class Model(LightningModule):
     ) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"model.init_args.width is {width}: it must be at least 1")
+            raise UserError(f"model.init_args.width is {width}: it must be at least 1")
         self.width, self.rate, self.decay, self.extra = width, rate, decay, extra
         self.dropout, self.fail_at, self.loss_file = dropout, fail_at, loss_file
         self.metrics: dict[str, Tensor] = {}

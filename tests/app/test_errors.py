@@ -59,7 +59,8 @@ def test_a_user_error_is_one_wherever_it_comes_from():
 
 def worker(kind: str) -> str:
     return (
-        f"Caught {kind} in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n"
+        f"Caught {kind.rpartition('.')[2]} in DataLoader worker process 1.\n"
+        "Original Traceback (most recent call last):\n"
         f'  File "/somewhere/torch/worker.py", line 1, in f\n{kind}: chunk 3 is damaged'
     )
 

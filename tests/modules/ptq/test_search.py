@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from modules.errors import UserError
 from modules.ptq.search import Option, choose
 
 
@@ -53,7 +52,7 @@ def test_of_equal_losses_the_cheapest_is_taken():
 def test_a_budget_below_the_cheapest_options_is_refused():
     groups = [[Option(9, 1.0), Option(16, 0.0)]] * 3
     assert choose(groups, 27) == [0, 0, 0]
-    with pytest.raises(UserError, match="less than what the cheapest"):
+    with pytest.raises(ValueError, match="less than what the cheapest"):
         choose(groups, 26)
 
 
