@@ -39,9 +39,11 @@ from callbacks.samples import Samples
 from callbacks.skipped_batches import SkippedBatches
 from callbacks.speed import Speed
 from callbacks.startup import Startup
+from callbacks.step import in_order
 from callbacks.summary import Summary
 from callbacks.validation import Validation
 from modules.base import StageModule
+from modules.batch import HeldOutText
 from modules.checkpoints import folder
 from modules.errors import UserError
 
@@ -212,9 +214,7 @@ class RunCLI(LightningCLI):
             self.model.init_from = None  # Lightning tells no module what it will load
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []
-        given["callbacks"] = [callback for callback in callbacks if not isinstance(callback, LATE)]
-        given["callbacks"] += own if isinstance(own, list) else [own]
-        given["callbacks"] += [callback for callback in callbacks if isinstance(callback, LATE)]
+        given["callbacks"] = in_order([*callbacks, *(own if isinstance(own, list) else [own])])
         given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
         given["default_root_dir"] = str(self.run_folder.path)
         try:
@@ -282,9 +282,9 @@ class RunCLI(LightningCLI):
         trainer = self._build([], None, checkpoint)
         evaluate = getattr(trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
-        gzip = getattr(self.datamodule, "gzip_bits_per_byte", None)
+        gzip = self.datamodule.gzip_bits_per_byte() if isinstance(self.datamodule, HeldOutText) else None
         about = folder.describe(checkpoint)
-        _say(f"{checkpoint}: {validation_line(about['step'], trainer.callback_metrics, gzip)}")
+        _say(f"{checkpoint}: {validation_line(about['step'], self.model.metrics, gzip)}")
 
     @rank_zero_only
     def _prepare_folder(self, config: str) -> None:
@@ -316,8 +316,6 @@ class RunCLI(LightningCLI):
 
 
 SUMMARIES = {command: (getattr(RunCLI, command).__doc__ or "").splitlines()[0] for command in COMMANDS}
-LATE = (Checkpoint, Preemption, Summary)
-"""Callbacks that come after the user's own, whose state must be in the checkpoint."""
 
 
 def parse_run(args: list[str]) -> RunCLI:

@@ -90,7 +90,7 @@ def batch(config: BackboneConfig, depths: int, seed: int) -> PackedBatch:
     tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=generator)
     ids = (torch.rand(ROWS, LENGTH, generator=generator) < 1 / 64).cumsum(1).int()
     labels = next_token_labels(tokens, ids)
-    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids)
 
 
 def measure(model: str, number_format: str, kinds: str, rounds: int, threads: int, cache: str) -> Result:
@@ -106,7 +106,8 @@ def measure(model: str, number_format: str, kinds: str, rounds: int, threads: in
         torch.compiler.set_stance(stance)
         data = batch(config, depths, seed)
         cpu, wall = cpu_seconds(), time.perf_counter()
-        next_token_loss(network, data, data.counts, depths, MTP_LOSS_FACTOR).loss.backward()
+        counts = count_targets(data.labels, data.document_ids, depths)
+        next_token_loss(network, data, counts, depths, MTP_LOSS_FACTOR).loss.backward()
         clip_gradients(network.parameters(), OPTIMIZER.gradient_clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,9 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.loader import Placement, TrainingLoader, Windows
 from datamodules.pretraining import PretrainingData
-from modules.batch import IGNORED_LABEL
+from modules.batch import IGNORED_LABEL, count_targets
 
 CONFIG = "configs/pretrain.yaml"
 AIM = 50
@@ -66,10 +65,10 @@ def run_round(batches: Iterator[Micro]) -> Round:
 
 def our_batches(data: PretrainingData, depths: int) -> Iterator[Micro]:
     """Yield the micro-batches of `fit`'s loader."""
-    placement = Placement(rank=0, ranks=1, micro_batch_size=data.micro_batch_size, depths=depths)
-    windows = Windows(data.mixture, data._readers, placement)
-    for batch in TrainingLoader(windows, data.steps, 1, 0, lambda steps: None):
-        yield batch.tokens, batch.labels, batch.document_ids, batch.counts
+    for window in data.windows(0):
+        for batch in window.micro_batches:
+            counts = count_targets(batch.labels, batch.document_ids, depths)
+            yield batch.tokens, batch.labels, batch.document_ids, counts
 
 
 def save_rows(data: PretrainingData, folder: Path) -> Any:  # noqa: ANN401 (datasets is untyped)
@@ -77,7 +76,7 @@ def save_rows(data: PretrainingData, folder: Path) -> Any:  # noqa: ANN401 (data
     import datasets
 
     datasets.disable_progress_bars()
-    drawn = sorted(row for step in range(data.steps) for row in data.mixture.draw(step).row.tolist())
+    drawn = sorted(row for step in range(data.total.steps) for row in data.mixture.draw(step).row.tolist())
     reader = data._readers[0]
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
@@ -142,7 +141,7 @@ def step_speed(data: PretrainingData, seconds: float) -> float:
     optimizer = AdamW(parameter_groups(network, module.optimizer_config.weight_decay), module.optimizer_config)
     took: list[float] = []
     for tokens, labels, document_ids, counts in itertools.cycle(our_batches(data, module.mtp_depths)):
-        batch = PackedBatch(tokens=tokens, labels=labels, document_ids=document_ids, counts=counts)
+        batch = PackedBatch(tokens=tokens, labels=labels, document_ids=document_ids)
         start = time.perf_counter()
         next_token_loss(network, batch, counts, module.mtp_depths, module.mtp_loss_factor).loss.backward()
         clip_gradients(network.parameters(), module.optimizer_config.gradient_clip_norm)

@@ -86,10 +86,11 @@ def our_step(precision: PrecisionConfig, tokens: Tensor, config: BackboneConfig,
     optimizer = AdamW(parameter_groups(network, OPTIMIZER.weight_decay), OPTIMIZER)
     ids = torch.zeros_like(tokens, dtype=torch.int32)
     labels = next_token_labels(tokens, ids)
-    batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
+    batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids)
+    counts = count_targets(labels, ids, depths)
 
     def step() -> Tensor:
-        loss = next_token_loss(network, batch, batch.counts, depths, MTP_LOSS_FACTOR).loss
+        loss = next_token_loss(network, batch, counts, depths, MTP_LOSS_FACTOR).loss
         loss.backward()
         clip_gradients(network.parameters(), OPTIMIZER.gradient_clip_norm)
         optimizer.step()

@@ -1,20 +1,30 @@
 """When the run is saved, and how many checkpoints are kept.
 
-A checkpoint is taken at the end of an optimiser step only, after its metrics and a validation that was due: gradients
-of a half accumulated window are never lost, and a resumed run neither repeats nor misses a point of a curve.
+A checkpoint is taken at the end of an optimiser step, after its metrics and a validation that was due: a resumed run
+neither repeats nor misses a point of a curve.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.step import StepCallback, check_interval, is_due, step_loop
+from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
+from modules.base import VALIDATED
 from modules.errors import UserError
 
 STEP_FOLDER = re.compile(r"step=\d{8,}")
+
+
+@runtime_checkable
+class SyncedLogger(Protocol):
+    """A logger that can bring its points to the disk: no checkpoint may be newer than the curves."""
+
+    def sync(self) -> None:
+        """Do so."""
+        ...
 
 
 class Checkpoint(StepCallback):
@@ -24,6 +34,8 @@ class Checkpoint(StepCallback):
         every_n_steps: Optimiser steps between checkpoints (>= 1); the last step is always saved.
         keep_last: Number of checkpoints to keep (>= 1); older ones are deleted.
     """
+
+    order = 70  # after the user's own callbacks, whose state belongs to it
 
     def __init__(self, every_n_steps: int = 100, keep_last: int = 2) -> None:
         self.every_n_steps = check_interval(every_n_steps, "checkpoint.every_n_steps")
@@ -54,7 +66,10 @@ class Checkpoint(StepCallback):
         path = parent / f"step={trainer.global_step:08d}"
         if self.saved_step != trainer.global_step:
             for logger in trainer.loggers:
-                getattr(logger, "sync", logger.save)()  # no checkpoint may be newer than the curves on the disk
+                if isinstance(logger, SyncedLogger):
+                    logger.sync()
+                else:
+                    logger.save()
             trainer.save_checkpoint(path, weights_only=False)
             self.saved_step = trainer.global_step
             self._remove_old(trainer, parent)
@@ -62,17 +77,16 @@ class Checkpoint(StepCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what the folder holds, and which files travel with it."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
         run_folder = Path(trainer.default_root_dir)
-        attachments = [run_folder / "config.yaml", getattr(data, "tokenizer_folder", None)]
-        checkpoint["attachments"] = [str(path) for path in attachments if path is not None and Path(path).exists()]
+        attachments = [run_folder / "config.yaml", data(trainer).tokenizer_folder]
+        checkpoint["attachments"] = [str(path) for path in attachments if path.exists()]
         checkpoint["about"] = {
             "step": trainer.global_step,
             "last_step": step_loop(trainer).last_step,
             "finished": trainer.global_step >= step_loop(trainer).last_step,
-            "tokens": data.tokens_at(trainer.global_step),
+            "tokens": data(trainer).progress.tokens,
             "metrics": {
-                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")
+                name: float(stage(pl_module).metrics[name]) for name in VALIDATED if name in stage(pl_module).metrics
             },
             "devices": trainer.world_size,
             "torch": str(torch.__version__),

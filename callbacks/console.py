@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.step import StepCallback, check_interval, is_due, step_loop
+from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
 from callbacks.throughput import Throughput
+from modules.base import VALIDATED
+from modules.batch import HeldOutText
 
 
 class Console(StepCallback):
@@ -22,6 +24,11 @@ class Console(StepCallback):
     def __init__(self, every_n_steps: int = 10) -> None:
         self.every_n_steps = check_interval(every_n_steps, "console.every_n_steps")
         self.throughput = Throughput()
+        self._tokens = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where this start of the program begins."""
+        self._tokens = data(trainer).progress.tokens
 
     def on_fetch_start(self, trainer: Trainer) -> None:
         """Start the clock: whatever else a callback did is over."""
@@ -30,25 +37,25 @@ class Console(StepCallback):
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Stop the clock; print a line if it is due."""
         self.throughput.pause()
-        step, last = trainer.global_step, step_loop(trainer).last_step
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.throughput.add(data.tokens_at(step) - data.tokens_at(step - 1))
+        step, last, done = trainer.global_step, step_loop(trainer).last_step, data(trainer).progress
+        self.throughput.add(done.tokens - self._tokens)
+        self._tokens = done.tokens
         if not is_due(self.every_n_steps, trainer):
             return
         speed = self.throughput.read()
-        left = self.throughput.seconds_left(data.tokens_at(last) - data.tokens_at(step))
+        left = self.throughput.seconds_left((last - step) * done.tokens / done.steps)
+        metrics = stage(module).metrics
+        metrics.record("training/tokens_per_second", speed)
         if trainer.is_global_zero:
-            metrics = getattr(module, "metrics", trainer.callback_metrics)
             print(progress_line(step, last, metrics, speed, left), flush=True)
-        for logger in trainer.loggers:
-            logger.log_metrics({"training/tokens_per_second": speed}, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of a validation during training."""
         if not trainer.is_global_zero or trainer.state.fn != "fit":
             return
-        gzip = getattr(trainer.datamodule, "gzip_bits_per_byte", None)  # type: ignore[attr-defined]
-        print(validation_line(trainer.global_step, trainer.callback_metrics, gzip), flush=True)
+        text = data(trainer)
+        gzip = text.gzip_bits_per_byte() if isinstance(text, HeldOutText) else None
+        print(validation_line(trainer.global_step, stage(pl_module).metrics, gzip), flush=True)
 
 
 def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float, seconds_left: float) -> str:
@@ -78,9 +85,7 @@ def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float
 
 def validation_line(step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: float | None) -> str:
     """Return the console line of a validation after `step` steps."""
-    shown = {
-        name.removeprefix("validation/"): value for name, value in metrics.items() if name.startswith("validation/")
-    }
+    shown = {name.removeprefix("validation/"): metrics[name] for name in VALIDATED if name in metrics}
     text = "  ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in shown.items())
     if "bits_per_byte" in shown and gzip_bits_per_byte:
         text += f" (gzip -9: {gzip_bits_per_byte:.4f})"

@@ -12,7 +12,7 @@ shows it once for all.
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.step import StepCallback, is_due
+from callbacks.step import StepCallback, is_due, stage
 
 ZERO, ONE = "scale/0", "scale/1"
 BAND = [ZERO, ONE]
@@ -83,26 +83,31 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 
 
 class Dashboard(StepCallback):
-    """Writes the layout, and `scale/...`.
+    """Writes the layout, `scale/...`, and all that others record.
 
     Args:
         every_n_steps: Optimiser steps between points of the constant curves (>= 1).
     """
 
+    order = 60  # after all who record, before a checkpoint: no curve may be older than it
+
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout."""
+        """Write the layout, and what a validation before the first step has found."""
         if trainer.is_global_zero and trainer.logger is not None:
             trainer.logger.experiment.add_custom_scalars(custom_scalars())  # type: ignore[attr-defined]
+        stage(pl_module).write_metrics()
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write the constant curves if they are due, and let TensorBoard see everything up to here."""
-        if is_due(self.every_n_steps, trainer):
-            for logger in trainer.loggers:
-                logger.log_metrics({ZERO: 0.0, ONE: 1.0}, trainer.global_step)
-                logger.save()
+        """Write, and let TensorBoard see everything up to here whenever the constant curves are due."""
+        due = is_due(self.every_n_steps, trainer)
+        if due:
+            stage(module).metrics.record_all({ZERO: 0.0, ONE: 1.0})
+        stage(module).write_metrics()
+        for logger in trainer.loggers if due else ():
+            logger.save()
 
 
 def custom_scalars() -> dict[str, dict[str, list[object]]]:

@@ -3,8 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.step import StepCallback, gather, is_due
-from modules.batch import PackedBatch
+from callbacks.step import StepCallback, data, gather, is_due, stage
+from modules.batch import MixedSources, Window
 
 
 class DataUse(StepCallback):
@@ -24,27 +24,29 @@ class DataUse(StepCallback):
         self._text: Tensor | None = None
         self._positions = 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
         """Count the positions with text, on the device."""
-        if isinstance(batch, PackedBatch):
-            self._text = batch.text_positions if self._text is None else self._text + batch.text_positions
-            self._positions += batch.tokens.numel()
+        for part in batch.micro_batches:
+            self._text = part.text_positions if self._text is None else self._text + part.text_positions
+            self._positions += part.tokens.numel()
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Log if it is due."""
         if not is_due(self.every_n_steps, trainer):
             return
-        data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
-        asked, used = data.asked(step), data.consumed(step)
-        rows = sum(source.rows for source in used.values())
-        read = {name: source.rows / rows for name, source in used.items()}
-        metrics = {f"data/share_asked/{name}": share for name, share in asked.items()}
-        metrics |= {f"data/share_read/{name}": share for name, share in read.items()}
-        metrics["data/mixture_error"] = max(abs(asked[name] - read[name]) for name in read)
-        metrics |= {f"data/epochs/{name}": source.epochs for name, source in used.items()}
+        sources, step = data(trainer), trainer.global_step
+        metrics: dict[str, float] = {}
+        if isinstance(sources, MixedSources):
+            asked, used = sources.asked(step), sources.consumed(step)
+            rows = sum(source.rows for source in used.values())
+            read = {name: source.rows / rows for name, source in used.items()}
+            metrics |= {f"data/share_asked/{name}": share for name, share in asked.items()}
+            metrics |= {f"data/share_read/{name}": share for name, share in read.items()}
+            metrics["data/mixture_error"] = max(abs(asked[name] - read[name]) for name in read)
+            metrics |= {f"data/epochs/{name}": source.epochs for name, source in used.items()}
         if self._text is not None:
             text = sum(count for (count,) in gather([float(self._text)], trainer))
-            metrics["data/packing_use"] = text / (self._positions * trainer.world_size)
+            positions = sum(count for (count,) in gather([float(self._positions)], trainer))
+            metrics["data/packing_use"] = text / positions
             self._text, self._positions = None, 0
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
+        stage(module).metrics.record_all(metrics)

@@ -62,7 +62,7 @@ class PassingSteps:
         self._steps.clear()
         if not steps:
             return
-        sums = module.all_reduce(torch.cat([step.sums for step in steps]))
+        sums = module.strategy.all_reduce(torch.cat([step.sums for step in steps]))
         losses = torch.cat([step.losses for step in steps]).to(sums.device)
         values = iter(torch.cat([sums, losses]).tolist())
         by_step = [{name: next(values) for name in step.names} for step in steps]
@@ -73,10 +73,9 @@ class PassingSteps:
 
 def part_losses(module: StageModule) -> Tensor:
     """Return fp32 [2]: what the network's loss was in the last step, and the MTP block's; 0 where it had no target."""
-    loss = module.metrics.get("training/next_token_loss", module.metrics["training/loss"])
-    mtp = [value for name, value in module.metrics.items() if name.startswith("training/mtp_loss_")]
-    factor = getattr(module, "mtp_loss_factor", 0.0)
-    return torch.stack([loss, factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
+    loss = torch.as_tensor(module.metrics.get("training/next_token_loss", module.metrics["training/loss"]))
+    mtp = [torch.as_tensor(module.metrics[f"training/mtp_loss_{depth + 1}"]) for depth in range(module.mtp_depths)]
+    return torch.stack([loss, module.mtp_loss_factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
 
 
 def dead_and_alive(

@@ -46,7 +46,7 @@ class ExpertRows:
             handle.remove()
         if not self._counts:
             return {}
-        counts = module.all_reduce(torch.stack([*self._counts.values()]))
+        counts = module.strategy.all_reduce(torch.stack([*self._counts.values()]))
         return {
             f"{name}.{weight}": rows
             for name, rows in zip(self._counts, counts, strict=True)

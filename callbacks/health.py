@@ -11,17 +11,18 @@ Shapes: B rows, T positions, D hidden, E experts, R routers.
 import math
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.step import begins_due_step, check_interval
+from callbacks.step import StepCallback, begins_due_step, check_interval, stage
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.base import StageModule
+from modules.batch import Window
 
 
-class Health(Callback):
+class Health(StepCallback):
     """Logs `experts/...` and `residual/...`.
 
     `residual/rms/LAYER` is the root mean square of the residual stream behind a layer. `experts/router_entropy/LAYER`
@@ -37,31 +38,32 @@ class Health(Callback):
         self.every_n_steps = check_interval(every_n_steps, "health.every_n_steps")
         self._observation: Observation | None = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
         """Begin to look if the step that begins is due."""
-        if begins_due_step(self.every_n_steps, trainer, batch_idx) and isinstance(pl_module, StageModule):
-            self._observation = Observation(pl_module.built_network)
-            pl_module.built_network.observe(self._observation.add)
+        if begins_due_step(self.every_n_steps, trainer):
+            network = stage(pl_module).built_network
+            self._observation = Observation(network)
+            network.observe(self._observation.add)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
         """Log a step that was looked at."""
-        if self._observation is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if self._observation is None:
             return
-        assert isinstance(pl_module, StageModule)
-        network = pl_module.built_network
+        module = stage(pl_module)
+        network = module.built_network
         network.observe(None)
-        rms, entropy = self._observation.means(pl_module)
+        rms, entropy = self._observation.means(module)
         self._observation = None
         names = layer_names(network)
         metrics = {f"residual/rms/{name}": value for name, value in zip(names, rms, strict=True)}
-        if pl_module.expert_counts is not None:
+        if module.expert_counts is not None:
             mixtures = [index for index, layer in enumerate(layers(network)) if layer.letter == "E"]
             bias = torch.stack([router.e_score_correction_bias for router in network.routers()])
-            values = expert_metrics(pl_module.expert_counts, bias) | {"router_entropy": entropy[mixtures]}
+            values = expert_metrics(module.expert_counts, bias) | {"router_entropy": entropy[mixtures]}
             metrics |= name_experts(values, [names[index] for index in mixtures])
-        pl_module.write_metrics(metrics)
+        module.metrics.record_all(metrics)
 
 
 class Observation:
@@ -90,9 +92,10 @@ class Observation:
 
     def means(self, module: StageModule) -> tuple[Tensor, Tensor]:
         """Return two fp32 [layers], over all ranks: RMS of the residual stream, entropy of the router (or 0)."""
-        squares, entropies = module.all_reduce(torch.stack([self._squares, self._entropies]))
-        numbers = torch.tensor([self._values, self._tokens], device=squares.device) * module.trainer.world_size
-        return (squares / numbers[0]).sqrt(), entropies / numbers[1].clamp(min=1)
+        sums = torch.stack([self._squares, self._entropies]).double()
+        numbers = torch.tensor([self._values, self._tokens], device=sums.device)
+        squares, entropies, values, tokens = module.strategy.all_reduce(torch.cat([sums, numbers]))
+        return (squares / values).sqrt().float(), (entropies / tokens.clamp(min=1)).float()
 
 
 def expert_metrics(counts: Tensor, bias: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Without it the first real step would show it too, but after a validation; and the second and not the first, since only
 the second has the optimiser's moments from the start. So the mock step runs at what a step costs from then on: moments
-there, and gradients too where a step has several micro-batches. One document fills each row and every position has a
+there, and two micro-batches where a step has several. One document fills each row and every position has a
 label. It leaves no trace: weights, moments, counters and random numbers are what they were, bit for bit, and so is the
 run that follows.
 """
@@ -12,11 +12,12 @@ import sys
 import time
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from callbacks.step import StepCallback, data, stage
 from modules.base import StageModule
-from modules.batch import PackedBatch, count_targets
+from modules.batch import PackedBatch
 from modules.errors import UserError
 from modules.optim.adamw import AdamW
 
@@ -25,12 +26,14 @@ NO_MEMORY = ("can't allocate memory", "std::bad_alloc")
 """What a RuntimeError says when the allocator of a CPU gets no memory."""
 
 
-class MockStep(Callback):
+class MockStep(StepCallback):
     """Tries a step before training.
 
     Args:
         enabled: Whether to; costs about the time of one micro-batch.
     """
+
+    order = -1  # before the first validation
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -41,19 +44,19 @@ class MockStep(Callback):
         Raises:
             UserError: memory does not suffice.
         """
-        if not self.enabled or not isinstance(pl_module, StageModule):
+        if not self.enabled:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        rows, length = data.micro_batch_size, data.sequence_length
-        batch = mock_batch(rows, length, data.vocab_size, getattr(pl_module, "mtp_depths", 0), pl_module.device)
+        module, source = stage(pl_module), data(trainer)
+        rows, length = source.micro_batch_size, source.sequence_length
+        batch = mock_batch(rows, length, source.vocab_size).to(pl_module.device)
         memory, started = PeakMemory(pl_module.device), time.perf_counter()
         try:
             with isolate_rng():
-                mock_step(trainer, pl_module, batch)
+                mock_step(module, [batch] * min(source.micro_batches, 2))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            mend = _mend(rows, pl_module.activation_checkpointing)
+            mend = _mend(rows, module.activation_checkpointing)
             raise UserError(
                 f"out of memory: a step with {rows} rows of {length} tokens at a time does not fit on "
                 f"{trainer.world_size} x {pl_module.device.type}; {mend}"
@@ -64,40 +67,37 @@ class MockStep(Callback):
             print(f"{'mock step':<12}{rows} rows of {length} random tokens: {seconds:.2f} s, {used}", flush=True)
 
 
-def mock_batch(rows: int, length: int, vocab_size: int, depths: int, device: torch.device) -> PackedBatch:
+def mock_batch(rows: int, length: int, vocab_size: int) -> PackedBatch:
     """Return random tokens, one document a row, a label at every position; the same on all ranks.
 
     Args:
         rows: B.
         length: T.
         vocab_size: V.
-        depths: M, MTP depths.
-        device: where the batch lies.
     """
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(vocab_size, (2, rows, length), generator=generator)
-    ids = torch.zeros(rows, length, dtype=torch.int32)
-    batch = PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
-    return batch.map(lambda tensor: tensor.to(device))
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
 
 
-def mock_step(trainer: Trainer, module: StageModule, batch: PackedBatch) -> None:
+def mock_step(module: StageModule, micro_batches: list[PackedBatch]) -> None:
     """Run forward, backward and a skipped optimiser step, and remove what they leave behind."""
-    (optimizer,) = trainer.optimizers
+    (optimizer,) = module.trainer.optimizers
     assert isinstance(optimizer, AdamW)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     new = [parameter for parameter in parameters if parameter not in optimizer.state]
-    optimizer.found_inf = torch.ones((), device=batch.tokens.device)
+    optimizer.found_inf = torch.ones((), device=micro_batches[0].tokens.device)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # only makes the moments
-    if trainer.accumulate_grad_batches == 1:
-        optimizer.zero_grad()
-    module.on_train_batch_start(batch, 0)
-    module.micro_batch_loss(batch).loss.backward()
+    optimizer.zero_grad()
+    module.switch_formats(module.data.progress.tokens)
+    totals = module.totals(micro_batches)
+    for number, batch in enumerate(micro_batches, start=1):
+        module.strategy.sync_gradients(module.built_network, number == len(micro_batches))
+        module.micro_batch_loss(batch, totals).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    module.on_train_batch_start(batch, 0)  # forget the counts of this batch
     for parameter in new:
         del optimizer.state[parameter]
     optimizer.found_inf = None

@@ -25,6 +25,8 @@ EXIT_CODE = 128 + signal.SIGTERM
 class Preemption(StepCallback):
     """Saves the run and ends the program when it gets SIGTERM or SIGUSR1."""
 
+    order = 80  # all else of a step is done
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.received: str | None = None

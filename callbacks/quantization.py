@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +21,7 @@ from callbacks.curves import curve_name, with_summary
 from callbacks.dead_weights import PassingSteps, dead_and_alive, dead_line, part_losses
 from callbacks.expert_rows import ExpertRows
 from callbacks.operands import OperandSums
-from callbacks.step import begins_due_step, check_interval
+from callbacks.step import StepCallback, begins_due_step, check_interval, stage
 from callbacks.weights import (
     channel_squares,
     count_gradient,
@@ -33,11 +33,12 @@ from callbacks.weights import (
 )
 from modules.backbone.model import Network
 from modules.base import StageModule
+from modules.batch import Window
 from modules.precision.recipe import quantized_schemes
 from modules.precision.scheme import Scheme
 
 
-class QuantizationHealth(Callback):
+class QuantizationHealth(StepCallback):
     """Logs `quantization/...`, `gradients/...` and `weights/...`, and warns of weights that have stopped learning.
 
     MODULE is a linear layer or the experts of a layer (`layer_03.in_proj`, `layer_01.experts.up_proj`), OPERAND a
@@ -65,45 +66,41 @@ class QuantizationHealth(Callback):
     def __init__(self, every_n_steps: int = 20) -> None:
         self.every_n_steps = check_interval(every_n_steps, "quantization_health.every_n_steps")
         self._watch: Watch | None = None
-        self._passing: PassingSteps | None = None
+        self._passing: PassingSteps
         self._dead: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what cannot be looked at."""
-        if isinstance(pl_module, StageModule):
-            self._passing = PassingSteps(pl_module.built_network)
-            for line in unseen_lines(quantized_schemes(pl_module.built_network).values()):
-                _print(line, trainer)
+        network = stage(pl_module).built_network
+        self._passing = PassingSteps(network)
+        for line in unseen_lines(quantized_schemes(network).values()):
+            _print(line, trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
         """Begin to look if the step that begins is due."""
-        if begins_due_step(self.every_n_steps, trainer, batch_idx) and isinstance(pl_module, StageModule):
-            self._watch = Watch(pl_module.built_network)
+        if begins_due_step(self.every_n_steps, trainer):
+            self._watch = Watch(stage(pl_module).built_network)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the accumulated gradients, and at the weights that they are of."""
         if self._watch is not None:
-            assert isinstance(pl_module, StageModule)
-            self._watch.look_at_weights(pl_module)
-        elif self._passing is not None:
+            self._watch.look_at_weights(stage(pl_module))
+        else:
             self._passing.look_at_gradients()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
         """Log a step that was looked at, and warn of it and of those since the last."""
-        if self._passing is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        assert isinstance(pl_module, StageModule)
+        module = stage(pl_module)
         if self._watch is None:
-            self._passing.end_step(trainer.global_step, pl_module)
+            self._passing.end_step(trainer.global_step, module)
             return
-        for step, dead, alive in self._passing.read(pl_module):
+        for step, dead, alive in self._passing.read(module):
             self._warn(step, dead, alive, trainer)
-        metrics, dead, alive = self._watch.end(pl_module)
+        metrics, dead, alive = self._watch.end(module)
         self._watch = None
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        module.metrics.record_all(metrics)
         self._warn(trainer.global_step, dead, alive, trainer)
 
     def _warn(self, step: int, dead: list[str], alive: list[str], trainer: Trainer) -> None:
@@ -146,7 +143,7 @@ class Watch:
         squares = [channel_squares(weight) for weight in self._channels]
         self._decayed = torch.empty(0, device=module.device)
         if squares:
-            whole = module.all_reduce(torch.cat([part.flatten() for part in squares]))
+            whole = module.strategy.all_reduce(torch.cat([part.flatten() for part in squares]))
             parts = whole.split([part.numel() for part in squares])
             self._decayed = torch.stack([decayed_share(part) for part in parts])
 
@@ -164,7 +161,7 @@ class Watch:
         rows = {name: count for name, count in self._expert_rows.end(module).items() if name in counts}
         states = [expert_states(counts[name], count) for name, count in rows.items()]
         operands, gradients, decayed, losses, experts = _read_once(
-            module.all_reduce(self._operands.sums),
+            module.strategy.all_reduce(self._operands.sums),
             torch.stack([split_gradient(count, self._tokens(module, name)) for name, count in counts.items()]),
             self._decayed,
             part_losses(module),
@@ -181,7 +178,7 @@ class Watch:
     def _reduced_counts(self, module: StageModule) -> dict[str, Tensor]:
         """Return what `count_gradient` found, of all ranks, by the name of each weight that has a gradient."""
         lengths = [count.shape[1] for count in self._counts.values()]
-        reduced = module.all_reduce(torch.cat([*self._counts.values()], 1)).split(lengths, 1)
+        reduced = module.strategy.all_reduce(torch.cat([*self._counts.values()], 1)).split(lengths, 1)
         return dict(zip(self._counts, reduced, strict=True))
 
     def _tokens(self, module: StageModule, name: str) -> Tensor | None:

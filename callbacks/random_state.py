@@ -11,11 +11,15 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.step import StepCallback
 
 
-class RandomState(Callback):
+class RandomState(StepCallback):
     """Saves and restores the generators of Python, NumPy and torch (with each CUDA device's) of every rank."""
+
+    order = -20  # before anybody draws
 
     def __init__(self) -> None:
         self.restored: list[dict[str, Any]] = []
@@ -33,7 +37,7 @@ class RandomState(Callback):
         self.restored = checkpoint.get("random_state", [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Restore this rank's state before the first micro-batch, which a loader of ours fetches without drawing."""
+        """Restore this rank's state before the first window, which a loader of ours fetches without drawing."""
         if trainer.global_rank < len(self.restored):
             set_random_state(self.restored[trainer.global_rank])
         self.restored = []

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.step import StepCallback
+from callbacks.step import StepCallback, data, stage
 from modules.backbone.model import Network
+from modules.batch import SamplePrompts
 from modules.errors import UserError
 from modules.generation.acceptance import Acceptance
 from modules.generation.engine import Completion, Request, generate
@@ -66,31 +67,30 @@ class Samples(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample and log; all ranks take part, as the weights are sharded."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self.max_new_tokens or trainer.state.fn != "fit":
+        source, network = data(trainer), stage(pl_module).built_network
+        if not self.max_new_tokens or trainer.state.fn != "fit" or not isinstance(source, SamplePrompts):
             return
-        network: Network = pl_module.network  # type: ignore[assignment]
         draft_tokens = self.draft_tokens if network.mtp is not None else 0
         wanted = max(self.prompts, COUNTED_PROMPTS) if draft_tokens else self.prompts
-        prompts: list[list[int]] = data.sample_prompts(wanted, self.prompt_tokens)
+        prompts = source.sample_prompts(wanted, self.prompt_tokens)
         if not prompts:
             return
-        completions = self._complete(trainer, network, prompts, draft_tokens)
+        completions = self._complete(trainer, network, source, prompts, draft_tokens)
         self.texts = [
-            (data.decode(prompt), completion.text or "")
+            (source.decode(prompt), completion.text or "")
             for prompt, completion in zip(prompts[: self.prompts], completions, strict=False)
         ]
         if draft_tokens:
             accepted = [count for completion in completions for count in completion.accepted]
             metrics = Acceptance.of(accepted, draft_tokens).metrics()
-            pl_module.write_metrics({f"validation/{name}": value for name, value in metrics.items()})  # type: ignore[operator]
+            stage(pl_module).metrics.record_all({f"validation/{name}": value for name, value in metrics.items()})
         if trainer.is_global_zero and trainer.logger is not None:
             writer = trainer.logger.experiment  # type: ignore[attr-defined]
             for index, (prompt, continuation) in enumerate(self.texts):
                 writer.add_text(f"samples/{index}", markdown(prompt, continuation), trainer.global_step)
 
     def _complete(
-        self, trainer: Trainer, network: Network, prompts: list[list[int]], draft_tokens: int
+        self, trainer: Trainer, network: Network, source: SamplePrompts, prompts: list[list[int]], draft_tokens: int
     ) -> list[Completion]:
         requests = [
             Request(tokens=prompt, max_new_tokens=self.max_new_tokens, key=(number,))
@@ -100,7 +100,7 @@ class Samples(StepCallback):
             network,
             requests,
             Sampling(temperature=self.temperature, seed=self.seed),
-            decode=trainer.datamodule.decode,  # type: ignore[attr-defined]
+            decode=source.decode,
             draft_tokens=draft_tokens,
             agree=_take_first_process if trainer.world_size > 1 else None,
         )

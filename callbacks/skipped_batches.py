@@ -1,7 +1,7 @@
 """The batches of skipped steps, kept for a person to look at: most spikes are a few lines of strange text.
 
 Whether a step was skipped is known on the device only; asking at each step would make the host wait. So the
-micro-batches of the steps since the last logging point are held (token ids, small beside activations), and the skipped
+windows of the steps since the last logging point are held (token ids, small beside activations), and the skipped
 ones are written when the curves are. They are written before a checkpoint too: a resumed run does not see them again.
 
 runs/<name>/spikes/step=00000123.pt            one device
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from modules.base import StageModule
-from modules.batch import PackedBatch
+from callbacks.step import StepCallback, stage
+from modules.batch import Window
 from modules.errors import UserError
 from modules.optim.spikes import REASONS
 
@@ -26,14 +26,13 @@ FOLDER = "spikes"
 
 
 class _Step(NamedTuple):
-    number: int
+    window: Window
     reason: Tensor
     values: Tensor
     scores: Tensor
-    micro_batches: list[PackedBatch]
 
 
-class SkippedBatches(Callback):
+class SkippedBatches(StepCallback):
     """Writes the batches of skipped steps, and says on the console which were skipped and why.
 
     A file is loaded by `torch.load(file, weights_only=True)`: `step`, `rank`, `reason` ("not_finite", "loss_spike" or
@@ -48,26 +47,14 @@ class SkippedBatches(Callback):
         if keep_last < 1:
             raise UserError(f"skipped_batches.keep_last is {keep_last}: at least one must be kept")
         self.keep_last = keep_last
-        self._window: list[PackedBatch] = []
         self._steps: list[_Step] = []
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
-        """Hold the micro-batch; write what was skipped at the logging interval, before the module may stop the run."""
-        if not isinstance(pl_module, StageModule):
-            return
-        self._window.append(batch)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        guard = pl_module.step_guard
-        self._steps.append(_Step(trainer.global_step, guard.reason, guard.values, guard.scores, self._window))
-        self._window = []
+        """Hold the window; write what was skipped at the logging interval, before the module may stop the run."""
+        guard = stage(pl_module).step_guard
+        self._steps.append(_Step(batch, guard.reason, guard.values, guard.scores))
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._write(trainer)
 
@@ -93,24 +80,26 @@ class SkippedBatches(Callback):
         several = trainer.world_size > 1
         end = f"-rank={trainer.global_rank}.pt" if several else ".pt"
         loss, norm = step.values.tolist()
+        number = step.window.step
         content = {
-            "step": step.number,
+            "step": number,
             "rank": trainer.global_rank,
             "reason": reason,
             "loss": loss,
             "gradient_norm": norm,
             "micro_batches": [
-                {name: tensor.cpu().clone() for name, tensor in batch.tensors().items()} for batch in step.micro_batches
+                {name: tensor.cpu().clone() for name, tensor in batch.tensors().items()}
+                for batch in step.window.micro_batches
             ],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step={step.number:08d}{end}"
+        path = folder / f"step={number:08d}{end}"
         _write_file(path, content)
         for old in _newest_first(folder, end)[self.keep_last :]:
             old.unlink()
         if trainer.is_global_zero:
-            shown = folder / f"step={step.number:08d}-rank=*.pt" if several else path
-            print(f"{skip_line(step.number, reason, (loss, norm), step.scores.tolist())}; batch in {shown}", flush=True)
+            shown = folder / f"step={number:08d}-rank=*.pt" if several else path
+            print(f"{skip_line(number, reason, (loss, norm), step.scores.tolist())}; batch in {shown}", flush=True)
 
 
 def skip_line(step: int, reason: str, values: Sequence[float], scores: Sequence[float]) -> str:

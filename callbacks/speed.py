@@ -14,9 +14,9 @@ from torch import Tensor
 
 from callbacks.peak import Peak, combine, find_peak, format_shares
 from callbacks.phases import CudaClock, HostClock, PhaseClock
-from callbacks.step import StepCallback, gather, is_due
+from callbacks.step import StepCallback, data, gather, is_due, stage
 from modules.backbone.flops import training_flops_per_token
-from modules.base import StageModule
+from modules.batch import Window
 from modules.precision.formats import Format
 
 DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER = "data_wait", "forward", "backward", "optimizer", "other"
@@ -36,26 +36,27 @@ class Speed(StepCallback):
         every_n_steps: Optimiser steps between points (>= 1).
     """
 
+    order = -10  # table and console tell what it finds
+
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
-        self.flops_per_token: float | None = None
-        """FLOPs of training per position; None for a model without a formula."""
+        self.flops_per_token = 0.0
+        """FLOPs of training per position; known when training starts."""
         self.peaks: dict[Format, Peak] = {}
         """Peak of a device in each format that the model computes in."""
         self._peak = 0.0
+        self._left = 0  # micro-batches of this step whose backward pass is not done
         self._phases = PhaseClock(HostClock())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the speed is compared with, and start the clock."""
         device = trainer.strategy.root_device
-        if isinstance(pl_module, StageModule):
-            config, depths = pl_module.backbone_config, getattr(pl_module, "mtp_depths", 0)
-            length: int = trainer.datamodule.sequence_length  # type: ignore[attr-defined]
-            self.flops_per_token = training_flops_per_token(config, length, depths)
-            network = pl_module.built_network
-            shares = format_shares(network, config.num_experts_per_tok, config.n_routed_experts, depths)
-            self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
-            self._peak = combine(shares, self.peaks)
+        module = stage(pl_module)
+        config, depths = module.backbone_config, module.mtp_depths
+        self.flops_per_token = training_flops_per_token(config, data(trainer).sequence_length, depths)
+        shares = format_shares(module.built_network, config.num_experts_per_tok, config.n_routed_experts, depths)
+        self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
+        self._peak = combine(shares, self.peaks)
         self._phases = PhaseClock(CudaClock() if device.type == "cuda" else HostClock())
         self._phases.enter(BETWEEN)
 
@@ -63,8 +64,9 @@ class Speed(StepCallback):
         """Begin to wait for data."""
         self._phases.enter(DATA_WAIT)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Begin the forward pass."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
+        """Begin the first forward pass."""
+        self._left = len(batch.micro_batches)
         self._phases.enter(FORWARD)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -72,11 +74,12 @@ class Speed(StepCallback):
         self._phases.enter(BACKWARD)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin clipping and the optimiser's step (nothing, in all but the last micro-batch of a step)."""
-        self._phases.enter(OPTIMIZER)
+        """Begin the next forward pass, or clipping and the optimiser's step."""
+        self._left -= 1
+        self._phases.enter(FORWARD if self._left else OPTIMIZER)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
         """End the optimiser's step."""
         self._phases.enter(OTHER)
@@ -85,10 +88,7 @@ class Speed(StepCallback):
         """End the step; log if it is due."""
         self._phases.enter(BETWEEN)
         if is_due(self.every_n_steps, trainer):
-            metrics = self._measure(trainer, module)
-            getattr(module, "metrics", {}).update(metrics)  # for the console
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, trainer.global_step)
+            stage(module).metrics.record_all(self._measure(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training stops for a validation."""
@@ -108,15 +108,14 @@ class Speed(StepCallback):
             ("peak", f"{kind} {peak.flops / 1e12:.3g} TFLOP/s a device ({peak.source})")
             for kind, peak in self.peaks.items()
         ]
-        if self.flops_per_token is not None:
-            lines.append(("work", f"{self.flops_per_token / 1e9:.3g} GFLOP a token, forward and backward pass"))
-        return lines
+        return [*lines, ("work", f"{self.flops_per_token / 1e9:.3g} GFLOP a token, forward and backward pass")]
 
-    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    def _measure(self, trainer: Trainer) -> dict[str, float]:
         """Return the metrics of the steps since the last call; all ranks call this."""
         times, seconds = self._phases.read()
-        steps = times[FORWARD] / trainer.accumulate_grad_batches
-        own = {phase: seconds.get(phase, 0.0) / max(steps, 1) for phase in (*STEP, *PAUSES)} | memory(trainer)
+        own = {phase: seconds.get(phase, 0.0) / max(times[OPTIMIZER], 1) for phase in (*STEP, *PAUSES)} | memory(
+            trainer
+        )
         ranks = [dict(zip(own, values, strict=True)) for values in gather([*own.values()], trainer)]
         if not all(sum(rank[phase] for phase in STEP) for rank in ranks):  # no step of a GPU is known to be done yet
             return {}
@@ -124,10 +123,9 @@ class Speed(StepCallback):
         metrics = {f"speed/seconds/{phase}": value for phase, value in mean.items()}
         metrics["speed/data_wait_share"] = max(rank[DATA_WAIT] / sum(rank[phase] for phase in STEP) for rank in ranks)
         metrics["speed/pause_share"] = sum(mean[phase] for phase in PAUSES) / sum(mean.values())
-        if self.flops_per_token is not None:
-            data, step = trainer.datamodule, trainer.global_step  # type: ignore[attr-defined]
-            flops = self.flops_per_token * (data.tokens_at(step) - data.tokens_at(step - 1))
-            metrics["speed/mfu"] = flops / (sum(mean[phase] for phase in STEP) * trainer.world_size * self._peak)
+        done = data(trainer).progress
+        flops = self.flops_per_token * done.tokens / done.steps
+        metrics["speed/mfu"] = flops / (sum(mean[phase] for phase in STEP) * trainer.world_size * self._peak)
         return metrics | {name: max(rank[name] for rank in ranks) for name in memory(trainer)}
 
 

@@ -1,16 +1,18 @@
-"""The hook of our callbacks: once per optimiser step, when everything about the step is done and written.
+"""What our callbacks share: a hook at the end of each optimiser step, their order, and the types of what they look at.
 
-Lightning's own `on_train_batch_end` runs before the step's metrics reach the logger and while its counters still say
-that the batch is unfinished. A checkpoint taken there loses the step's point in TensorBoard if the run is killed, and
-skips a validation that was due. `on_step_end` runs after both, in the order of the callbacks.
+Lightning's batch is a window, so its hooks at the beginning and end of a batch are those of a step; but the last of
+them runs before the validation that is due, and while its counters still say that the step is unfinished. `on_step_end`
+runs behind both: where metrics are written, and checkpoints taken.
 """
 
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from modules.base import StageModule
+from modules.batch import TrainingData
 from modules.errors import UserError
 
 
@@ -28,18 +30,36 @@ class StepLoop(Protocol):
         ...
 
     def validate(self) -> None:
-        """Run a full validation now, without touching the state of training."""
+        """Validate before the first step."""
         ...
 
 
 class StepCallback(Callback):
-    """A callback that is also called at the end of each optimiser step, and when data are asked for."""
+    """A callback of ours."""
+
+    order: ClassVar[int] = 0
+    """Callbacks run in the order of these numbers; a user's own stand at 50."""
 
     def on_fetch_start(self, trainer: Trainer) -> None:
-        """Run before the loader is asked for a micro-batch: training goes on, whatever callbacks did before."""
+        """Run before the loader is asked for a window: training goes on, whatever callbacks did before."""
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Run after an optimiser step; `trainer.global_step` counts it already."""
+
+
+def in_order(callbacks: list[Callback]) -> list[Callback]:
+    """Return callbacks in the order that they ask for."""
+    return sorted(callbacks, key=lambda callback: callback.order if isinstance(callback, StepCallback) else 50)
+
+
+def stage(module: LightningModule) -> StageModule:
+    """Return the LightningModule as what it is: one of our stages."""
+    return cast(StageModule, module)
+
+
+def data(trainer: Trainer) -> TrainingData:
+    """Return the datamodule, by the protocol both sides know."""
+    return cast(TrainingData, trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def step_loop(trainer: Trainer) -> StepLoop:
@@ -52,15 +72,14 @@ def is_due(every_n_steps: int, trainer: Trainer) -> bool:
     return trainer.global_step % every_n_steps == 0 or step_loop(trainer).is_last_step
 
 
-def begins_due_step(every_n_steps: int, trainer: Trainer, batch_idx: int) -> bool:
-    """Return whether a micro-batch begins a step that is looked at: every `every_n_steps`, the first and the last."""
+def begins_due_step(every_n_steps: int, trainer: Trainer) -> bool:
+    """Return whether a step that begins is looked at: every `every_n_steps`, the first and the last."""
     step = trainer.global_step + 1
-    due = step % every_n_steps == 0 or step in (1, step_loop(trainer).last_step)
-    return due and batch_idx % trainer.accumulate_grad_batches == 0
+    return step % every_n_steps == 0 or step in (1, step_loop(trainer).last_step)
 
 
 def check_interval(value: int, key: str) -> int:
-    """Return an interval in steps, or raise a ValueError that names its key if it is below 1."""
+    """Return an interval in steps, or raise a UserError that names its key if it is below 1."""
     if value < 1:
         raise UserError(f"{key} is {value}: it counts optimiser steps and must be at least 1")
     return value

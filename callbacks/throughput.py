@@ -44,7 +44,7 @@ class Throughput:
         self._tokens, self._seconds = 0, 0.0
         return speed
 
-    def seconds_left(self, tokens: int) -> float:
+    def seconds_left(self, tokens: float) -> float:
         """Return how long `tokens` more will take at the smoothed speed; `read` was called before."""
         assert self._smoothed is not None
         return tokens / max(self._smoothed, 1e-9)

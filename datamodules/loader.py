@@ -1,12 +1,9 @@
-"""Loaders whose whole state is the number of optimiser steps they have handed out.
+"""Rows into micro-batches, and micro-batches into the windows of optimiser steps.
 
-A training item is an accumulation *window*: all micro-batches that one rank adds up for one optimiser step, because
-each must carry the target counts of the window (the loss is normalised by them). Worker processes, if any, prefetch
-windows; the state counts those that were handed out completely, so it is exact, and it is the same on all ranks
-(Lightning saves loader state from rank 0 only). Workers come from a fork server that has imported torch once: no fork
-of the training process, no second import per worker.
+Worker processes, if any, prefetch windows. They come from a fork server that has imported torch once: no fork of the
+training process, no second import per worker.
 
-Shapes: B rows of a micro-batch, T tokens in a row, M MTP depths.
+Shapes: B rows of a micro-batch, T tokens in a row.
 """
 
 import functools
@@ -14,8 +11,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.corpus import RowReader
 from datamodules.mixture import Mixture
-from modules.batch import IGNORED_LABEL, PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +33,17 @@ class Placement:
     """Their number R; rank r takes rows r, r + R, ... of a batch."""
     micro_batch_size: int
     """B, rows in a micro-batch."""
-    depths: int
-    """M, MTP depths to count targets for."""
 
 
-def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths: int) -> PackedBatch:
+def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int = 0) -> PackedBatch:
     """Build a micro-batch.
 
     Args:
         rows: (int32 [T] tokens, int32 [n] tokens of each document piece) of each row.
         missing: rows to add without a target (at the end of a validation set).
-        depths: M, MTP depths to count targets for.
 
     Returns:
-        A batch of `len(rows) + missing` rows whose counts are its own.
+        A batch of `len(rows) + missing` rows.
     """
     length = len(rows[0][0])
     used = [int(lengths.sum()) for _, lengths in rows]
@@ -58,7 +52,6 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
     numbers = np.concatenate(
         [np.append(np.arange(len(lengths), dtype=np.int32), np.int32(length)) for _, lengths in rows]
     )
-    padding_places = np.cumsum([len(lengths) + 1 for _, lengths in rows]) - 1
 
     shape = len(rows) + missing, length
     tokens = np.zeros(shape, dtype=np.int64)
@@ -71,18 +64,17 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int, depths:
     flat[np.cumsum(pieces) - 1] = IGNORED_LABEL  # the last token of a piece has no target
     for row, start in enumerate(used):
         labels[row, start:] = IGNORED_LABEL
-    pieces[padding_places] = 0  # padding is a document without targets
-    targets = [np.maximum(pieces - 1 - depth, 0).sum() for depth in range(depths + 1)]
+    borders = np.concatenate([[0], np.cumsum(pieces[pieces > 0]), length * np.arange(len(rows) + 1, shape[0] + 1)])
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
-        counts=torch.tensor(targets),
+        boundaries=torch.from_numpy(borders.astype(np.int32)),
     )
 
 
-class Windows(Dataset[list[PackedBatch]]):
-    """The accumulation windows of one rank, by optimiser step.
+class Windows(Dataset[Window]):
+    """The windows of one rank, by the optimiser steps before them.
 
     Args:
         mixture: says which rows a step has.
@@ -93,57 +85,34 @@ class Windows(Dataset[list[PackedBatch]]):
     def __init__(self, mixture: Mixture, readers: list[RowReader], placement: Placement) -> None:
         self._mixture, self._readers, self._placement = mixture, readers, placement
 
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        """Return the micro-batches of a step, each with the counts of all of them."""
+    def __getitem__(self, step: int) -> Window:
+        """Return the window after `step` steps."""
         place = self._placement
         draws = self._mixture.draw(step)
         source, row = draws.source[place.rank :: place.ranks], draws.row[place.rank :: place.ranks]
         rows = [self._readers[s].read(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
         size = place.micro_batch_size
-        batches = [build_batch(rows[first : first + size], 0, place.depths) for first in range(0, len(rows), size)]
-        counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        return [replace(batch, counts=counts) for batch in batches]
+        batches = [build_batch(rows[first : first + size]) for first in range(0, len(rows), size)]
+        samples, length = len(draws.row), batches[0].tokens.shape[1]
+        return Window(step=step + 1, micro_batches=batches, tokens=samples * length, samples=samples)
 
-
-class TrainingLoader:
-    """Iterates the micro-batches of a run from the step it stands at; one iteration is the whole rest of the run.
-
-    Args:
-        windows: this rank's windows.
-        steps: optimiser steps of the run.
-        accumulation: micro-batches in a window.
-        workers: loader processes; 0 reads in this one.
-        on_resume: called with the steps consumed when a state is loaded.
-    """
-
-    def __init__(
-        self, windows: Windows, steps: int, accumulation: int, workers: int, on_resume: Callable[[int], None]
-    ) -> None:
-        self._windows, self._steps, self._accumulation, self._workers = windows, steps, accumulation, workers
-        self._on_resume = on_resume
-        self._consumed = 0
-
-    def __len__(self) -> int:
-        """Return the micro-batches of the whole run (a loader without length is prefetched by Lightning)."""
-        return self._steps * self._accumulation
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield micro-batches from the current step on."""
-        steps = range(self._consumed, self._steps)
-        for step, window in zip(steps, _load(self._windows, steps, self._workers), strict=True):
-            for number, batch in enumerate(window, start=1):
-                if number == len(window):
-                    self._consumed = step + 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the optimiser steps whose batches were handed out."""
-        return {"steps": self._consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the given number of steps."""
-        self._consumed = state["steps"]
-        self._on_resume(self._consumed)
+    def load(self, first: int, end: int, workers: int) -> Iterator[Window]:
+        """Yield the windows after `first` steps, up to `end`, read ahead by worker processes (0: read here)."""
+        context = None
+        if workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, end),
+            num_workers=workers,
+            multiprocessing_context=context,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=functools.partial(_end_with, os.getpid()),
+            generator=torch.Generator(),  # else it draws its seed from the global generator: a resumed run would differ
+        )
+        return iter(loader)
 
 
 class ValidationLoader:
@@ -172,29 +141,10 @@ class ValidationLoader:
             present = [self._rows[number] for number in numbers if number < len(self._rows)]
             # a rank with nothing left repeats a row for its shape and drops its targets
             rows = [self._readers[reader].read(row) for reader, row in present or self._rows[:1]]
-            filled = build_batch(rows, size - len(rows), place.depths)
+            filled = build_batch(rows, size - len(rows))
             if not present:
                 filled.labels.fill_(IGNORED_LABEL)
-                filled.counts.zero_()
             yield filled
-
-
-def _load(windows: Windows, steps: range, workers: int) -> Iterator[list[PackedBatch]]:
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-    loader = DataLoader(
-        windows,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        multiprocessing_context=context,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=functools.partial(_end_with, os.getpid()),
-        generator=torch.Generator(),  # else it draws its seed from the global generator: a resumed run would differ
-    )
-    return iter(loader)
 
 
 def _end_with(trainer: int, worker: int) -> None:

@@ -6,21 +6,23 @@ step trains on.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from datamodules.base import StageData
 from datamodules.corpus import Corpus, RowReader, is_remote
-from datamodules.loader import Placement, TrainingLoader, ValidationLoader, Windows
+from datamodules.loader import Placement, ValidationLoader, Windows
 from datamodules.mixture import Consumption, Mixture, Stage
 from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.sources import DEFAULT_CORPUS
+from modules.batch import Progress, Window
 from modules.errors import UserError
 
 
@@ -42,7 +44,7 @@ class Phase:
     """Tokens of the run after which the next phase begins (rounded up to whole steps); null in the last phase."""
 
 
-class PretrainingData(LightningDataModule):
+class PretrainingData(StageData):
     """Batches for pretraining.
 
     Args:
@@ -73,7 +75,7 @@ class PretrainingData(LightningDataModule):
         workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(sequence_length, micro_batch_size)
         self.prepare_data_per_node = False  # one preparation in all; a shared folder is assumed
         _check_positive(
             sequence_length=sequence_length,
@@ -88,21 +90,16 @@ class PretrainingData(LightningDataModule):
         # the name seeds the order of rows: a fixed one, so that a corpus can be moved
         self.sources = {"corpus": Source(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
-        self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.validation_rows = validation_rows
         self.workers = workers
         self.seed = seed
-        self.steps = -(-total_tokens // self.tokens_at(1))
-        """Optimiser steps of the run."""
-        self.total_tokens = self.tokens_at(self.steps)
-        """Length of the run in positions: whole steps."""
-        self._placement = Placement(rank=0, ranks=1, micro_batch_size=micro_batch_size, depths=0)
+        self.total = self.after(-(-total_tokens // self.after(1).tokens))
 
-    def tokens_at(self, step: int) -> int:
-        """Return the positions that all ranks have consumed after `step` optimiser steps."""
-        return step * self.global_batch_size * self.sequence_length
+    def after(self, steps: int) -> Progress:
+        """Return the progress after a number of optimiser steps, all of the same size."""
+        rows = steps * self.global_batch_size
+        return Progress(steps=steps, tokens=rows * self.sequence_length, samples=rows)
 
     def prepare_data(self) -> None:
         """Prepare the default corpus where it is missing (on rank zero)."""
@@ -125,52 +122,23 @@ class PretrainingData(LightningDataModule):
             UserError: if a corpus is missing or damaged, or sizes do not fit; the message names key or file.
         """
         _ = self.corpora, self.mixture, self._validation_readers
-        if self.trainer is None:
-            return
-        sampler = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
-        self._placement = Placement(
-            rank=sampler["rank"],
-            ranks=sampler["num_replicas"],
-            micro_batch_size=self.micro_batch_size,
-            depths=getattr(self.trainer.lightning_module, "mtp_depths", 0),
-        )
-        if stage == "fit":
-            self._set_accumulation()
-
-    def _set_accumulation(self) -> None:
-        assert self.trainer is not None
-        per_pass = self.micro_batch_size * self._placement.ranks
-        if self.global_batch_size % per_pass:
+        super().setup(stage)
+        per_pass = self.micro_batch_size * self.ranks
+        if stage == "fit" and self.global_batch_size % per_pass:
             raise UserError(
-                f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self._placement.ranks} "
+                f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self.ranks} "
                 f"devices with data.micro_batch_size {self.micro_batch_size}; make it a multiple of {per_pass}"
             )
-        if self.trainer.accumulate_grad_batches not in (1, self.accumulation):
-            raise UserError(
-                f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches} contradicts data."
-                f"global_batch_size / (data.micro_batch_size x devices) = {self.accumulation}; leave it out"
-            )
-        self.trainer.accumulate_grad_batches = self.accumulation
+        self.micro_batches = self.global_batch_size // per_pass
+
+    def windows(self, first: int) -> Iterator[Window]:
+        """Yield this rank's windows after the first `first` steps."""
+        windows = Windows(self.mixture, self._readers, self._placement)
+        return windows.load(first, self.total.steps, self.workers)
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches of one device in an optimiser step."""
-        return self.global_batch_size // (self.micro_batch_size * self._placement.ranks)
-
-    def train_dataloader(self) -> TrainingLoader:
-        """Return the loader of this rank's micro-batches of the whole run."""
-        windows = Windows(self.mixture, self._readers, self._placement)
-        return TrainingLoader(windows, self.steps, self.accumulation, self.workers, self._place_loop)
-
-    def _place_loop(self, steps: int) -> None:
-        """Count the micro-batches of the steps done as they are cut now: Lightning's own count is of the old cut."""
-        if self.trainer is None:
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        for counters in (progress.current, progress.total):
-            shift = steps * self.accumulation - counters.ready
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(counters, name, getattr(counters, name) + shift)
+    def _placement(self) -> Placement:
+        return Placement(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
@@ -184,23 +152,26 @@ class PretrainingData(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the loader's step count means."""
+        """Return how far the run is, and of what."""
         fingerprints = {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()}
-        return {"tokens_per_step": self.tokens_at(1), "fingerprints": fingerprints}
+        return {**super().state_dict(), "tokens_per_step": self.after(1).tokens, "fingerprints": fingerprints}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a resumed run counts in the same steps.
+        """Go on, and check that a resumed run counts in the same steps.
 
         Raises:
             UserError: if a step has another number of tokens than before.
         """
-        if state_dict["tokens_per_step"] != self.tokens_at(1):
+        if state_dict["tokens_per_step"] != self.after(1).tokens:
             raise UserError(
                 f"data.global_batch_size: a step of this run has {state_dict['tokens_per_step']} tokens, not "
-                f"{self.tokens_at(1)}; keep global_batch_size x sequence_length, or start a new run"
+                f"{self.after(1).tokens}; keep global_batch_size x sequence_length, or start a new run"
             )
         if state_dict["fingerprints"] != self.state_dict()["fingerprints"]:
             rank_zero_info("note: the text of a corpus changed since the checkpoint; the run goes on with the new one")
+        self.progress = (
+            Progress(**state_dict["progress"]) if "progress" in state_dict else self.after(state_dict["steps"])
+        )
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
@@ -233,9 +204,9 @@ class PretrainingData(LightningDataModule):
         chunk_rows = {name: reader.chunk_rows for name, reader in zip(self.corpora, self._readers, strict=True)}
         stages = []
         for number, phase in enumerate(self.phases):
-            end = self.steps
+            end = self.total.steps
             if phase.until_tokens is not None and number < len(self.phases) - 1:
-                end = -(-phase.until_tokens // self.tokens_at(1))
+                end = -(-phase.until_tokens // self.after(1).tokens)
             stages.append(Stage(end_step=end, weights=phase.sources))
         return Mixture(chunk_rows, stages, self.global_batch_size, self.seed)
 
@@ -275,14 +246,12 @@ class PretrainingData(LightningDataModule):
         """V, the tokens of the tokenizer: the least vocabulary a model needs."""
         return self._corpus.vocab_size
 
-    @cached_property
     def token_bytes(self) -> Tensor:
-        """int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
+        """Return int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
         return torch.from_numpy(self._corpus.tokenizer.token_bytes())
 
-    @property
     def gzip_bits_per_byte(self) -> float | None:
-        """What `gzip -9` needs for the held-out text (several sources: the mean by bytes); None without any."""
+        """Return what `gzip -9` needs for the held-out text (several sources: the mean by bytes); None without any."""
         splits = [corpus.metadata for corpus in self.corpora.values() if corpus.metadata["validation"]["bytes"]]
         total = sum(metadata["validation"]["bytes"] for metadata in splits)
         bits = sum(metadata["gzip_bits_per_byte"] * metadata["validation"]["bytes"] for metadata in splits)

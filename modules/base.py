@@ -1,21 +1,23 @@
-"""What the LightningModules of all stages share: building, sharding, optimising, skipping bad steps, logging.
+"""What the LightningModules of all stages share: building, sharding, optimising, skipping bad steps, validation.
 
-A stage says how one micro-batch's loss is computed (`micro_batch_loss`); everything that must not differ between stages
-lives here. A step is an optimiser step: one accumulation window on every rank.
-Shapes: M MTP depths, E experts.
+A stage says what a window's loss is divided by (`count`) and how one micro-batch's loss is computed
+(`micro_batch_loss`); everything that must not differ between stages lives here. Lightning's batch is a `Window`, its
+step an optimiser step: `training_step` reads from top to bottom.
+Shapes: M MTP depths, E experts, V vocabulary.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.backbone.config import BackboneConfig
@@ -23,14 +25,39 @@ from modules.backbone.initialization import initialize
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
-from modules.batch import PackedBatch, TrainingData
+from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window
 from modules.checkpoints.start import start_from
 from modules.errors import UserError
+from modules.metrics import Metrics
+from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
 from modules.optim.spikes import SpikeGuardConfig, StepGuard
 from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, apply
+
+
+class StageStrategy(Protocol):
+    """What a stage asks of `trainer.strategy`, which lays it over devices."""
+
+    root_device: torch.device
+    """Where this rank computes."""
+
+    def shard(self, network: nn.Module) -> None:
+        """Lay a network over the devices, in place, before weights exist."""
+        ...
+
+    def sync_gradients(self, network: nn.Module, sync: bool) -> None:
+        """Say whether the next backward passes add up gradients over ranks, or leave that to a later one."""
+        ...
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Return the sum ("sum") or maximum ("max") over all ranks that hold other positions."""
+        ...
+
+
+VALIDATED = ("validation/loss", "validation/bits_per_byte")
+"""Metrics of a validation, in the order in which they are told."""
 
 
 class MicroBatchLoss(NamedTuple):
@@ -39,7 +66,7 @@ class MicroBatchLoss(NamedTuple):
     loss: Tensor
     """fp32 scalar, differentiable; the losses of all micro-batches and ranks of a step add up to the step's loss."""
     metrics: Mapping[str, Tensor]
-    """Detached scalars by name; summed over the micro-batches and ranks of a step, then logged."""
+    """Detached scalars by name; summed over the micro-batches and ranks of a step, then recorded."""
     router: list[Routing]
     """One `Routing` per router."""
 
@@ -64,7 +91,14 @@ class StageModule(LightningModule):
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
         max_skipped_steps: stop after this many skipped steps in a row: not finite, or spikes.
         spike_guard: skip steps whose loss or gradient norm is a spike; null: only those that are not finite.
+        mtp_depths: depths M the MTP block is trained at; 0 without an MTP block.
+
+    Raises:
+        UserError: if a value is out of range, or mtp_depths does not fit the network.
     """
+
+    mtp_loss_factor = 0.0
+    """Weight of all MTP losses together."""
 
     def __init__(
         self,
@@ -79,8 +113,10 @@ class StageModule(LightningModule):
         expert_bias_rate: float = 1e-3,
         max_skipped_steps: int = 10,
         spike_guard: SpikeGuardConfig | None = None,
+        mtp_depths: int = 0,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.backbone_config, self.precision = backbone, precision
         self.optimizer_config, self.schedule = optimizer, schedule
         self.seed, self.init_from = seed, init_from
@@ -90,10 +126,16 @@ class StageModule(LightningModule):
         self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
         if max_skipped_steps < 1:
             raise UserError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
+        if (mtp_depths > 0) != (backbone.num_nextn_predict_layers > 0):
+            raise UserError(
+                f"model.mtp_depths: {mtp_depths} does not fit model.backbone.num_nextn_predict_layers "
+                f"{backbone.num_nextn_predict_layers}; set both or neither to 0"
+            )
+        self.mtp_depths = mtp_depths
         self.network: Network | None = None
         self.precision_table: list[Assignment] = []
-        self.metrics: dict[str, Tensor] = {}
-        """Values of the last finished step by TensorBoard name; read by callbacks, written at the logging interval."""
+        self.metrics = Metrics()
+        """What is recorded: by the step here, and by callbacks."""
         self.skipped_steps: Tensor
         self.skipped_streak: Tensor
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
@@ -101,14 +143,22 @@ class StageModule(LightningModule):
         self.step_guard = StepGuard(spike_guard)
         self.expert_counts: Tensor | None = None
         """int64 [routers, E]: choices of each expert in the last step, over all ranks; None without routers."""
-        self._sums: dict[str, Tensor] = {}
-        self._expert_counts: Tensor | None = None
+        self._validation = self._token_bytes = torch.empty(0)
 
     # ------------------------------------------------------------------------------------------------ for the stages
 
     @abstractmethod
-    def micro_batch_loss(self, batch: PackedBatch) -> MicroBatchLoss:
-        """Compute the loss of one micro-batch."""
+    def count(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Return what the loss of a step is divided by, int64 or floats by name, of one micro-batch of it."""
+
+    @abstractmethod
+    def micro_batch_loss(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> MicroBatchLoss:
+        """Compute the loss of one micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            totals: the sums of what `count` returns over the micro-batches of the step and all ranks, fp32.
+        """
 
     @property
     def data(self) -> TrainingData:
@@ -116,17 +166,15 @@ class StageModule(LightningModule):
         return cast(TrainingData, self.trainer.datamodule)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
+    def strategy(self) -> StageStrategy:
+        """The strategy, by the protocol both sides know."""
+        return cast(StageStrategy, self.trainer.strategy)
+
+    @property
     def built_network(self) -> Network:
         """The network, once `configure_model` has built it."""
         assert self.network is not None, "configure_model has not run"
         return self.network
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` summed over all ranks."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor)
-        return tensor
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -154,28 +202,27 @@ class StageModule(LightningModule):
         """
         if self.network is not None:
             return
-        strategy = self.trainer.strategy
+        device = self.strategy.root_device
         if self.data.vocab_size > self.backbone_config.vocab_size:
             raise UserError(
                 f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
                 f"{self.data.vocab_size}; raise it to at least that"
             )
-        network = self.build_network(strategy.root_device.type)
+        network = self.build_network(device.type)
         if self.compile_layers:
-            if strategy.root_device.type != "cuda":
+            if device.type != "cuda":
                 raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
             for layer in network.modules():
                 # A compiled mixture with FSDP2's hooks inside computes garbage for its shapes (fp32, torch 2.13).
                 if isinstance(layer, Layer) and layer.letter != "E":
                     layer.compile()
-        strategy.shard(network)  # pyright: ignore[reportAttributeAccessIssue]
-        network.to_empty(device=strategy.root_device)
+        self.strategy.shard(network)
+        network.to_empty(device=device)
         network.tie_weights()
         if self.init_from is None:
             initialize(network, self.seed)
         else:
-            tokenizer = getattr(self.data, "tokenizer_folder", None)
-            self.initial_weights = start_from(network, self.init_from, tokenizer)
+            self.initial_weights = start_from(network, self.init_from, self.data.tokenizer_folder)
         self.network = network
 
     def configure_optimizers(self) -> Optimizer:
@@ -185,109 +232,166 @@ class StageModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the schedule fits the run."""
-        self.schedule.check_length(self.data.total_tokens)
+        self.schedule.check_length(self.data.total.tokens)
 
     # ------------------------------------------------------------------------------------------------------ one step
 
-    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Set the formats of this step, and the random numbers of this micro-batch."""
-        self._switch_formats(self.trainer.global_step)
-        self._formats.reseed(torch.initial_seed(), self.global_rank, batch_idx)
-
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch, times the window's length to undo Lightning's division by it."""
-        result = self.micro_batch_loss(batch)
-        for name, value in {"training/loss": result.loss.detach(), **result.metrics}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        if result.router:
-            counts = torch.stack([routing.counts.sum(0) for routing in result.router])
-            self._expert_counts = counts if self._expert_counts is None else self._expert_counts + counts
-        return result.loss * self.trainer.accumulate_grad_batches
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Set the learning rate of this step."""
-        tokens = self.data.tokens_at(self.trainer.global_step + 1)
-        factor = self.schedule.factor(tokens, self.data.total_tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = self.optimizer_config.learning_rate * factor
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the global norm (the optimiser's own setting), and mark a step that is to be skipped."""
+    def training_step(self, window: Window) -> None:
+        """Take one optimiser step."""
+        optimizer, micro_batches = self.optimizers(), window.micro_batches
+        assert isinstance(optimizer, LightningOptimizer)
+        self.switch_formats(self.data.progress.tokens - window.tokens)
+        totals = self.totals(micro_batches)
+        router_counts: list[Tensor] = []
+        for number, batch in enumerate(micro_batches):
+            self._formats.reseed(
+                torch.initial_seed(), self.global_rank, (window.step - 1) * len(micro_batches) + number
+            )
+            self.strategy.sync_gradients(self.built_network, number == len(micro_batches) - 1)
+            loss, metrics, router = self.micro_batch_loss(batch, totals)
+            for name, value in {"training/loss": loss.detach(), **metrics}.items():
+                self.metrics.record(name, value, "sum")
+            router_counts += [torch.stack([routing.counts.sum(0) for routing in router])] if router else []
+            del router
+            self.manual_backward(loss)
         norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
-        sums = dict(zip(self._sums, self.all_reduce(torch.stack([*self._sums.values()])), strict=True))
-        skip = self.step_guard.judge(sums["training/loss"], norm)
-        cast(AdamW, optimizer).found_inf = skip.float()
-        self.skipped_steps += skip
-        self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
-        self.metrics = {
-            **sums,
-            "training/gradient_norm": norm,
-            "training/learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
-            "training/skipped_steps": self.skipped_steps.clone(),
-            **self.step_guard.metrics(self.skipped_steps),
-        }
-        self._sums = {}
-        self._update_expert_bias(skip)
+        values = self.metrics.end_step(self.strategy.all_reduce)
+        skip = self.step_guard.judge(values["training/loss"], norm)
+        for group in optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        cast(AdamW, optimizer.optimizer).found_inf = skip.float()
+        optimizer.step()
+        optimizer.zero_grad()
+        self._update_expert_bias(router_counts, skip)
+        self._record_step(values, norm, skip)
 
-    def on_train_batch_end(self, outputs: object, batch: PackedBatch, batch_idx: int) -> None:
-        """Log the finished step and stop a run that only skips.
+    def totals(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
+        """Return the sums of what `count` returns over micro-batches and all ranks, fp32, in one reduction."""
+        counted = [self.count(batch) for batch in micro_batches]
+        sums = {name: torch.stack([counts[name].double() for counts in counted]).sum(0) for name in counted[0]}
+        whole = self.strategy.all_reduce(torch.cat([value.flatten() for value in sums.values()])).float()
+        parts = whole.split([value.numel() for value in sums.values()])
+        return {name: part.view(value.shape) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+    def on_train_batch_end(self, outputs: object, batch: Window, batch_idx: int) -> None:
+        """Stop a run that only skips.
 
         Raises:
             TrainingDivergedError: after `max_skipped_steps` bad steps in a row (looked at on the logging interval).
         """
-        step = self.trainer.global_step
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches or step % self._log_interval:
+        if not self._is_logged(batch.step):
             return
-        self.write_metrics(self.metrics)
         streak = int(self.skipped_streak)
         if streak >= self.max_skipped_steps:
-            raise TrainingDivergedError(self.step_guard.streak_message(step, streak, self.max_skipped_steps))
+            self.write_metrics()
+            raise TrainingDivergedError(self.step_guard.streak_message(batch.step, streak, self.max_skipped_steps))
+
+    def write_metrics(self) -> None:
+        """Write what was recorded and is not yet written to the loggers, at the number of finished steps."""
+        values = self.metrics.take_unwritten()
+        for logger in self.trainer.loggers if values else ():
+            logger.log_metrics(values, self.trainer.global_step)
+
+    def _update_expert_bias(self, counts: Sequence[Tensor], skip: Tensor) -> None:
+        """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped.
+
+        Args:
+            counts: int64 [routers, E] of each micro-batch.
+            skip: bool scalar.
+        """
+        if not counts:
+            return
+        self.expert_counts = self.strategy.all_reduce(torch.stack([*counts]).sum(0))
+        load = self.expert_counts.float()
+        change = self.expert_bias_rate * torch.sign(load.mean(1, keepdim=True) - load)
+        change = torch.where(skip, 0.0, change)
+        for router, delta in zip(self.built_network.routers(), change, strict=True):
+            router.e_score_correction_bias += delta
+
+    def _record_step(self, values: Mapping[str, Tensor], norm: Tensor, skip: Tensor) -> None:
+        """Record what a step was like; it is written on the logging interval."""
+        self.skipped_steps += skip
+        self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
+        values = {
+            **values,
+            "training/gradient_norm": norm,
+            "training/learning_rate": self._learning_rate(),
+            "training/skipped_steps": self.skipped_steps.clone(),
+            **self.step_guard.metrics(self.skipped_steps),
+        }
+        if self._is_logged(self.data.progress.steps):
+            self.metrics.record_all(values)
+        else:
+            self.metrics.update(values)
+
+    def _learning_rate(self) -> float:
+        """Return the learning rate of the step whose window was handed out last."""
+        factor = self.schedule.factor(self.data.progress.tokens, self.data.total.tokens)
+        return self.optimizer_config.learning_rate * factor
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    @cached_property
+    def _formats(self) -> FormatSchedule:
+        return FormatSchedule(self.precision, self.built_network)
+
+    def switch_formats(self, tokens: int) -> None:
+        """Set the formats that hold after a number of tokens, and say what changes."""
+        for line in self._formats.switch(tokens):
+            rank_zero_info(line)
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_start(self) -> None:
+        """Set the formats that hold now."""
+        self.switch_formats(self.data.progress.tokens)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self._validation = torch.zeros(3, device=self.device, dtype=torch.float64)  # nats, targets, bytes
+        text = self.data.token_bytes() if isinstance(self.data, HeldOutText) else torch.zeros(self.data.vocab_size)
+        self._token_bytes = text.to(self.device)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add up nats, targets and the bytes the targets stand for."""
+        nats = next_token_loss(self.built_network, batch, torch.ones(1, device=self.device), 0, 0.0).nats[0]
+        kept = batch.labels[batch.labels != IGNORED_LABEL]
+        targets = torch.tensor(kept.numel(), device=kept.device)
+        self._validation += torch.stack([nats, targets, self._token_bytes[kept].sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Record `validation/loss` (nats per token) and, of text, `validation/bits_per_byte`."""
+        nats, targets, text_bytes = self.strategy.all_reduce(self._validation)
+        metrics = {"validation/loss": (nats / targets).float()}
+        if isinstance(self.data, HeldOutText):
+            metrics["validation/bits_per_byte"] = (nats / math.log(2) / text_bytes).float()
+        self.metrics.record_all(metrics)
+        self.log_dict(metrics, logger=False, rank_zero_only=True)  # for what monitors Lightning's own metrics
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self.on_validation_start()
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of the guard, which may differ between runs of one architecture."""
         checkpoint["step_guard"] = self.step_guard.saved_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it (a checkpoint from before there was one starts with an empty window), and the formats."""
+        """Restore it (a checkpoint from before there was one starts with an empty window)."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
-        if self.network is not None:
-            self._switch_formats(checkpoint["global_step"])
-
-    def write_metrics(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Write scalars to the logger at the number of finished steps (Lightning's own step lags by one)."""
-        if self.trainer.logger is not None:
-            values = torch.stack(
-                [torch.as_tensor(value).float().to(self.device) for value in metrics.values()]
-            ).tolist()
-            self.trainer.logger.log_metrics(dict(zip(metrics, values, strict=True)), self.trainer.global_step)
-
-    @cached_property
-    def _formats(self) -> FormatSchedule:
-        return FormatSchedule(self.precision, self.built_network)
-
-    def _switch_formats(self, step: int) -> None:
-        """Set the formats that hold after a number of finished steps, and say what changes."""
-        for line in self._formats.switch(self.data.tokens_at(step)):
-            rank_zero_info(line)
-
-    @property
-    def _log_interval(self) -> int:
-        return self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _update_expert_bias(self, skip: Tensor) -> None:
-        """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped."""
-        if self._expert_counts is None:
-            return
-        self.expert_counts = self.all_reduce(self._expert_counts)
-        self._expert_counts = None
-        counts = self.expert_counts.float()
-        change = self.expert_bias_rate * torch.sign(counts.mean(1, keepdim=True) - counts)
-        change = torch.where(skip, 0.0, change)
-        for router, delta in zip(self.built_network.routers(), change, strict=True):
-            router.e_score_correction_bias += delta

@@ -4,9 +4,11 @@ Datamodules import only this file of `modules/`, so that data code can be read, 
 Shapes: B rows, T positions in a row, M MTP depths, V vocabulary.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ class PackedBatch:
     """One micro-batch of rows packed with whole documents.
 
     Document borders reset attention, the convolution, the SSM state and the MTP targets. Padding is a document of its
-    own whose labels are all `IGNORED_LABEL`.
+    own whose labels are all `IGNORED_LABEL`. A stage that needs more of each token extends it with fields [B, T, ...].
     """
 
     tokens: Tensor
@@ -29,29 +31,69 @@ class PackedBatch:
     """int64 [B, T]: the target of each position (already shifted by one), or `IGNORED_LABEL`."""
     document_ids: Tensor
     """int32 [B, T]: equal within a row exactly where the document is the same; never falls in a row; T in padding."""
-    counts: Tensor
-    """int64 [1 + M]: number of targets of the next token and of each MTP depth, summed over the micro-batches of this
-    rank's whole accumulation window (in validation: over this batch)."""
     boundaries: Tensor | None = None
-    """int32 [n + 1]: start of each of the n documents in the flattened [B x T] positions, then B x T. Follows from
-    `document_ids`: a strategy adds it on the way to a GPU, which would have to be asked; None elsewhere."""
+    """int32 [n + 1], always on the host: start of each of the n documents in the flattened [B x T] positions, then
+    B x T. Follows from `document_ids`; None: worked out by the network, which on a GPU waits for the device."""
 
     @property
     def text_positions(self) -> Tensor:
         """int64 scalar: positions that hold text, not padding."""
         return (self.document_ids < self.tokens.shape[1]).sum()
 
-    def pin_memory(self) -> "PackedBatch":
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the data by name: all but `boundaries`, which follow from them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor) and name != "boundaries"}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return a batch with `function` of each of `tensors()`."""
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def pin_memory(self) -> Self:
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return self.map(Tensor.pin_memory)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the data by name: all but `boundaries`, which follow from them."""
-        return {name: tensor for name, tensor in vars(self).items() if name != "boundaries"}
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on a device (called by Lightning)."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        """Return a batch with `function` of each tensor."""
-        return PackedBatch(**{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
+
+@dataclass(kw_only=True)
+class Window:
+    """What one rank adds up for one optimiser step: Lightning's batch. Windows may differ in size and shape."""
+
+    step: int
+    """Number of the step, from 1."""
+    micro_batches: Sequence[PackedBatch]
+    """At least one, as many on every rank."""
+    tokens: int
+    """Positions (rows x T, padding included) of the step, over all ranks."""
+    samples: int
+    """Rows of the step, over all ranks."""
+
+    def pin_memory(self) -> "Window":
+        """As `PackedBatch.pin_memory`."""
+        return dataclasses.replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+    def to(self, device: torch.device) -> "Window":
+        """As `PackedBatch.to`."""
+        return dataclasses.replace(self, micro_batches=[batch.to(device) for batch in self.micro_batches])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is, or how long it is, over all ranks."""
+
+    steps: int = 0
+    """Optimiser steps."""
+    tokens: int = 0
+    """Positions (rows x T, padding included)."""
+    samples: int = 0
+    """Rows."""
+
+    def after(self, window: Window) -> "Progress":
+        """Return the progress with one more step."""
+        return Progress(steps=window.step, tokens=self.tokens + window.tokens, samples=self.samples + window.samples)
 
 
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:
@@ -102,21 +144,74 @@ def count_targets(labels: Tensor, document_ids: Tensor, depths: int) -> Tensor:
 
 
 class TrainingData(Protocol):
-    """What a LightningModule asks of `trainer.datamodule`, handed over at run time: neither imports the other."""
+    """What modules and callbacks ask of `trainer.datamodule`, handed over at run time: neither imports the other."""
 
-    total_tokens: int
-    """Length of the run in positions (rows x T), padding included."""
+    progress: Progress
+    """What has been handed out for training."""
+    sequence_length: int
+    """T, the longest row."""
+    micro_batch_size: int
+    """B of the largest micro-batch."""
+
+    total: Progress
+    """Length of the run."""
+    micro_batches: int
+    """Micro-batches of the longest window of a rank."""
 
     @property
     def vocab_size(self) -> int:
-        """Size of the tokenizer's vocabulary."""
-        ...
-
-    def tokens_at(self, step: int) -> int:
-        """Return the positions consumed by all ranks after `step` optimiser steps."""
+        """V of the tokenizer."""
         ...
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """The Hugging Face tokenizer folder."""
+        ...
+
+
+@runtime_checkable
+class HeldOutText(Protocol):
+    """Data whose validation rows are text, so that a loss can be told in bits per byte."""
+
     def token_bytes(self) -> Tensor:
-        """int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
+        """Return int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
+        ...
+
+    def gzip_bits_per_byte(self) -> float | None:
+        """Return what `gzip -9` needs for the held-out text; None without any."""
+        ...
+
+
+@runtime_checkable
+class SamplePrompts(Protocol):
+    """Data that have prompts to go on with, and can show tokens as text."""
+
+    def sample_prompts(self, n: int, length: int) -> list[list[int]]:
+        """Return up to n prompts of `length` token ids each."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids."""
+        ...
+
+
+class SourceUse(Protocol):
+    """What has been taken from a source."""
+
+    rows: int
+    """Rows, repeats counted."""
+    epochs: float
+    """Rows over the rows of the source."""
+
+
+@runtime_checkable
+class MixedSources(Protocol):
+    """Data mixed of several sources."""
+
+    def asked(self, step: int) -> Mapping[str, float]:
+        """Return the share of rows that is asked of each source in the first `step` steps."""
+        ...
+
+    def consumed(self, step: int) -> Mapping[str, SourceUse]:
+        """Return what the first `step` steps take from each source."""
         ...

@@ -5,7 +5,6 @@ of the 120B run can be looked at on a laptop that has the corpus.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +69,9 @@ def inspect(
         micro_batches, origins = found.micro_batches, loader.origins_of(found)
         title = saved_title(found, batch)
     tokenizer = Tokenizer.load(loader.data.tokenizer_folder)
-    view = build_view(micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins)
+    view = build_view(
+        micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins, loader.module.mtp_depths
+    )
     troubles, paper = warnings(view), terminal.Paper.of_stdout()
     default = SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
     chosen = [view.rows[row] for row in choose_rows(rows, len(view.rows), default)]
@@ -94,8 +95,6 @@ class StepLoader:
     """
 
     def __init__(self, run: "RunCLI") -> None:
-        from lightning.pytorch import Trainer
-
         from modules.base import StageModule
 
         module = run.instantiate("model")
@@ -104,22 +103,9 @@ class StepLoader:
         self.module: StageModule = module
         self.data: PretrainingData = run.instantiate("data")
         self.data.workers = 0  # the batches do not depend on them, and one step is read faster without
-        # what the datamodule asks of a trainer: rank, ranks, MTP depths, accumulation
-        self._trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        self._trainer.strategy.connect(module)
-        self.data.trainer = self._trainer
         self.data.prepare_data()
         self.data.setup("fit")
-        self._loader = self.data.train_dataloader()
-        self._window = self._trainer.accumulate_grad_batches
-        self.steps = len(self._loader) // self._window
+        self.steps = self.data.total.steps
         """Optimiser steps of the run."""
         if (most := run.config.trainer.max_steps) >= 0:
             self.steps = min(self.steps, most)
@@ -135,8 +121,7 @@ class StepLoader:
         """
         if not 1 <= step <= self.steps:
             raise UserError(f"--step: {step} is not in the run, which has steps 1 to {self.steps:,}")
-        self._loader.load_state_dict({"steps": step - 1})
-        return list(islice(self._loader, self._window))
+        return list(next(self.data.windows(step - 1)).micro_batches)
 
     def origins(self, step: int) -> list[str]:
         """Return where each row of a step comes from, in the order of `load`."""

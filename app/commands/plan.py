@@ -51,7 +51,7 @@ def plan(
     rows, length = data.micro_batch_size, data.sequence_length
     accumulation = _accumulation(data.global_batch_size, rows, count)
     kind = "cuda" if (accelerator or _accelerator(run.config.trainer.accelerator)) == "gpu" else "cpu"
-    network, depths = module.build_network(kind), getattr(module, "mtp_depths", 0)
+    network, depths = module.build_network(kind), module.mtp_depths
     length_of_run = run_lines(module, data)
     backbone = network.config
     experts = backbone.num_experts_per_tok, backbone.n_routed_experts
@@ -124,8 +124,8 @@ def _time_lines(
     from app.planning.text import with_prefix
     from modules.backbone.flops import training_flops_per_token
 
-    flops = training_flops_per_token(module.backbone_config, data.sequence_length, getattr(module, "mtp_depths", 0))
-    tokens = data.total_tokens
+    flops = training_flops_per_token(module.backbone_config, data.sequence_length, module.mtp_depths)
+    tokens = data.total.tokens
     if mfu is not None and peak_tflops is not None:
         speed = mfu * peak_tflops * 1e12 / flops * devices
         return time_lines(tokens, flops, speed, devices, f"{mfu:.3g} of {peak_tflops:g} TFLOP/s, stated")

@@ -21,7 +21,7 @@ def warnings(view: BatchView) -> list[str]:
     for row in view.rows:
         for what, position in _check_row(row, view):
             found.setdefault(what, []).append((row.number, position))
-    return [f"{what}: {_places(places)}" for what, places in found.items()] + _check_counts(view)
+    return [f"{what}: {_places(places)}" for what, places in found.items()]
 
 
 def _check_row(row: Row, view: BatchView) -> Iterator[tuple[str, int | None]]:
@@ -62,16 +62,6 @@ def _check_documents(row: Row, view: BatchView) -> Iterator[tuple[str, int | Non
             yield "end token inside a document: texts without a border between them", document.start + ends
         if document.with_loss and document.length > 1 and bool((tokens == vocabulary.pad_id).all()):
             yield "padding with loss", document.start
-
-
-def _check_counts(view: BatchView) -> list[str]:
-    """Return a line for each micro-batch whose counts are not those of the rows."""
-    return [
-        f"counts of micro-batch {number} are {counts}, but the rows have {view.counted} targets (next token, then MTP "
-        "depths): the loss is divided by a wrong number"
-        for number, counts in enumerate(view.counts)
-        if counts != view.counted
-    ]
 
 
 def _is_next(labels: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:

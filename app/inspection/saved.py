@@ -59,7 +59,7 @@ def load(file: Path) -> SavedBatch:
         raise _refusal(file, f"it has no {error}") from error
     except (TypeError, ValueError) as error:
         raise _refusal(file, str(error)) from error
-    if len({(batch.tokens.shape[1], batch.counts.numel()) for batch in micro_batches}) != 1:
+    if len({batch.tokens.shape[1] for batch in micro_batches}) != 1:
         raise _refusal(file, "its micro-batches are of different sizes, or there is none")
     return saved
 
@@ -71,15 +71,13 @@ def _micro_batch(entry: dict[str, Any]) -> PackedBatch:
         KeyError: a tensor is missing.
         UserError: one is of the wrong kind or size.
     """
-    tensors = {name: entry[name] for name in (*FIELDS, "counts")}
+    tensors = {name: entry[name] for name in FIELDS}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.is_complex():
             raise UserError(f"{name} holds no integers")
     shape = tensors["tokens"].shape
     if len(shape) != 2 or not tensors["tokens"].numel() or any(tensors[name].shape != shape for name in FIELDS):
         raise UserError(f"{', '.join(FIELDS)} are not [rows, positions] alike")
-    if tensors["counts"].ndim != 1 or not tensors["counts"].numel():
-        raise UserError("counts is no list of numbers")
     return PackedBatch(**tensors)
 
 

@@ -78,8 +78,8 @@ class BatchView:
 
     rows: list[Row]
     """All rows in order."""
-    counts: list[list[int]]
-    """[micro-batches][1 + M]: the targets of each loss part that the loader stamped on each micro-batch."""
+    micro_batches: int
+    """Their number."""
     counted: list[int]
     """[1 + M]: the targets of each loss part in these rows."""
     vocabulary: Vocabulary
@@ -109,15 +109,16 @@ class BatchView:
 
 
 def build_view(
-    micro_batches: Sequence[PackedBatch], tokenizer: Tokenizer, vocab_size: int, origins: Sequence[str]
+    micro_batches: Sequence[PackedBatch], tokenizer: Tokenizer, vocab_size: int, origins: Sequence[str], depths: int
 ) -> BatchView:
-    """Return the view of an accumulation window.
+    """Return the view of a window.
 
     Args:
-        micro_batches: at least one, all with the same T and M.
+        micro_batches: at least one, all with the same T.
         tokenizer: what the text was tokenised with.
         vocab_size: V of the model.
         origins: where each row comes from, over all micro-batches.
+        depths: M, MTP depths to count targets for.
     """
     vocabulary = Vocabulary(tokenizer)
     rows: list[Row] = []
@@ -134,12 +135,11 @@ def build_view(
                 documents=_documents(tokens, labels, ids, vocabulary),
             )
             rows.append(row)
-    depths = micro_batches[0].counts.numel() - 1
     counted = sum(count_targets(batch.labels, batch.document_ids, depths) for batch in micro_batches)
     assert isinstance(counted, Tensor)
     return BatchView(
         rows=rows,
-        counts=[batch.counts.tolist() for batch in micro_batches],
+        micro_batches=len(micro_batches),
         counted=counted.tolist(),
         vocabulary=vocabulary,
         vocab_size=vocab_size,
@@ -169,7 +169,7 @@ def summary(view: BatchView) -> list[tuple[str, str]]:
     """Return (what, value) lines about the whole batch."""
     lengths = sorted(document.length for document in view.documents)
     cut = sum(not document.complete for document in view.documents)
-    micro_batches, rows, documents = len(view.counts), len(view.rows), len(lengths)
+    micro_batches, rows, documents = view.micro_batches, len(view.rows), len(lengths)
     lines = [
         ("rows", f"{rows:,} of {view.positions // rows:,} positions, in {_plural(micro_batches, 'micro-batch', 'es')}"),
         ("positions", f"{view.positions:,}"),
@@ -185,8 +185,7 @@ def summary(view: BatchView) -> list[tuple[str, str]]:
         ]
     parts = ["next token", *(f"MTP depth {depth}" for depth in range(1, view.depths + 1))]
     counted = [f"{part} {count:,}" for part, count in zip(parts, view.counted, strict=True)]
-    verdict = "as the loader counted" if all(count == view.counted for count in view.counts) else "see the warnings"
-    return [*lines, ("targets", f"{', '.join(counted)} ({verdict})")]
+    return [*lines, ("targets", ", ".join(counted))]
 
 
 def share(part: int, whole: int) -> str:

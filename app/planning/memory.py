@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ from modules.backbone.model import Network
 from modules.base import StageModule
 from modules.batch import PackedBatch
 from modules.ops import cross_entropy
+from modules.ops.documents import document_boundaries
 from modules.optim.clipping import clip_gradients
 
 
@@ -103,7 +103,7 @@ def measure_step(
         optimizer: Any = trial.configure_optimizers()
         optimizer.found_inf = torch.zeros((), device="meta")
         weights = live.add([*stored.parameters(), *stored.buffers()])
-        batch = _batch(execution, documents, getattr(module, "mtp_depths", 0))
+        batch = _batch(execution, documents)
         held = weights + (batch_bytes := live.add(batch.tensors().values()))
         if accumulates:
             held += live.add(_make_gradients(stored))
@@ -111,7 +111,8 @@ def measure_step(
         loss_peak = _watch(computing.lm_head, live)
         with execution.running():
             live.restart()
-            loss = trial.micro_batch_loss(batch).loss
+            totals = {name: value.float() for name, value in trial.count(batch).items()}
+            loss = trial.micro_batch_loss(batch, totals).loss
             kept, forward_peak = live.now - held, live.peak - held
             live.restart()
             loss.backward()
@@ -171,12 +172,14 @@ def _make_gradients(network: Network) -> Iterator[Tensor]:
         yield parameter.grad
 
 
-def _batch(execution: MetaExecution, documents: list[list[int]], depths: int) -> PackedBatch:
+def _batch(execution: MetaExecution, documents: list[list[int]]) -> PackedBatch:
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
     tokens = torch.empty(ids.shape, dtype=torch.int64, device="meta")
-    counts = torch.empty(1 + depths, dtype=torch.int64, device="meta")
     return PackedBatch(
-        tokens=tokens, labels=torch.empty_like(tokens), document_ids=execution.make_known(ids), counts=counts
+        tokens=tokens,
+        labels=torch.empty_like(tokens),
+        document_ids=execution.make_known(ids),
+        boundaries=document_boundaries(ids),
     )
 
 
@@ -190,7 +193,6 @@ def _training(module: StageModule, network: Network, kind: str) -> Iterator[Stag
     """Yield a copy of `module` that trains a meta network as if it lay on a device of the given kind."""
     module = copy.deepcopy(module)
     module.network = network
-    module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)  # type: ignore[assignment]
     chunks = cross_entropy._CHUNK_LOGITS
     fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
     with patch.dict(chunks, {"meta": chunks[kind]}), patch(fused, lambda: ["meta"]):

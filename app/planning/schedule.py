@@ -21,8 +21,8 @@ def run_lines(module: StageModule, data: TrainingData) -> list[str]:
     schedule, peak, total, step_tokens = (
         module.schedule,
         module.optimizer_config.learning_rate,
-        data.total_tokens,
-        data.tokens_at(1),
+        data.total.tokens,
+        data.total.tokens // data.total.steps,
     )
     schedule.check_length(total)
     stable = total - schedule.warmup_tokens - schedule.decay_tokens

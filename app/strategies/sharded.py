@@ -30,11 +30,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from modules.backbone.model import ShardingUnit
-from modules.batch import PackedBatch
 from modules.checkpoints import folder
 from modules.checkpoints.reader import SafeReader
 from modules.errors import UserError
-from modules.ops.documents import bring_boundaries
 
 ABOUT = "about"
 """Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
@@ -111,13 +109,6 @@ class ShardedStrategy(ModelParallelStrategy):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # -- batches ------------------------------------------------------------------------------------------------------
-
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
-        """Move a batch; where its documents begin is worked out before, so that no layer asks a GPU for it."""
-        moved = super().batch_to_device(batch, device, dataloader_idx)
-        return bring_boundaries(batch, moved) if isinstance(batch, PackedBatch) else moved
-
     # -- layout -------------------------------------------------------------------------------------------------------
 
     def shard(self, network: nn.Module) -> None:
@@ -138,6 +129,19 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+    def sync_gradients(self, network: nn.Module, sync: bool) -> None:
+        """Say whether backward passes from now on sum gradients over ranks, or keep them for the one that does."""
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(sync, recurse=False)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Return the sum ("sum") or maximum ("max") over all ranks."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+        return tensor
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,8 @@ class ShardedStrategy(ModelParallelStrategy):
         _run_collectively(lambda: dcp.load(tensors, storage_reader=reader))
         if fitting:
             self._set_optimizer_state(tensors)
-        return torch.load(path / OTHER_STATE, weights_only=True, map_location="cpu")
+        state = torch.load(path / OTHER_STATE, weights_only=True, map_location="cpu")
+        return _count_in_windows(state)
 
     def _empty_optimizer_state(self, metadata: Metadata) -> dict[str, Tensor]:
         """Return uninitialised tensors for the optimiser state of the checkpoint, laid out like the parameters."""
@@ -255,6 +260,21 @@ class ShardedStrategy(ModelParallelStrategy):
                 name, _, state_name = key.removeprefix(OPTIMIZER).rpartition(".")
                 (optimizer,) = self.optimizers
                 optimizer.state[parameters[name]][state_name] = value
+
+
+def _count_in_windows(state: dict[str, Any]) -> dict[str, Any]:
+    """Change the other state of a checkpoint whose loop counted micro-batches, as those up to 4f1aead, to windows."""
+    fit = state["loops"]["fit_loop"]
+    if loaders := fit["state_dict"].pop("combined_loader", None):
+        steps = loaders[0]["steps"]
+        done = dict.fromkeys(("ready", "started", "processed", "completed"), steps)
+        fit["epoch_loop.batch_progress"] |= {"current": done, "total": dict(done)}
+        stepped = {"ready": steps, "completed": steps}
+        fit["epoch_loop.manual_optimization.optim_step_progress"] = {"current": stepped, "total": dict(stepped)}
+        for value in state.values():
+            if isinstance(value, dict) and "tokens_per_step" in value:
+                value["steps"] = steps
+    return state
 
 
 def _tcp_store(address: str, port: int, is_master: bool) -> dist.TCPStore:

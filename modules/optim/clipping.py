@@ -17,7 +17,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     Returns:
         The norm before clipping, fp32 scalar, equal on all ranks (NaN or inf where a gradient is not finite: the
-        gradients are worthless then; skip the step).
+        gradients are left as they are then; skip the step).
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     layouts: dict[object, list[Tensor]] = {}
@@ -28,6 +28,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norm = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = torch.where(
+            norm.isfinite(), factor, 1.0
+        )  # else what is not finite would look like zero, or all like NaN
         torch._foreach_mul_([_local(gradient) for gradient in gradients], factor)
     return norm
 

@@ -111,7 +111,7 @@ def test_looking_changes_nothing_and_ends_with_the_step():
 
 def test_a_network_without_experts_has_a_residual_stream_only():
     config = tiny_config(hybrid_override_pattern="M*-", num_nextn_predict_layers=0)
-    points = run(make_module(config, mtp_depths=0), ListData([packed_batch(document_ids([16]), 64, 0)]), Health(1))
+    points = run(make_module(config, mtp_depths=0), ListData([packed_batch(document_ids([16]), 64)]), Health(1))
     found = {name for name in points[1] if name.startswith(("experts/", "residual/"))}
     assert found == {"residual/rms/layer_00", "residual/rms/layer_01", "residual/rms/layer_02"}
 

@@ -32,6 +32,7 @@ from tests.modules.helpers import (
     FP32,
     ListData,
     build,
+    counts_of,
     document_ids,
     make_module,
     packed_batch,
@@ -224,7 +225,7 @@ def test_a_gradient_that_underflows_is_named_once_until_it_is_back(precision: Pr
     Step 3 has no target: it says nothing of any weight.
     """
     module = make_module(precision=precision)
-    batches = [packed_batch(document_ids([9, 7]), 64, 2, seed, masked=float(seed == 2)) for seed in range(7)]
+    batches = [packed_batch(document_ids([9, 7]), 64, seed, masked=float(seed == 2)) for seed in range(7)]
     points = run(module, ListData(batches), Fading({2, 3, 4, 6}), QuantizationHealth(1))
     assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_03.up_proj"]) for step in (2, 6)]
     assert [points[step]["gradients/dead_weights"] for step in range(1, 8)] == [0, 1, 0, 1, 0, 1, 0]
@@ -236,10 +237,10 @@ def test_a_gradient_that_underflows_is_named_once_until_it_is_back(precision: Pr
 @pytest.mark.parametrize(
     ("batch", "changes"),
     [
-        (packed_batch(document_ids([16]), 64, 2, masked=1.0), {}),  # no target at all
-        (packed_batch(document_ids([1] * 14 + [2]), 64, 2), {}),  # no target for the MTP block
-        (packed_batch(document_ids([16]), 64, 2), {"mtp_loss_factor": 0.0}),
-        (packed_batch(document_ids([2] * 8), 64, 2), {"cls": Prepared}),  # experts without a token
+        (packed_batch(document_ids([16]), 64, masked=1.0), {}),  # no target at all
+        (packed_batch(document_ids([1] * 14 + [2]), 64), {}),  # no target for the MTP block
+        (packed_batch(document_ids([16]), 64), {"mtp_loss_factor": 0.0}),
+        (packed_batch(document_ids([2] * 8), 64), {"cls": Prepared}),  # experts without a token
     ],
 )
 def test_zeros_that_must_be_are_no_warning(batch: PackedBatch, changes: dict, capsys) -> None:
@@ -250,7 +251,7 @@ def test_zeros_that_must_be_are_no_warning(batch: PackedBatch, changes: dict, ca
 
 def test_steps_between_points_are_not_forgotten(capsys) -> None:
     """Points at 1, 6 and 9: steps 3 and 4 fail, 5 has no target, 8 fails again."""
-    batches = [packed_batch(document_ids([9, 7]), 64, 2, seed, masked=float(seed == 4)) for seed in range(9)]
+    batches = [packed_batch(document_ids([9, 7]), 64, seed, masked=float(seed == 4)) for seed in range(9)]
     points = run(make_module(precision=BF16), ListData(batches), Fading({3, 4, 5, 8}), QuantizationHealth(6))
     assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_03.up_proj"]) for step in (3, 8)]
     assert [step for step, values in points.items() if "gradients/dead_weights" in values] == [1, 6, 9]
@@ -270,7 +271,7 @@ class Silenced(Callback):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_single_expert_that_learns_nothing_is_named_once_until_its_gradient_is_back(checkpointing, capsys) -> None:
     module = make_module(precision=RANDOM, activation_checkpointing=checkpointing)
-    batches = [packed_batch(document_ids([9, 7], [3, 13]), 64, 2, seed) for seed in range(6)]
+    batches = [packed_batch(document_ids([9, 7], [3, 13]), 64, seed) for seed in range(6)]
     points = run(module, ListData(batches), Silenced(2, {2, 3, 5}), QuantizationHealth(1))
     assert warnings_of(capsys.readouterr().out) == [dead_line(step, ["layer_05.experts.up_proj[2]"]) for step in (2, 5)]
     assert [points[step]["gradients/dead_weights"] for step in range(1, 7)] == [0, 1, 1, 0, 1, 0]
@@ -278,7 +279,7 @@ def test_a_single_expert_that_learns_nothing_is_named_once_until_its_gradient_is
 
 def test_an_expert_whose_tokens_are_asked_nothing_is_no_warning(capsys) -> None:
     """One target among 16 positions: in the last layer most experts have tokens, and rightly no gradient."""
-    batch = packed_batch(document_ids([16]), 64, 2, masked=0.95)
+    batch = packed_batch(document_ids([16]), 64, masked=0.95)
     assert batch.labels.ne(IGNORED_LABEL).sum() == 1
     module = make_module(precision=RANDOM, mtp_loss_factor=0.0, auxiliary_loss_coefficient=0.0)
     points = run(module, ListData([batch]), QuantizationHealth(1))
@@ -349,8 +350,8 @@ def watch_step(seeds: list[int], shard) -> list:
     local[[row % 7 == 0 for row in local_rows(up)]] = 0.0
     module.network, watch, counts = network, Watch(network), 0
     for seed in seeds:
-        batch = packed_batch(document_ids([9, 7], [3, 13]), 64, 2, seed)
-        loss = next_token_loss(network, batch, 2 * batch.counts, 2, 0.3)
+        batch = packed_batch(document_ids([9, 7], [3, 13]), 64, seed)
+        loss = next_token_loss(network, batch, 2 * counts_of(batch, 2), 2, 0.3)
         loss.loss.backward()
         counts = counts + torch.stack([routing.counts.sum(0) for routing in loss.output.router])
     module.expert_counts = module.all_reduce(counts)

@@ -27,7 +27,7 @@ class PromptData(ListData):
 
 
 def batch(depths: int, seed: int = 0) -> PackedBatch:
-    return packed_batch(document_ids([16]), 6, depths, seed)
+    return packed_batch(document_ids([16]), 6, seed)
 
 
 def trained(depths: int, samples: Samples, **changes):

@@ -1,6 +1,8 @@
 """Small networks, batches, trainers and comparisons that the module tests share."""
 
-import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
 
 import lightning
 import torch
@@ -8,10 +10,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from app.loop import use_step_loop
+from callbacks.dashboard import Dashboard
+from datamodules.base import StageData
 from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
 from modules.backbone.model import Network
-from modules.batch import PackedBatch, count_targets, next_token_labels
+from modules.batch import PackedBatch, Progress, Window, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from modules.precision.quantized import QuantizedWeight, gemm_values
@@ -123,14 +128,19 @@ def spans(ids: Tensor) -> list[tuple[int, slice]]:
     return found
 
 
-def packed_batch(ids: Tensor, vocab_size: int, depths: int, seed: int = 0, masked: float = 0.0) -> PackedBatch:
+def packed_batch(ids: Tensor, vocab_size: int, seed: int = 0, masked: float = 0.0) -> PackedBatch:
     """Random tokens in the given documents; a share `masked` of the labels is dropped."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, ids.shape, generator=generator)
     labels = next_token_labels(tokens, ids)
     if masked:
         labels = torch.where(torch.rand(ids.shape, generator=generator) < masked, -100, labels)
-    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=count_targets(labels, ids, depths))
+    return PackedBatch(tokens=tokens, labels=labels, document_ids=ids)
+
+
+def counts_of(batch: PackedBatch, depths: int) -> Tensor:
+    """int64 [1 + M]: the targets of a batch."""
+    return count_targets(batch.labels, batch.document_ids, depths)
 
 
 _ROW_DOCUMENTS = [[16], [1, 15], [1] * 16, [4, 4, 8], [2, 2, 2, 10], [9, 7], [15, 1], [3, 13]]
@@ -139,7 +149,7 @@ _ROW_DOCUMENTS = [[16], [1, 15], [1] * 16, [4, 4, 8], [2, 2, 2, 10], [9, 7], [15
 def row_batches(count: int = 8, masked: tuple[float, ...] = (0.0, 0.9)) -> list[PackedBatch]:
     """Micro-batches of one row with very different numbers of targets."""
     return [
-        packed_batch(document_ids(_ROW_DOCUMENTS[index % 8]), 64, 2, seed=index, masked=masked[index % len(masked)])
+        packed_batch(document_ids(_ROW_DOCUMENTS[index % 8]), 64, seed=index, masked=masked[index % len(masked)])
         for index in range(count)
     ]
 
@@ -150,34 +160,41 @@ class LocalStrategy(SingleDeviceStrategy):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
 
+    distributed_sampler_kwargs: ClassVar = {"rank": 0, "num_replicas": 1}
+
     def shard(self, network: nn.Module) -> None:
         pass
 
+    def sync_gradients(self, network: nn.Module, sync: bool) -> None:
+        pass
 
-class ListData(lightning.LightningDataModule):
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor
+
+
+class ListData(StageData):
     """Serves prepared micro-batches; `window` of them make a step."""
 
+    tokenizer_folder = Path("nowhere")
+
     def __init__(self, batches: list[PackedBatch], window: int = 1, vocab_size: int = 64, validation=None) -> None:
-        super().__init__()
-        self.batches = [
-            stamped
-            for start in range(0, len(batches), window)
-            for stamped in self._stamp(batches[start : start + window])
-        ]
-        self.window, self.vocab_size, self.validation = window, vocab_size, validation
-        self.total_tokens = sum(batch.tokens.numel() for batch in batches)
-        self.token_bytes = torch.arange(vocab_size) % 5
+        super().__init__(sequence_length=16, micro_batch_size=1)
+        self.batches, self.micro_batches, self.vocab_size, self.validation = batches, window, vocab_size, validation
+        self.total = Progress()
+        for step in self.windows(0):
+            self.total = self.total.after(step)
 
-    @staticmethod
-    def _stamp(window: list[PackedBatch]) -> list[PackedBatch]:
-        counts = torch.stack([batch.counts for batch in window]).sum(0)
-        return [dataclasses.replace(batch, counts=counts) for batch in window]
+    def windows(self, first: int) -> Iterator[Window]:
+        for step in range(first, -(-len(self.batches) // self.micro_batches)):
+            batches = self.batches[step * self.micro_batches : (step + 1) * self.micro_batches]
+            tokens, rows = sum(batch.tokens.numel() for batch in batches), sum(len(batch.tokens) for batch in batches)
+            yield Window(step=step + 1, micro_batches=batches, tokens=tokens, samples=rows)
 
-    def tokens_at(self, step: int) -> int:
-        return sum(batch.tokens.numel() for batch in self.batches[: step * self.window])
+    def token_bytes(self) -> Tensor:
+        return torch.arange(self.vocab_size) % 5
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None)
+    def gzip_bits_per_byte(self) -> None:
+        return None
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.validation, batch_size=None)
@@ -190,8 +207,7 @@ class Collector(lightning.Callback):
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.steps.append({name: float(value) for name, value in pl_module.metrics.items()})
+        self.steps.append({name: float(value) for name, value in pl_module.metrics.items()})
 
 
 def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes) -> Pretraining:
@@ -206,13 +222,13 @@ def make_module(config: BackboneConfig | None = None, cls=Pretraining, **changes
     return cls(**{**settings, **changes})
 
 
-def make_trainer(window: int = 1, **changes) -> lightning.Trainer:
+def make_trainer(**changes) -> lightning.Trainer:
     """A silent trainer on `LocalStrategy`."""
     settings = {
         "strategy": LocalStrategy(),
         "accelerator": "cpu",
         "max_epochs": 1,
-        "accumulate_grad_batches": window,
+        "check_val_every_n_epoch": None,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -224,9 +240,12 @@ def make_trainer(window: int = 1, **changes) -> lightning.Trainer:
 
 
 def fit(module: Pretraining, data: ListData, **trainer_changes) -> lightning.Trainer:
-    """Train over all micro-batches of `data`."""
+    """Train over all micro-batches of `data` under our loop; a logger gets what is recorded."""
     unused = {} if data.validation else {"limit_val_batches": 0}
-    trainer = make_trainer(data.window, **unused, **trainer_changes)
+    if trainer_changes.get("logger"):
+        trainer_changes["callbacks"] = [*trainer_changes.get("callbacks", []), Dashboard(10**9)]
+    trainer = make_trainer(**unused, **trainer_changes)
+    use_step_loop(trainer)
     trainer.fit(module, data)
     return trainer
 

@@ -1,6 +1,7 @@
 """What all stages share: building the network, and skipping steps that are not finite."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ class Poisoned(Pretraining):
     kind = "loss"
     seen = 0
 
-    def micro_batch_loss(self, batch: PackedBatch) -> MicroBatchLoss:
-        result = super().micro_batch_loss(batch)
+    def micro_batch_loss(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> MicroBatchLoss:
+        result = super().micro_batch_loss(batch, totals)
         self.seen += 1
         if self.seen - 1 not in self.bad:
             return result
@@ -97,7 +98,7 @@ def test_one_bad_micro_batch_skips_its_whole_window() -> None:
     module.bad = frozenset({1})
     snapshots = Snapshots()
     fit(module, ListData(row_batches(4), window=2), callbacks=[snapshots])
-    start, _, after_first, _, end = snapshots.states
+    start, after_first, end = snapshots.states
     assert all(torch.equal(start[name], after_first[name]) for name in start)
     assert any(not torch.equal(start[name], end[name]) for name in start)
     assert module.skipped_steps.item() == 1

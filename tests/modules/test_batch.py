@@ -1,10 +1,12 @@
 """The label helpers against loops over positions."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, next_token_labels, shifted_labels
+from modules.batch import IGNORED_LABEL, PackedBatch, Progress, Window, count_targets, next_token_labels, shifted_labels
 from tests.modules.helpers import document_ids, packed_batch
 
 ROWS = {
@@ -31,7 +33,7 @@ def make_inputs(rows: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def test_text_is_what_is_not_padding() -> None:
-    batch = packed_batch(document_ids([4, 4, 2], [9, 1], [10]), 50, 1)
+    batch = packed_batch(document_ids([4, 4, 2], [9, 1], [10]), 50)
     assert batch.text_positions.item() == 30
     batch.document_ids[0, 8:] = 10
     batch.document_ids[1, 9:] = 10
@@ -79,8 +81,48 @@ def test_depth_targets_are_further_tokens_of_the_same_document() -> None:
     assert shifted_labels(labels, ids, 2).tolist() == [[13, -100, -100, -100, -100, -100]]
 
 
+@dataclass(kw_only=True)
+class Weighted(PackedBatch):
+    weights: Tensor
+    teacher: Tensor | None = None
+    source: str = "here"
+
+
+def weighted() -> Weighted:
+    plain = packed_batch(document_ids([3, 5]), 50)
+    return Weighted(**vars(plain), weights=torch.arange(8.0).unsqueeze(0))
+
+
+def test_a_stage_extends_the_batch_with_fields_of_its_own() -> None:
+    batch = weighted()
+    batch.boundaries = torch.tensor([0, 3, 8])
+    assert list(batch.tensors()) == ["tokens", "labels", "document_ids", "weights"]
+    for moved in (batch.map(lambda tensor: tensor.to("meta")), batch.to(torch.device("meta"))):
+        assert isinstance(moved, Weighted)
+        assert all(tensor.is_meta for tensor in moved.tensors().values())
+        assert (moved.teacher, moved.source) == (None, "here")
+        assert moved.boundaries is batch.boundaries, "borders stay on the host"
+    assert not batch.tokens.is_meta
+
+
+def test_a_window_moves_as_a_whole() -> None:
+    window = Window(step=3, micro_batches=[weighted(), packed_batch(document_ids([8]), 50)], tokens=16, samples=2)
+    moved = window.to(torch.device("meta"))
+    assert (moved.step, moved.tokens, moved.samples) == (3, 16, 2)
+    assert [type(batch) for batch in moved.micro_batches] == [Weighted, PackedBatch]
+    assert all(tensor.is_meta for batch in moved.micro_batches for tensor in batch.tensors().values())
+
+
+def test_progress_adds_up_windows_of_any_size() -> None:
+    progress = Progress()
+    for step, (tokens, samples) in enumerate([(16, 2), (100, 3)], start=1):
+        progress = progress.after(Window(step=step, micro_batches=[], tokens=tokens, samples=samples))
+    assert progress == Progress(steps=2, tokens=116, samples=5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_pin_memory_pins_every_tensor() -> None:
-    pinned = packed_batch(document_ids([3, 5]), 50, 1).pin_memory()
-    assert isinstance(pinned, PackedBatch)
-    assert all(tensor.is_pinned() for tensor in vars(pinned).values())
+    window = Window(step=1, micro_batches=[weighted()], tokens=8, samples=1).pin_memory()
+    (batch,) = window.micro_batches
+    assert isinstance(batch, Weighted)
+    assert all(tensor.is_pinned() for tensor in batch.tensors().values())

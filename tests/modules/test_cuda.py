@@ -55,7 +55,7 @@ class NoWaiting(Callback):
 
 
 def batches(count: int) -> list[PackedBatch]:
-    return [packed_batch(document_ids([5, 59], [64]), 64, 2, seed=seed) for seed in range(count)]
+    return [packed_batch(document_ids([5, 59], [64]), 64, seed=seed) for seed in range(count)]
 
 
 def config():

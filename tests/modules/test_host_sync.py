@@ -96,7 +96,7 @@ def fake(batch: PackedBatch, boundaries: Tensor | None, mode: FakeTensorMode) ->
 
 def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretraining:
     """Train two steps of two micro-batches on tensors without values; no step is one that is logged."""
-    data = FakeData([packed_batch(document_ids([5, 27], [32]), 64, 2, seed=seed) for seed in range(4)], window=2)
+    data = FakeData([packed_batch(document_ids([5, 27], [32]), 64, seed=seed) for seed in range(4)], window=2)
     known = [document_boundaries(batch.document_ids) if known_boundaries else None for batch in data.batches]
     with FakeTensorMode() as mode:
         data.batches = [fake(batch, boundaries, mode) for batch, boundaries in zip(data.batches, known, strict=True)]

@@ -80,7 +80,7 @@ def peaks(module: Pretraining, documents: list[list[int]], accumulates: bool = F
     module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)
     module.all_reduce = lambda tensor: tensor
     optimizer = module.configure_optimizers()
-    batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size, module.mtp_depths)
+    batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size)
     counted, found = tracker(), []
     counted.track_external(network, *batch.tensors().values())
     with counted:

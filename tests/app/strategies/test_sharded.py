@@ -19,7 +19,7 @@ from modules.objectives.next_token import next_token_loss
 from modules.precision.recipe import FormatSchedule, PrecisionConfig, PrecisionRule
 from tests.app.helpers import ROOT, load_tensors, losses
 from tests.app.standin import Unit
-from tests.modules.helpers import document_ids, make_network, packed_batch, tiny_config
+from tests.modules.helpers import counts_of, document_ids, make_network, packed_batch, tiny_config
 
 RANK_PROGRAM = """
 import json, sys, torch, torch.distributed as dist
@@ -165,14 +165,14 @@ def test_quantised_products_are_the_same_sharded_and_not(strategy):
     """Gathered weights are quantised to the same numbers, and the same random numbers round the gradients."""
     # The gradient of the embedding is summed in the dtype that it is gathered in, as those of several MTP depths are.
     recipe = PrecisionConfig(bf16_tail=0, rules=[PrecisionRule(pattern="*embeddings", format="fp32")])
-    batch = packed_batch(document_ids([5, 27], [32]), 64, 0)
+    batch = packed_batch(document_ids([5, 27], [32]), 64)
     found = []
     for shard in (False, True):
         network = make_network(tiny_config(), recipe)
         if shard:
             strategy.shard(network)
         FormatSchedule(recipe, network).reseed(0, 0, 0)
-        loss = next_token_loss(network, batch, batch.counts, 0, 0.0).loss
+        loss = next_token_loss(network, batch, counts_of(batch, 0), 0, 0.0).loss
         loss.backward()
         whole = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
         found.append((loss, {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in whole.items()}))

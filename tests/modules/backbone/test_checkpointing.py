@@ -9,6 +9,7 @@ from tests.modules.helpers import (
     BF16,
     FP32,
     ListData,
+    counts_of,
     document_ids,
     fit,
     gradients,
@@ -22,13 +23,13 @@ from tests.modules.helpers import (
 
 @pytest.mark.parametrize("recipe", [FP32, BF16], ids=["fp32", "bf16"])
 def test_same_loss_gradients_and_counts(recipe) -> None:
-    batch = packed_batch(document_ids([5, 11], [16]), 64, 2)
+    batch = packed_batch(document_ids([5, 11], [16]), 64)
     results = []
     for checkpointed in (False, True):
         network = make_network(tiny_config(), recipe).train()
         if checkpointed:
             network.checkpoint_activations()
-        parts = next_token_loss(network, batch, batch.counts, 2, 0.3)
+        parts = next_token_loss(network, batch, counts_of(batch, 2), 2, 0.3)
         (parts.loss + 0.1 * sequence_auxiliary_loss(parts.output.router)).backward()
         counts = torch.cat([routing.counts for routing in parts.output.router])
         results.append({"loss": parts.loss, "nats": parts.nats, "counts": counts} | gradients(network))
@@ -56,7 +57,7 @@ def test_layers_run_twice_in_training_and_once_in_validation() -> None:
 
 
 def test_same_training_with_expert_biases() -> None:
-    batches = [packed_batch(document_ids([5, 11], [16]), 64, 2, seed=seed) for seed in range(4)]
+    batches = [packed_batch(document_ids([5, 11], [16]), 64, seed=seed) for seed in range(4)]
     states = []
     for checkpointed in (False, True):
         module = make_module(activation_checkpointing=checkpointed)

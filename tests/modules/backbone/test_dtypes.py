@@ -20,7 +20,16 @@ from modules.backbone.router import Router
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import FormattedModule
 from modules.precision.recipe import PrecisionConfig, PrecisionRule
-from tests.modules.helpers import BF16, FP32, document_ids, make_network, packed_batch, relative_error, tiny_config
+from tests.modules.helpers import (
+    BF16,
+    FP32,
+    counts_of,
+    document_ids,
+    make_network,
+    packed_batch,
+    relative_error,
+    tiny_config,
+)
 
 MIXED = PrecisionConfig(
     recipe="bf16",
@@ -69,10 +78,10 @@ def floating(tree: object) -> list[torch.dtype]:
 
 def run(recipe) -> tuple[Network, Recorder, Tensor]:
     network = make_network(tiny_config(), recipe)
-    batch = packed_batch(document_ids([5, 11], [16]), 64, 1)
+    batch = packed_batch(document_ids([5, 11], [16]), 64)
     recorder = Recorder(network)
     with recorder:
-        loss = next_token_loss(network, batch, batch.counts, 1, 0.3).loss
+        loss = next_token_loss(network, batch, counts_of(batch, 1), 1, 0.3).loss
     loss.backward()
     return network, recorder, loss
 

@@ -10,7 +10,7 @@ from modules.backbone.flops import decode_flops, matmul_flops, recomputed_flops,
 from modules.objectives.next_token import next_token_loss
 from modules.ops import native
 from modules.ops.flops import count_flops
-from tests.modules.helpers import BF16, FP32, document_ids, make_network, packed_batch, tiny_config
+from tests.modules.helpers import BF16, FP32, counts_of, document_ids, make_network, packed_batch, tiny_config
 
 CASES = {
     "all": ({}, 16, 1, 2),
@@ -85,10 +85,10 @@ def training_pass(config: BackboneConfig, length: int, rows: int, depths: int, r
     network = make_network(config, recipe).train()
     if checkpointed:
         network.checkpoint_activations()
-    batch = packed_batch(document_ids(*[[length]] * rows), config.vocab_size, depths)
+    batch = packed_batch(document_ids(*[[length]] * rows), config.vocab_size)
 
     def run() -> None:
-        parts = next_token_loss(network, batch, batch.counts, depths, 0.3)
+        parts = next_token_loss(network, batch, counts_of(batch, depths), depths, 0.3)
         parts.loss.backward()
 
     return run
@@ -126,9 +126,9 @@ def test_the_format_does_not_change_the_count() -> None:
 def test_forward_alone() -> None:
     config = tiny_config()
     network = make_network(config).eval()
-    batch = packed_batch(document_ids([29]), config.vocab_size, 2)
+    batch = packed_batch(document_ids([29]), config.vocab_size)
     with torch.no_grad():
-        counted = count_flops(lambda: next_token_loss(network, batch, batch.counts, 2, 0.3))
+        counted = count_flops(lambda: next_token_loss(network, batch, counts_of(batch, 2), 2, 0.3))
     assert counted == sum(count.forward for count in matmul_flops(config, 29, 2).values())
 
 

@@ -13,6 +13,7 @@ from modules.ops.documents import DocumentLayout
 from tests.modules.helpers import (
     assert_close,
     assert_same_gradients,
+    counts_of,
     document_ids,
     gradients,
     make_network,
@@ -87,14 +88,14 @@ def pieces(batch: PackedBatch) -> list[tuple[int, slice, PackedBatch]]:
     for row, part in spans(batch.document_ids):
         tokens, labels = batch.tokens[row : row + 1, part], batch.labels[row : row + 1, part]
         ids = torch.zeros_like(tokens, dtype=torch.int32)
-        found.append((row, part, PackedBatch(tokens=tokens, labels=labels, document_ids=ids, counts=batch.counts)))
+        found.append((row, part, PackedBatch(tokens=tokens, labels=labels, document_ids=ids)))
     return found
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_whole_network_with_mtp(rows: tuple[list[int], list[int]]) -> None:
     network = make_network(tiny_config())
-    batch = packed_batch(document_ids(*rows), 64, DEPTHS)
+    batch = packed_batch(document_ids(*rows), 64)
     with torch.no_grad():
         packed = network(batch.tokens, batch.document_ids, DEPTHS)
         counts = [torch.zeros_like(routing.counts) for routing in packed.router]
@@ -116,7 +117,7 @@ def test_whole_network_with_mtp(rows: tuple[list[int], list[int]]) -> None:
 
 def loss_of(network: Network, batches: list[PackedBatch]) -> tuple[float, Tensor, dict[str, Tensor]]:
     network.zero_grad()
-    parts = [next_token_loss(network, batch, batch.counts, DEPTHS, 0.3) for batch in batches]
+    parts = [next_token_loss(network, batch, counts_of(batch, DEPTHS), DEPTHS, 0.3) for batch in batches]
     total = torch.stack([part.loss for part in parts]).sum()
     total.backward()
     return total.item(), torch.stack([part.nats for part in parts]).sum(0), gradients(network)
@@ -126,7 +127,7 @@ def loss_of(network: Network, batches: list[PackedBatch]) -> tuple[float, Tensor
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_loss_and_all_gradients(rows: tuple[list[int], list[int]], masked: float) -> None:
     network = make_network(tiny_config())
-    batch = packed_batch(document_ids(*rows), 64, DEPTHS, masked=masked)
+    batch = packed_batch(document_ids(*rows), 64, masked=masked)
     loss, nats, grads = loss_of(network, [batch])
     alone_loss, alone_nats, alone_grads = loss_of(network, [piece for *_, piece in pieces(batch)])
     assert loss == pytest.approx(alone_loss, rel=TOLERANCE)

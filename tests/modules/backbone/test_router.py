@@ -126,7 +126,7 @@ def test_auxiliary_loss_is_one_for_even_load_and_experts_for_one_expert() -> Non
 @pytest.mark.parametrize("rate", [1e-3, 0.5])
 def test_bias_moves_towards_even_load_once_a_step(rate: float) -> None:
     """b_i += rate x sign(mean load - load of i), with the load of the whole window; here of two micro-batches."""
-    batches = [packed_batch(document_ids([12, 12], [24]), 64, 2, seed=seed) for seed in (0, 1)]
+    batches = [packed_batch(document_ids([12, 12], [24]), 64, seed=seed) for seed in (0, 1)]
     module = make_module(expert_bias_rate=rate)
     loads: list[Tensor] = []
     original = module.micro_batch_loss

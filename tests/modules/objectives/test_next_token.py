@@ -11,6 +11,7 @@ from tests.modules.helpers import (
     BF16,
     assert_close,
     assert_same_gradients,
+    counts_of,
     document_ids,
     gradients,
     make_network,
@@ -42,8 +43,8 @@ def by_loop(network: Network, batch: PackedBatch, counts: list[int], depths: int
 @pytest.mark.parametrize("depths", [0, 1, 2, 3])
 def test_equals_a_loop(depths: int, masked: float) -> None:
     network = make_network(tiny_config(hybrid_override_pattern="M*"))
-    batch = packed_batch(document_ids([1, 2, 9], [12]), 64, depths, masked=masked)
-    counts = 3 * batch.counts  # those of a window three times as large
+    batch = packed_batch(document_ids([1, 2, 9], [12]), 64, masked=masked)
+    counts = 3 * counts_of(batch, depths)  # those of a window three times as large
     parts = next_token_loss(network, batch, counts, depths, 0.3)
     parts.loss.backward()
     ours = gradients(network)
@@ -58,9 +59,9 @@ def test_equals_a_loop(depths: int, masked: float) -> None:
 
 def test_no_targets_at_all_is_zero_and_finite() -> None:
     network = make_network(tiny_config())
-    batch = packed_batch(document_ids([1] * 6), 64, 2)
-    assert batch.counts.tolist() == [0, 0, 0]
-    parts = next_token_loss(network, batch, batch.counts, 2, 0.3)
+    batch = packed_batch(document_ids([1] * 6), 64)
+    assert counts_of(batch, 2).tolist() == [0, 0, 0]
+    parts = next_token_loss(network, batch, counts_of(batch, 2), 2, 0.3)
     parts.loss.backward()
     assert parts.loss.item() == 0
     assert all(gradient.eq(0).all() for gradient in gradients(network).values())
@@ -68,9 +69,9 @@ def test_no_targets_at_all_is_zero_and_finite() -> None:
 
 def test_bf16_is_near() -> None:
     config = tiny_config(hybrid_override_pattern="M*", mtp_hybrid_override_pattern="*-")
-    batch = packed_batch(document_ids([5, 11], [16]), 64, 1)
+    batch = packed_batch(document_ids([5, 11], [16]), 64)
     loss, low = (
-        next_token_loss(network, batch, batch.counts, 1, 0.3).loss
+        next_token_loss(network, batch, counts_of(batch, 1), 1, 0.3).loss
         for network in (make_network(config), make_network(config, BF16))
     )
     assert low.dtype == torch.float32
