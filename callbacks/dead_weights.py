@@ -74,7 +74,7 @@ class PassingSteps:
 def part_losses(module: StageModule) -> Tensor:
     """Return fp32 [2]: what the network's loss was in the last step, and the MTP block's; 0 where it had no target."""
     loss = torch.as_tensor(module.metrics.get("training/next_token_loss", module.metrics["training/loss"]))
-    mtp = [torch.as_tensor(module.metrics[f"training/mtp_loss_{depth + 1}"]) for depth in range(module.mtp_depths)]
+    mtp = [torch.as_tensor(value) for name, value in module.metrics.items() if name.startswith("training/mtp_loss_")]
     return torch.stack([loss, module.mtp_loss_factor * torch.stack(mtp).sum() if mtp else torch.zeros_like(loss)])
 
 

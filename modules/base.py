@@ -51,8 +51,8 @@ class StageStrategy(Protocol):
         """Say whether the next backward passes add up gradients over ranks, or leave that to a later one."""
         ...
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Return the sum ("sum") or maximum ("max") over all ranks that hold other positions."""
+    def all_reduce(self, tensor: Tensor, op: str = "sum", axes: Sequence[str] = ...) -> Tensor:
+        """Return the sum ("sum") or maximum ("max") over the ranks along mesh axes; over all ranks unless given."""
         ...
 
 
@@ -312,7 +312,7 @@ class StageModule(LightningModule):
         """Record what a step was like; it is written on the logging interval."""
         self.skipped_steps += skip
         self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
-        values = {
+        recorded: dict[str, Tensor | float] = {
             **values,
             "training/gradient_norm": norm,
             "training/learning_rate": self._learning_rate(),
@@ -320,9 +320,9 @@ class StageModule(LightningModule):
             **self.step_guard.metrics(self.skipped_steps),
         }
         if self._is_logged(self.data.progress.steps):
-            self.metrics.record_all(values)
+            self.metrics.record_all(recorded)
         else:
-            self.metrics.update(values)
+            self.metrics.update(recorded)
 
     def _learning_rate(self) -> float:
         """Return the learning rate of the step whose window was handed out last."""

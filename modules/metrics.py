@@ -44,13 +44,13 @@ class Metrics(dict[str, Tensor | float]):
         for name, value in values.items():
             self.record(name, value)
 
-    def end_step(self, all_reduce: Callable[[Tensor, str], Tensor]) -> dict[str, Tensor | float]:
+    def end_step(self, all_reduce: Callable[[Tensor, str], Tensor]) -> dict[str, Tensor]:
         """Reduce what was recorded in a step, and return it.
 
         Args:
             all_reduce: returns a tensor summed ("sum") or its maximum taken ("max") over ranks.
         """
-        step: dict[str, Tensor | float] = {}
+        step: dict[str, Tensor] = {}
         for reduce, parts in self._parts.items():
             if parts:
                 reduced = all_reduce(torch.stack([*parts.values()]), "max" if reduce == "max" else "sum")

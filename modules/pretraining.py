@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from modules.base import MicroBatchLoss, StageModule
@@ -45,7 +44,7 @@ class Pretraining(StageModule):
     def count(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Count the targets of the next token and of each MTP depth [1 + M], and the rows."""
         targets = count_targets(batch.labels, batch.document_ids, self.mtp_depths)
-        return {"targets": targets, "rows": torch.tensor(len(batch.tokens), device=targets.device)}
+        return {"targets": targets, "rows": targets.new_full((), len(batch.tokens))}
 
     def micro_batch_loss(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> MicroBatchLoss:
         """Compute next-token, MTP and auxiliary loss of one micro-batch."""

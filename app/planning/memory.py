@@ -55,8 +55,9 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """Most that any step but the first holds; Lightning frees the old gradients after the forward pass."""
-        forward, update = self.gradients + self.forward_peak, self.gradients + self.update_peak
+        """Most that any step but the first holds."""
+        forward = self.forward_peak + (self.gradients if self.accumulates else 0)
+        update = self.gradients + self.update_peak
         return self.weights + self.optimizer + self.batch + max(forward, self.backward_peak, update)
 
     @property

@@ -12,9 +12,10 @@ when devices are added. It differs from Lightning's ModelParallelStrategy in thr
 import io
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,16 +40,25 @@ ABOUT = "about"
 ATTACHMENTS = "attachments"
 """Key of the checkpoint dictionary: files and folders to copy into the checkpoint."""
 OTHER_STATE = "meta.pt"
+AXES = ("replicate", "shard", "expert", "context")
+"""Axes of the mesh, the ranks of the last next to each other."""
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 TIMEOUT = timedelta(minutes=30)
 MODEL = "model."
 OPTIMIZER = "optimizer."
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all devices, one mesh axis `data_parallel`."""
+    """FSDP2 over all devices of a mesh with the axes `AXES`, of which all but `shard` have size 1.
 
-    def __init__(self) -> None:
+    Args:
+        gradient_sync: When gradients are summed over devices: with the last micro-batch of a step, which costs least
+            time and holds the whole network's gradients on each device until then; or with every one.
+    """
+
+    def __init__(self, gradient_sync: Literal["last", "every"] = "last") -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=TIMEOUT)
+        self._sync_every = gradient_sync == "every"
         self._store: dist.TCPStore | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -77,8 +87,15 @@ class ShardedStrategy(ModelParallelStrategy):
         reset_seed()
         if not dist.is_initialized():
             self._start_process_group()
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",))
+        sizes = tuple(self.world_size if axis == "shard" else 1 for axis in AXES)
+        mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
         self._device_mesh = self.lightning_module._device_mesh = mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """This rank's place among those that read different rows; the ranks of a `context` share theirs."""
+        context = self.device_mesh["context"].size()
+        return {"num_replicas": self.world_size // context, "rank": self.global_rank // context}
 
     def _start_process_group(self) -> None:
         environment = self.cluster_environment
@@ -119,12 +136,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         units: list[ShardingUnit] = network.sharding_units()  # type: ignore[operator]
         assert units[-1].modules == [network], "the network itself is the last sharding unit"
-        mesh = self.device_mesh["data_parallel"]
         for unit in units:
+            (axis,) = (axis for axis in unit.axes if axis == "shard" or self.device_mesh[axis].size() > 1)
             gathered = None if unit.dtype == torch.float32 else unit.dtype
             policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
             modules = unit.modules[0] if len(unit.modules) == 1 else unit.modules
-            fully_shard(modules, mesh=mesh, mp_policy=policy)
+            fully_shard(modules, mesh=self.device_mesh[axis], mp_policy=policy)
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -134,13 +151,14 @@ class ShardedStrategy(ModelParallelStrategy):
         """Say whether backward passes from now on sum gradients over ranks, or keep them for the one that does."""
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(sync, recurse=False)
+                module.set_requires_gradient_sync(sync or self._sync_every, recurse=False)
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Return the sum ("sum") or maximum ("max") over all ranks."""
-        if self.world_size > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    def all_reduce(self, tensor: Tensor, op: str = "sum", axes: Sequence[str] = AXES) -> Tensor:
+        """Return the sum ("sum") or maximum ("max") over the ranks along mesh axes."""
+        for axis in axes:
+            if self.device_mesh[axis].size() > 1:
+                tensor = tensor.clone()
+                dist.all_reduce(tensor, _REDUCTIONS[op], self.device_mesh.get_group(axis))
         return tensor
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

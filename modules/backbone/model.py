@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modules.backbone.cache import Cache
 from modules.backbone.config import BackboneConfig
+from modules.backbone.latent_moe import Experts
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
 from modules.backbone.native import NativeLayers
@@ -48,6 +49,9 @@ class ShardingUnit:
     """The modules, run one after the other."""
     dtype: torch.dtype
     """Dtype their parameters are gathered in."""
+    axes: tuple[str, ...] = ("shard", "expert", "context")
+    """Mesh axes over which their rows are sharded (over `replicate` they are copies). Routed experts leave out
+    `expert`: along it each rank has experts of its own."""
 
 
 class Backbone(nn.Module):
@@ -223,8 +227,8 @@ class Network(nn.Module):
     def sharding_units(self) -> list[ShardingUnit]:
         """Return what a strategy should gather together, inner before outer, the network itself last.
 
-        The matrix products of a layer form one unit per format, gathered in that format's dtype; what is left of the
-        layer (norms, router, `A_log D dt_bias`, convolution) forms an fp32 unit.
+        The matrix products of a layer form one unit per format, gathered in that format's dtype, the routed experts
+        others; what is left of the layer (norms, router, `A_log D dt_bias`, convolution) forms an fp32 unit.
         """
         blocks = [*self.backbone.layers] + ([self.mtp] if self.mtp is not None else [])
         units = []
@@ -315,8 +319,12 @@ def _ahead(tokens: Tensor, documents: DocumentLayout | None, depth: int) -> Tens
 
 
 def _format_units(block: nn.Module) -> list[ShardingUnit]:
-    groups: dict[torch.dtype, list[nn.Module]] = {}
+    routed = {part for module in block.modules() if isinstance(module, Experts) for part in module.children()}
+    groups: dict[tuple[torch.dtype, bool], list[nn.Module]] = {}
     for module in block.modules():
         if isinstance(module, FormattedModule) and module.compute_dtype != torch.float32:
-            groups.setdefault(module.compute_dtype, []).append(module)
-    return [ShardingUnit(modules, dtype) for dtype, modules in groups.items()]
+            groups.setdefault((module.compute_dtype, module in routed), []).append(module)
+    return [
+        ShardingUnit(modules, dtype, ("shard", "context")) if experts else ShardingUnit(modules, dtype)
+        for (dtype, experts), modules in groups.items()
+    ]

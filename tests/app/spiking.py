@@ -2,7 +2,7 @@
 
 import torch
 
-from modules.batch import PackedBatch
+from modules.batch import Window
 from modules.pretraining import Pretraining
 
 
@@ -18,9 +18,8 @@ class BadText(Pretraining):
         super().__init__(**stage)
         self.bad_steps = bad_steps
 
-    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        if self.trainer.global_step + 1 in self.bad_steps:
-            generator = torch.Generator().manual_seed(batch_idx + 100 * self.global_rank)
+    def on_train_batch_start(self, window: Window, batch_idx: int) -> None:
+        generator = torch.Generator().manual_seed(window.step + 100 * self.global_rank)
+        for batch in window.micro_batches if window.step in self.bad_steps else ():
             batch.tokens.copy_(torch.randint(290, batch.tokens.shape, generator=generator))
             batch.labels[batch.labels >= 0] = 7

@@ -102,7 +102,7 @@ def test_changed_configuration_is_shown_and_wins(program, tmp_path):
     assert "goes on after step 6 of 6" in result.output
     assert "  trainer.max_steps: 6 -> 9" in result.output
     assert "  model.init_args.decay: 0.1 -> 0.5" in result.output
-    assert "lr 3.33e-01" in result.output, "the new rate times what the schedule leaves at step 9 of 24"
+    assert "lr 4.50e-01" in result.output, "the new rate times what the schedule says at step 9 of a warm-up of 10"
     assert "decay: 0.5" in (run.folder / "config.yaml").read_text()
     assert scalars(run.folder)["training/loss"] == list(range(1, 10))
 
@@ -154,8 +154,11 @@ def test_checkpoint_of_another_architecture_is_refused(program, tmp_path):
     run = Run(program, tmp_path / "runs")
     assert run.start("--trainer.max_steps=3").code == 0
     for option, difference in (
-        ("--model.init_args.width=8", "8 of another shape (network.block.0.bias: [16] there, [8] here)"),
-        ("--model.init_args.extra=true", "1 missing there (network.extra)"),
+        (
+            "--model.init_args.width=8",
+            "6 of another shape (network.backbone.embeddings.weight: [16, 16] there, [16, 8] here)",
+        ),
+        ("--model.init_args.extra=true", "3 missing there (network.backbone.layers.1.mixer.down_proj.weight)"),
     ):
         result = run.start(option)
         assert result.code == 2

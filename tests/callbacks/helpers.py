@@ -4,6 +4,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from app.loop import use_step_loop
+from callbacks.dashboard import Dashboard
+from callbacks.step import in_order
 from modules.pretraining import Pretraining
 from tests.modules.helpers import ListData, make_trainer
 
@@ -23,7 +25,8 @@ def run(module: Pretraining, data: ListData, *callbacks: Callback, **changes) ->
     """Train over all micro-batches of `data`; return what was logged at each step."""
     values = Values()
     unused = {} if data.validation else {"limit_val_batches": 0}
-    trainer = make_trainer(data.window, **{"logger": values, "callbacks": list(callbacks), **unused, **changes})
+    callbacks = in_order([*callbacks, Dashboard(10**9)])
+    trainer = make_trainer(**{"logger": values, "callbacks": callbacks, **unused, **changes})
     use_step_loop(trainer)
     trainer.fit(module, data)
     return values.points

@@ -3,10 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Callback
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.console import Console
+from callbacks.dashboard import Dashboard
+from callbacks.mock_step import MockStep
+from callbacks.preemption import Preemption
+from callbacks.random_state import RandomState
 from callbacks.samples import Samples, markdown
-from callbacks.step import is_due
+from callbacks.speed import Speed
+from callbacks.startup import Startup
+from callbacks.step import in_order, is_due
+from callbacks.summary import Summary
 from callbacks.validation import Validation
 from modules.errors import UserError
 
@@ -54,19 +63,12 @@ def test_something_is_due_at_its_interval_and_at_the_end(step, last, due):
 
 def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
     """Memory is tried first, then the clock stops; a validation is in the checkpoint; a run is left after a save."""
-    from app.cli import CALLBACKS, LATE
-
-    assert list(CALLBACKS) == [
-        "mock_step",
-        "console",
-        "validation",
-        "samples",
-        "skipped_batches",
-        "health",
-        "quantization_health",
-        "checkpoint",
-    ]
-    assert [late.__name__ for late in LATE] == ["Checkpoint", "Preemption", "Summary"]
+    speed, checkpoint, own = Speed(1), Checkpoint(), Callback()
+    given = [Summary(), Preemption(checkpoint), checkpoint, Dashboard(1), own, Samples(), Validation(), Console()]
+    given += [MockStep(), Startup(speed), speed, RandomState()]
+    names = [type(callback).__name__ for callback in in_order(given)]
+    first, last = ["RandomState", "Speed", "Startup", "MockStep"], ["Dashboard", "Checkpoint", "Preemption", "Summary"]
+    assert names == [*first, "Samples", "Validation", "Console", "Callback", *last]
 
 
 def test_sample_text_keeps_its_lines_and_marks_the_continuation():

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tests.modules.helpers import (
     BF16,
     FP32,
     ListData,
+    LocalStrategy,
     build,
     counts_of,
     document_ids,
@@ -327,22 +329,23 @@ RANKS_PROGRAM = """
 import sys, torch, torch.distributed as dist
 from types import SimpleNamespace
 from torch.distributed.device_mesh import init_device_mesh
-from app.strategies import ShardedStrategy
+from app.strategies.sharded import AXES, ShardedStrategy
 from tests.callbacks.test_quantization import watch_step
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
 strategy = ShardedStrategy()
-strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
-torch.save(watch_step([rank], strategy.shard), f"{folder}/{rank}.pt")
+strategy._device_mesh = init_device_mesh("cpu", (1, 2, 1, 1), mesh_dim_names=AXES)
+torch.save(watch_step([rank], strategy), f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
 
-def watch_step(seeds: list[int], shard) -> list:
+def watch_step(seeds: list[int], strategy) -> list:
     """Watch forward and backward passes over a micro-batch for each seed, on a network with a decayed channel."""
     module = make_module(precision=NEAREST)
+    module._trainer = SimpleNamespace(strategy=strategy)
     network = module.build_network()
-    shard(network)
+    strategy.shard(network)
     network.to_empty(device="cpu")
     initialize(network, 0)
     up = network.backbone.layers[3].mixer.up_proj.weight
@@ -354,8 +357,8 @@ def watch_step(seeds: list[int], shard) -> list:
         loss = next_token_loss(network, batch, 2 * counts_of(batch, 2), 2, 0.3)
         loss.loss.backward()
         counts = counts + torch.stack([routing.counts.sum(0) for routing in loss.output.router])
-    module.expert_counts = module.all_reduce(counts)
-    module.metrics = {"training/loss": module.all_reduce(loss.nats.sum())}
+    module.expert_counts = strategy.all_reduce(counts)
+    module.metrics["training/loss"] = strategy.all_reduce(loss.nats.sum())
     watch.look_at_weights(module)
     passing = PassingSteps(network)
     passing.look_at_gradients()
@@ -374,7 +377,7 @@ def test_two_ranks_see_what_one_sees_in_two_micro_batches(tmp_path) -> None:
         )
         for rank in range(2)
     ]
-    metrics, *names = watch_step([0, 1], lambda network: None)
+    metrics, *names = watch_step([0, 1], LocalStrategy())
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert metrics["weights/decayed_channels/layer_03.up_proj"] == pytest.approx(7 / 48)
     for rank in range(2):

@@ -37,45 +37,32 @@ def spend(seconds: float) -> None:
     Clock.time += seconds
 
 
-class Rows(torch.utils.data.Dataset):
+class SlowData(ListData):
     """Takes 1 second for each micro-batch."""
 
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        spend(1)
-        return self.batches[index]
-
-
-class SlowData(ListData):
-    sequence_length = 16
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(Rows(self.batches), batch_size=None)
+    def windows(self, first):
+        for window in super().windows(first):
+            spend(len(window.micro_batches))
+            yield window
 
 
 class SlowModule(Pretraining):
     """Takes 2 seconds for each forward pass, 4 for each backward pass, 8 for a step, 16 for writing metrics."""
 
-    def micro_batch_loss(self, batch):
+    def micro_batch_loss(self, batch, totals):
         spend(2)
-        return super().micro_batch_loss(batch)
+        return super().micro_batch_loss(batch, totals)
 
     def backward(self, loss, *args, **kwargs) -> None:
         spend(4)
         super().backward(loss, *args, **kwargs)
 
-    def configure_gradient_clipping(self, *args, **kwargs) -> None:
+    def on_before_optimizer_step(self, optimizer) -> None:
         spend(8)
-        super().configure_gradient_clipping(*args, **kwargs)
 
-    def write_metrics(self, metrics) -> None:
+    def on_train_batch_end(self, *args) -> None:
         spend(16)
-        super().write_metrics(metrics)
+        super().on_train_batch_end(*args)
 
     def validation_step(self, batch, batch_idx) -> None:
         spend(100)
@@ -83,12 +70,10 @@ class SlowModule(Pretraining):
 
 
 class Between(StepCallback):
-    """Takes 1000 seconds between two steps, validates after the second one, and takes 200 for samples then."""
+    """Takes 1000 seconds between two steps, and 200 for samples behind a validation."""
 
     def on_step_end(self, trainer, module) -> None:
         spend(1000)
-        if trainer.global_step == 2 and trainer.enable_validation:
-            trainer.fit_loop.epoch_loop.validate()
 
     def on_validation_end(self, trainer, pl_module) -> None:
         spend(200)
@@ -102,7 +87,7 @@ def train(monkeypatch):
 
     def run_with(interval: int, **changes) -> dict[int, dict[str, float]]:
         data = SlowData(row_batches(8), window=2, **changes)
-        return run(make_module(cls=SlowModule), data, Speed(interval), Between())
+        return run(make_module(cls=SlowModule), data, Speed(interval), Between(), val_check_interval=2)
 
     return run_with
 
@@ -138,11 +123,11 @@ def test_nothing_is_logged_between_the_intervals(train):
 
 def test_pauses_are_not_part_of_a_step(train):
     logged = train(1, validation=row_batches(1))
-    assert [values["speed/pause_share"] for step, values in logged.items()] == pytest.approx([0, 0, 316 / 354, 0])
-    third = logged[3]
-    assert third["speed/seconds/validation"] == 116, "with the writing of its metrics"
-    assert third["speed/seconds/sampling"] == 200
-    assert third["speed/mfu"] == pytest.approx(logged[4]["speed/mfu"])
+    shares = [values["speed/pause_share"] for values in logged.values()]
+    assert shares == pytest.approx([0, 300 / 338, 0, 300 / 338])
+    assert logged[2]["speed/seconds/validation"] == 100
+    assert logged[2]["speed/seconds/sampling"] == 200
+    assert logged[2]["speed/mfu"] == pytest.approx(logged[3]["speed/mfu"])
 
 
 def test_host_memory_grows_with_what_is_held():

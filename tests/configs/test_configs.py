@@ -39,8 +39,8 @@ def test_model_and_data_of_every_run_fit_together(file: Path):
     module, data = run.instantiate("model"), run.instantiate("data")
     assert isinstance(module, StageModule)
     module.build_network()
-    module.schedule.check_length(data.total_tokens)
-    assert data.total_tokens == data.steps * data.global_batch_size * data.sequence_length
+    module.schedule.check_length(data.total.tokens)
+    assert data.total.tokens == data.total.steps * data.global_batch_size * data.sequence_length
     assert data.global_batch_size % data.micro_batch_size == 0
 
 
@@ -81,11 +81,11 @@ def test_super_has_the_published_run():
     run = parse(CONFIGS / "pretrain" / "super.yaml")
     module, data = run.instantiate("model"), run.instantiate("data")
     assert (data.global_batch_size, data.sequence_length) == (3072, 8192)
-    assert abs(data.steps - 993_404) <= 10  # published iterations; ours follow from 25T tokens
-    assert round(module.schedule.decay_tokens / data.tokens_at(1)) == 198_682
+    assert abs(data.total.steps - 993_404) <= 10  # published iterations; ours follow from 25T tokens
+    assert round(module.schedule.decay_tokens / data.after(1).tokens) == 198_682
     rate = module.optimizer_config.learning_rate
-    assert rate * module.schedule.factor(200_000_000_000, data.total_tokens) == 4.5e-4
-    assert rate * module.schedule.factor(data.total_tokens, data.total_tokens) == pytest.approx(4.5e-6)
+    assert rate * module.schedule.factor(200_000_000_000, data.total.tokens) == 4.5e-4
+    assert rate * module.schedule.factor(data.total.tokens, data.total.tokens) == pytest.approx(4.5e-6)
     for phase, tokens in zip(data.phases, (20e12, None), strict=True):
         assert phase.until_tokens == tokens
         assert sum(phase.sources.values()) == pytest.approx(100)

@@ -10,32 +10,36 @@ import pytest
 import torch
 
 from datamodules.corpus import Corpus
-from datamodules.loader import TrainingLoader, ValidationLoader
+from datamodules.loader import ValidationLoader
 from datamodules.preparation import prepare_corpus
 from datamodules.pretraining import Phase, PretrainingData, Source
-from modules.batch import PackedBatch
+from modules.batch import PackedBatch, Progress, Window
 from modules.errors import UserError
 from tests.datamodules.conftest import small
+from tests.modules.helpers import LocalStrategy
 
 
 class Recorder(pl.LightningModule):
     """A module that writes down what it is given."""
 
-    mtp_depths = 2
-
     def __init__(self) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, int, int]] = []
-        self.validated: list[list[int]] = []
+        self.seen: list[tuple[int, int]] = []
+        self.progress: list[Progress] = []
+        self.validated: list[int] = []
 
-    def training_step(self, batch: PackedBatch, index: int) -> torch.Tensor:
-        assert batch.counts.shape == (3,)
-        self.seen += [(self.global_step, int(row.sum()), int(batch.counts[0])) for row in batch.tokens]
-        return self.weight.square()
+    def training_step(self, window: Window, index: int) -> None:
+        assert window.step == self.global_step + 1 == index + 1
+        assert (window.samples, window.tokens) == (8, 8 * 64)
+        self.seen += [(window.step, int(row.sum())) for batch in window.micro_batches for row in batch.tokens]
+        self.progress.append(self.trainer.datamodule.progress)
+        self.manual_backward(self.weight.square())
+        self.optimizers().step()
 
     def validation_step(self, batch: PackedBatch, index: int) -> None:
-        self.validated.append(batch.counts.tolist())
+        self.validated.append(int(batch.tokens.sum()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -58,6 +62,7 @@ def make_data(folder: Path, **options: Any) -> PretrainingData:
 def fit(data: PretrainingData, callbacks: list[pl.Callback] | None = None, checkpoint: Path | None = None) -> Recorder:
     module = Recorder()
     trainer = pl.Trainer(
+        strategy=LocalStrategy(),
         accelerator="cpu",
         max_epochs=1,
         logger=False,
@@ -66,7 +71,7 @@ def fit(data: PretrainingData, callbacks: list[pl.Callback] | None = None, check
         enable_model_summary=False,
         use_distributed_sampler=False,
         check_val_every_n_epoch=None,
-        val_check_interval=5 * 8 // data.micro_batch_size,
+        val_check_interval=5,
         num_sanity_val_steps=0,
         callbacks=callbacks,
     )
@@ -84,7 +89,8 @@ def whole_run(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_run_has_its_steps_and_its_validation(whole_run: tuple[Recorder, Path], corpus_folder: Path):
     module, _ = whole_run
-    assert [step for step, _, _ in module.seen] == [step for step in range(10) for _ in range(8)]
+    assert [step for step, _ in module.seen] == [step + 1 for step in range(10) for _ in range(8)]
+    assert module.progress == [Progress(steps=n, tokens=512 * n, samples=8 * n) for n in range(1, 11)]
     held_out = Corpus(str(corpus_folder)).rows("validation")
     batches = -(-len(held_out) // 2)
     assert len(module.validated) == 2 * batches
@@ -99,6 +105,7 @@ def test_a_resumed_run_sees_the_rest_for_any_micro_batch_and_workers(
     data = make_data(corpus_folder, micro_batch_size=micro, workers=workers)
     resumed = fit(data, checkpoint=checkpoint)
     assert resumed.seen == whole.seen[4 * 8 :]
+    assert resumed.progress == whole.progress[4:]
     assert len(resumed.validated) == 2 * len(data.val_dataloader())
 
 
@@ -109,15 +116,15 @@ def test_a_run_goes_on_only_with_the_same_tokens_in_a_step(whole_run: tuple[Reco
 
 def test_what_it_says_about_itself(corpus_folder: Path, documents: list[str]):
     data = make_data(corpus_folder, total_tokens=5000)
-    assert (data.steps, data.total_tokens, data.tokens_at(3)) == (10, 5120, 1536)
+    assert data.total == Progress(steps=10, tokens=5120, samples=80)
     assert data.vocab_size == Corpus(str(corpus_folder)).metadata["tokenizer"]["vocab_size"] > 300
-    assert data.token_bytes.dtype == torch.int64
-    assert data.token_bytes.shape == (data.vocab_size,)
+    assert data.token_bytes().dtype == torch.int64
+    assert data.token_bytes().shape == (data.vocab_size,)
     assert data.decode(data.encode("def f</s>")) == "def f</s>"
     assert data.encode("</s>") == [2]
     assert data.decode(torch.tensor(data.encode("naïve"))) == "naïve"
     assert (data.tokenizer_folder / "tokenizer.json").is_file()
-    assert data.gzip_bits_per_byte == Corpus(str(corpus_folder)).metadata["gzip_bits_per_byte"]
+    assert data.gzip_bits_per_byte() == Corpus(str(corpus_folder)).metadata["gzip_bits_per_byte"]
     prompts = data.sample_prompts(3, 10)
     assert [len(prompt) for prompt in prompts] == [10] * 3
     assert all(any(text.startswith(data.decode(prompt)) for text in documents) for prompt in prompts)
@@ -155,11 +162,9 @@ def test_sources_are_mixed_by_phase(corpus_folder: Path, second_folder: Path):
     )
     data.setup("fit")
     rows = {name: {row.tobytes() for row, _ in read_all(corpus)} for name, corpus in data.corpora.items()}
-    loader = data.train_dataloader()
-    assert isinstance(loader, TrainingLoader)
     for step in range(10):
-        batches = [batch for _, batch in zip(range(4), iter_from(loader, step), strict=False)]
-        found = [row.to(torch.int32).numpy().tobytes() for batch in batches for row in batch.tokens]
+        window = next(data.windows(step))
+        found = [row.to(torch.int32).numpy().tobytes() for batch in window.micro_batches for row in batch.tokens]
         few = sum(row in rows["small"] for row in found)
         assert all(row in rows["big"] | rows["small"] for row in found)
         assert few == (2 if step < 6 else 8)
@@ -172,11 +177,6 @@ def test_sources_are_mixed_by_phase(corpus_folder: Path, second_folder: Path):
 def read_all(corpus: Corpus) -> list[tuple[np.ndarray, np.ndarray]]:
     reader = corpus.rows("train")
     return [reader.read(row) for row in range(len(reader))]
-
-
-def iter_from(loader: TrainingLoader, step: int):
-    loader.load_state_dict({"steps": step})
-    return iter(loader)
 
 
 def test_the_default_corpus_is_prepared_where_it_is_missing(tmp_path, monkeypatch, capsys):
@@ -244,43 +244,27 @@ def test_a_corpus_without_held_out_rows_needs_validation_switched_off(sources: P
     check(r"^data\.validation_rows: no corpus has held-out rows", tmp_path / "train_only")
     data = make_data(tmp_path / "train_only", validation_rows=0)
     data.setup("fit")
-    assert data.gzip_bits_per_byte is None
+    assert data.gzip_bits_per_byte() is None
 
 
-def test_accumulation_follows_from_the_batch_sizes(corpus_folder: Path):
-    for options, accumulate, message in (
-        ({"global_batch_size": 6, "micro_batch_size": 4}, 1, r"^data\.global_batch_size: 6 rows .* multiple of 4"),
-        (
-            {"global_batch_size": 8, "micro_batch_size": 2},
-            3,
-            r"^trainer\.accumulate_grad_batches: 3 contradicts .* = 4",
-        ),
-    ):
-        data = make_data(corpus_folder, **options)
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, accumulate_grad_batches=accumulate, barebones=True
-        )
-        with pytest.raises(UserError, match=message):
-            trainer.fit(Recorder(), datamodule=data)
+def test_a_batch_that_does_not_divide_is_refused(corpus_folder: Path):
+    check(r"^data\.global_batch_size: 6 rows .* multiple of 4", corpus_folder, global_batch_size=6, micro_batch_size=4)
 
 
 def test_each_rank_takes_its_part_of_a_step(corpus_folder: Path):
     whole = make_data(corpus_folder)
     whole.setup("fit")
-    expected = torch.cat([batch.tokens for _, batch in zip(range(4), whole.train_dataloader(), strict=False)])
+    expected = torch.cat([batch.tokens for batch in next(whole.windows(0)).micro_batches])
     parts = []
     for rank in range(2):
         data = make_data(corpus_folder)
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            strategy=SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}),
-            lightning_module=SimpleNamespace(mtp_depths=3),
-            accumulate_grad_batches=1,
-        )
+        place = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
+        data.trainer = SimpleNamespace(strategy=place)  # type: ignore[assignment]
         data.setup("fit")
-        assert data.trainer.accumulate_grad_batches == data.accumulation == 2
-        batches = [batch for _, batch in zip(range(2), data.train_dataloader(), strict=False)]
-        assert batches[0].counts.shape == (4,)
-        parts.append(torch.cat([batch.tokens for batch in batches]))
+        window = next(data.windows(0))
+        assert len(window.micro_batches) == data.micro_batches == 2
+        assert (window.tokens, window.samples) == (512, 8), "of all ranks"
+        parts.append(torch.cat([batch.tokens for batch in window.micro_batches]))
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), expected)
 
 

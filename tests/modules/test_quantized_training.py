@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modules.batch import Progress
 from modules.precision.recipe import FormatSwitch, PrecisionConfig
 from tests.modules.helpers import (
     BF16,
@@ -94,5 +95,6 @@ def test_a_loaded_checkpoint_has_the_formats_of_its_tokens() -> None:
     module, _ = train(switched, batches=2, window=1)
     scheme = module.built_network.get_submodule("backbone.layers.0.mixer.in_proj").scheme
     for step, chosen in ((0, "nvfp4"), (1, "bf16")):
-        module.on_load_checkpoint({"global_step": step})
+        module.data.progress = Progress(steps=step, tokens=step * TOKENS, samples=step)
+        module.on_validation_start()
         assert scheme.products.fprop == chosen

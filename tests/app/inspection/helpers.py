@@ -22,25 +22,22 @@ def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text)
 
 
-def batch(
-    tokens: list[list[int]], labels: list[list[int]], documents: list[list[int]], counts: list[int]
-) -> PackedBatch:
+def batch(tokens: list[list[int]], labels: list[list[int]], documents: list[list[int]]) -> PackedBatch:
     return PackedBatch(
         tokens=torch.tensor(tokens),
         labels=torch.tensor(labels),
         document_ids=torch.tensor(documents, dtype=torch.int32),
-        counts=torch.tensor(counts),
     )
 
 
 def view_of(*batches: PackedBatch, vocab_size: int = SMALLEST_VOCABULARY) -> BatchView:
     rows = sum(len(one.tokens) for one in batches)
-    return build_view(batches, byte_tokenizer(), vocab_size, [f"corpus row {row}" for row in range(rows)])
+    return build_view(batches, byte_tokenizer(), vocab_size, [f"corpus row {row}" for row in range(rows)], 1)
 
 
 def packed() -> list[PackedBatch]:
     """Two micro-batches: "ab", "c" and padding; a document that fills its row and goes on elsewhere."""
     a, b, c, d, e, f = ids("abcdef")
-    first = batch([[a, b, EOS, c, EOS, PAD]], [[b, EOS, NONE, EOS, NONE, NONE]], [[0, 0, 0, 1, 1, 2]], [8, 5])
-    second = batch([[a, b, c, d, e, f]], [[b, c, d, e, f, NONE]], [[0] * 6], [8, 5])
+    first = batch([[a, b, EOS, c, EOS, PAD]], [[b, EOS, NONE, EOS, NONE, NONE]], [[0, 0, 0, 1, 1, 2]])
+    second = batch([[a, b, c, d, e, f]], [[b, c, d, e, f, NONE]], [[0] * 6])
     return [first, second]

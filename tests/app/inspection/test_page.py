@@ -120,7 +120,7 @@ def test_a_token_that_ends_a_script_does_not_end_the_data(tmp_path: Path):
     tokenizer._inner.add_tokens(["</script>"])
     tokenizer = Tokenizer(tokenizer._inner, EOS, 0)
     index = tokenizer.vocab_size - 1
-    one = batch([[index, EOS]], [[EOS, NONE]], [[0, 0]], [1])
+    one = batch([[index, EOS]], [[EOS, NONE]], [[0, 0]])
     page = page_of(build_view([one], tokenizer, tokenizer.vocab_size, [""]), tmp_path)
     assert page.data["vocabulary"][str(index)] == "</script>"
     assert page.documents["r0d0"][0] == ("", "</script>")

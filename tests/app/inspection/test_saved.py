@@ -33,6 +33,12 @@ def test_what_was_saved_is_read(tmp_path: Path):
         assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in given.tensors().items())
 
 
+def test_a_file_of_before_with_the_counts_of_its_window_is_read(tmp_path: Path):
+    batches = [batch.tensors() | {"counts": torch.tensor([8, 5])} for batch in packed()]
+    torch.save(content() | {"micro_batches": batches}, tmp_path / "batch.pt")
+    assert torch.equal(saved.load(tmp_path / "batch.pt").micro_batches[1].tokens, packed()[1].tokens)
+
+
 def change(**fields: object) -> Callable[[], Any]:
     return lambda: content() | fields
 
@@ -57,8 +63,10 @@ def without(name: str) -> Callable[[], Any]:
         (change_batch(tokens=torch.zeros(1, 6)), "tokens holds no integers"),
         (change_batch(labels=None), "labels holds no integers"),
         (change_batch(labels=torch.zeros(1, 5, dtype=torch.int64)), "not [rows, positions] alike"),
-        (change_batch(counts=torch.zeros(1, 1, dtype=torch.int64)), "counts is no list"),
-        (change_batch(counts=torch.zeros(3, dtype=torch.int64)), "different sizes"),
+        (
+            change_batch(**dict.fromkeys(("tokens", "labels", "document_ids"), torch.zeros(1, 5, dtype=torch.int64))),
+            "different sizes",
+        ),
         (lambda: [1, 2], "list indices"),
     ],
 )

@@ -70,7 +70,7 @@ def test_lines_fit_the_width_also_with_wide_characters():
 def test_masked_stretches_are_marked():
     tokens = [CHAT_START, *ids("question"), CHAT_START, *ids("yes"), EOS]
     labels = [NONE] * 9 + [*tokens[10:], NONE]
-    view = view_of(batch([tokens], [labels], [[0] * len(tokens)], [4]))
+    view = view_of(batch([tokens], [labels], [[0] * len(tokens)]))
     assert "    ⟦«<|im_start|>»question⟧«<|im_start|>»yes⟦«</s>»⟧" in write_rows(view, view.rows, False, PLAIN)
 
 

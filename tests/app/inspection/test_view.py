@@ -47,11 +47,11 @@ def test_lines_above_rows_and_documents():
 
 
 def test_only_the_end_of_a_row_without_labels_is_padding():
-    middle = view_of(batch([[PAD, PAD, *ids("a")]], [[NONE] * 3], [[0, 0, 1]], [0]))
+    middle = view_of(batch([[PAD, PAD, *ids("a")]], [[NONE] * 3], [[0, 0, 1]]))
     assert [document.padding for document in middle.rows[0].documents] == [False, False]
-    labelled = view_of(batch([[*ids("a"), PAD, PAD]], [[NONE, PAD, NONE]], [[0, 1, 1]], [1]))
+    labelled = view_of(batch([[*ids("a"), PAD, PAD]], [[NONE, PAD, NONE]], [[0, 1, 1]]))
     assert [document.padding for document in labelled.rows[0].documents] == [False, False]
-    empty = view_of(batch([[PAD, PAD]], [[NONE, NONE]], [[0, 0]], [0]))
+    empty = view_of(batch([[PAD, PAD]], [[NONE, NONE]], [[0, 0]]))
     assert empty.rows[0].documents[0].padding
     assert ("documents", "0 (0.0 a row)") in summary(empty)
 

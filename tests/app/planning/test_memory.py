@@ -77,23 +77,21 @@ def peaks(module: Pretraining, documents: list[list[int]], accumulates: bool = F
     network.tie_weights()
     initialize(network, 0)
     module.network = network
-    module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)
-    module.all_reduce = lambda tensor: tensor
     optimizer = module.configure_optimizers()
     batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size)
+    totals = {name: value.float() for name, value in module.count(batch).items()}
     counted, found = tracker(), []
     counted.track_external(network, *batch.tensors().values())
     with counted:
         for _ in range(2):
-            for micro_batch in range(1 + accumulates):
-                loss = module.micro_batch_loss(batch).loss
-                if micro_batch == 0:
-                    optimizer.zero_grad()  # after the forward pass, as Lightning does
+            for _ in range(1 + accumulates):
+                loss = module.micro_batch_loss(batch, totals).loss
                 loss.backward()
                 del loss
                 counted.reset_mod_stats()
             clip_gradients(network.parameters(), 1.0)
             optimizer.step()
+            optimizer.zero_grad()
             found.append(counted._peak_mem[torch.device("cpu")])
     return found
 
@@ -124,7 +122,7 @@ def test_the_quick_tracker_counts_as_mem_tracker_does() -> None:
 def mesh(request):
     """A mesh of devices that exist only in name; what a rank holds is real."""
     dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("data_parallel",))
+    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("shard",))
     dist.destroy_process_group()
 
 
@@ -132,7 +130,7 @@ def mesh(request):
 def test_a_rank_of_fsdp2_holds_what_mem_tracker_counts(case: str, mesh) -> None:
     module, documents = stage(case)
     planned = measure_step(module, documents, devices=mesh.size())
-    assert_same_peaks(planned, peaks(module, documents, mesh={"data_parallel": mesh}))
+    assert_same_peaks(planned, peaks(module, documents, mesh={"shard": mesh}))
 
 
 def test_parts_by_hand() -> None:

@@ -14,26 +14,33 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from app.strategies import ShardedStrategy
+from app.strategies.sharded import AXES, ShardedStrategy
+from modules.backbone.model import ShardingUnit
 from modules.objectives.next_token import next_token_loss
 from modules.precision.recipe import FormatSchedule, PrecisionConfig, PrecisionRule
 from tests.app.helpers import ROOT, load_tensors, losses
-from tests.app.standin import Unit
 from tests.modules.helpers import counts_of, document_ids, make_network, packed_batch, tiny_config
 
 RANK_PROGRAM = """
 import json, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from app.strategies import ShardedStrategy
-from tests.app.standin import Network
-rank, file = int(sys.argv[1]), sys.argv[2]
+from app.strategies.sharded import AXES, ShardedStrategy
+from tests.app.strategies.test_sharded import Small
+rank, file, micro_batches = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
 strategy = ShardedStrategy()
-strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+strategy._device_mesh = init_device_mesh("cpu", (1, 2, 1, 1), mesh_dim_names=AXES)
 torch.manual_seed(0)
-network = Network(4, False, 0.0)
+network = Small()
 strategy.shard(network)
-network(torch.arange(8).view(1, 8) + rank).square().sum().backward()
+for number in range(micro_batches):
+    strategy.sync_gradients(network, number == micro_batches - 1)
+    network(torch.arange(8).view(1, 8) + rank + 2 * number).square().sum().backward()
+    kept = [p.grad is None for p in network.parameters()]
+    assert all(kept) if number < micro_batches - 1 else not any(kept), "shards get their sums at the end"
+assert strategy.all_reduce(torch.tensor([rank + 1.0, rank])).tolist() == [3, 1]
+assert strategy.all_reduce(torch.tensor(float(rank)), "max").item() == 1
+assert strategy.all_reduce(torch.tensor(7.0), axes=("replicate", "expert", "context")).item() == 7
 gradients = {name: p.grad.full_tensor().flatten().tolist() for name, p in network.named_parameters()}
 if rank == 0:
     print(json.dumps([gradients, {name: list(p.to_local().shape) for name, p in network.named_parameters()}]))
@@ -41,23 +48,40 @@ dist.destroy_process_group()
 """
 
 
+class Small(nn.Module):
+    """Units of one and of several modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Embedding(16, 4)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 16)
+
+    def forward(self, tokens):
+        hidden = self.embeddings(tokens)
+        return self.head(self.norm(hidden + self.block(hidden)))
+
+    def sharding_units(self):
+        modules = ([self.block], [self.embeddings, self.head], [self])
+        return [ShardingUnit(parts, torch.float32) for parts in modules]
+
+
 @pytest.fixture
 def strategy():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     made = ShardedStrategy()
-    made._device_mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    made._device_mesh = init_device_mesh("cpu", (1, 1, 1, 1), mesh_dim_names=AXES)
     yield made
     dist.destroy_process_group()
 
 
-def test_gradients_are_summed_over_ranks(tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_are_summed_over_ranks(tmp_path, micro_batches):
     """Two ranks with other rows each give the gradient of all rows on one plain module."""
-    from tests.app.standin import Network
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store"), str(micro_batches)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -68,8 +92,8 @@ def test_gradients_are_summed_over_ranks(tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     gradients, shapes = json.loads(outputs[0].splitlines()[-1])
     torch.manual_seed(0)
-    network = Network(4, False, 0.0)
-    tokens = torch.stack([torch.arange(8), torch.arange(8) + 1])
+    network = Small()
+    tokens = torch.stack([torch.arange(8) + row for row in range(2 * micro_batches)])
     network(tokens).square().sum().backward()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(torch.tensor(gradients[name]), parameter.grad.flatten(), msg=name)
@@ -93,7 +117,10 @@ def test_units_are_gathered_in_their_type_and_stored_in_fp32(strategy):
             return self.full(self.low(x.bfloat16()).float())
 
         def sharding_units(self):
-            return [Unit([self.low], torch.bfloat16), Unit([self.full], torch.float32), Unit([self], None)]
+            return [
+                ShardingUnit(*unit)
+                for unit in (([self.low], torch.bfloat16), ([self.full], torch.float32), ([self], torch.float32))
+            ]
 
     network = Probe()
     strategy.shard(network)
@@ -109,7 +136,7 @@ def test_units_are_gathered_in_their_type_and_stored_in_fp32(strategy):
 def test_the_network_must_be_its_last_unit(strategy):
     class Wrong(nn.Linear):
         def sharding_units(self):
-            return [Unit([self, self], None)]
+            return [ShardingUnit([self, self], torch.float32)]
 
     with pytest.raises(AssertionError, match="last sharding unit"):
         strategy.shard(Wrong(2, 2))

@@ -117,7 +117,8 @@ def test_whole_network_with_mtp(rows: tuple[list[int], list[int]]) -> None:
 
 def loss_of(network: Network, batches: list[PackedBatch]) -> tuple[float, Tensor, dict[str, Tensor]]:
     network.zero_grad()
-    parts = [next_token_loss(network, batch, counts_of(batch, DEPTHS), DEPTHS, 0.3) for batch in batches]
+    counts = torch.stack([counts_of(batch, DEPTHS) for batch in batches]).sum(0)
+    parts = [next_token_loss(network, batch, counts, DEPTHS, 0.3) for batch in batches]
     total = torch.stack([part.loss for part in parts]).sum()
     total.backward()
     return total.item(), torch.stack([part.nats for part in parts]).sum(0), gradients(network)
