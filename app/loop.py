@@ -1,8 +1,8 @@
 """The loop over windows, where Lightning's own does not do what we want.
 
-Lightning's batch is a window, its step an optimiser step. What is added is a hook behind everything that belongs to a
-step, the validation that was due included: a checkpoint taken there neither repeats nor misses a point of a curve. What
-is taken away is its question to every rank in every step for SIGTERM (`callbacks/preemption.py` asks without waiting).
+Lightning's batch is a window, its step an optimiser step. What is added are hooks at the end of a step, one of them
+behind the validation that was due: a checkpoint taken there neither repeats nor misses a point of a curve. What is
+taken away is its question to every rank in every step for SIGTERM (`callbacks/preemption.py` asks without waiting).
 """
 
 from contextlib import nullcontext
@@ -45,12 +45,15 @@ class StepLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = False  # a finished run may have been made longer
 
     def on_advance_end(self, data_fetcher: Any) -> None:  # noqa: ANN401 (Lightning's signature)
-        """Validate if it is due, without touching the random numbers of training; then call the callbacks."""
+        """Call the callbacks before and after the validation, if one is due; it leaves random numbers alone."""
         resumed = self._skip_next_val  # nothing was done: the run was saved behind a validation that is due again
+        callbacks = [] if resumed else self._step_callbacks
+        for callback in callbacks:
+            callback.on_step_end(self.trainer, self.trainer.lightning_module)
         with isolate_rng() if self._should_check_val_fx(data_fetcher) else nullcontext():
             super().on_advance_end(data_fetcher)
-        for callback in () if resumed else self._step_callbacks:
-            callback.on_step_end(self.trainer, self.trainer.lightning_module)
+        for callback in callbacks:
+            callback.on_step_closed(self.trainer, self.trainer.lightning_module)
 
     def _on_before_fetch(self) -> None:
         super()._on_before_fetch()

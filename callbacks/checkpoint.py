@@ -48,7 +48,7 @@ class Checkpoint(StepCallback):
         """Remember what a resumed run has on disk already."""
         self.saved_step = trainer.global_step
 
-    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_step_closed(self, trainer: Trainer, module: LightningModule) -> None:
         """Save if it is due."""
         if is_due(self.every_n_steps, trainer):
             self.save(trainer)

@@ -100,7 +100,7 @@ class Dashboard(StepCallback):
             trainer.logger.experiment.add_custom_scalars(custom_scalars())  # type: ignore[attr-defined]
         stage(pl_module).write_metrics()
 
-    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_step_closed(self, trainer: Trainer, module: LightningModule) -> None:
         """Write, and let TensorBoard see everything up to here whenever the constant curves are due."""
         due = is_due(self.every_n_steps, trainer)
         if due:

@@ -45,7 +45,7 @@ class Preemption(StepCallback):
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
 
-    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_step_closed(self, trainer: Trainer, module: LightningModule) -> None:
         """Save and exit if any rank has got a signal.
 
         Raises:

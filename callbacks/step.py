@@ -1,8 +1,7 @@
-"""What our callbacks share: a hook at the end of each optimiser step, their order, and the types of what they look at.
+"""What our callbacks share: hooks at the end of each optimiser step, their order, and the types of what they look at.
 
-Lightning's batch is a window, so its hooks at the beginning and end of a batch are those of a step; but the last of
-them runs before the validation that is due, and while its counters still say that the step is unfinished. `on_step_end`
-runs behind both: where metrics are written, and checkpoints taken.
+Lightning's batch is a window, so its hooks at the beginning and end of a batch are those of a step; but when the last
+of them runs, its counters still say that the step is unfinished, and the validation that is due is still to come.
 """
 
 from typing import ClassVar, Protocol, cast
@@ -44,7 +43,10 @@ class StepCallback(Callback):
         """Run before the loader is asked for a window: training goes on, whatever callbacks did before."""
 
     def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Run after an optimiser step; `trainer.global_step` counts it already."""
+        """Run after an optimiser step; Lightning counts it already."""
+
+    def on_step_closed(self, trainer: Trainer, module: LightningModule) -> None:
+        """Run when all that belongs to a step is done, a validation too: time to write metrics and checkpoints."""
 
 
 def in_order(callbacks: list[Callback]) -> list[Callback]:

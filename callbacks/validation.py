@@ -27,8 +27,6 @@ class Validation(StepCallback):
         if trainer.global_step == 0:
             step_loop(trainer).validate()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Let Lightning validate after the last step too: it does where a run is asked to stop."""
         trainer.should_stop |= step_loop(trainer).is_last_step

@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from callbacks.dashboard import BAND, LAYOUT
 from datamodules.preparation import Preparation, prepare_corpus
+from modules.checkpoints import folder
 from tests.app.helpers import ROOT, Program, kill_when, same_checkpoint, scalars
 
 STEPS = 9
+STORED = Path(__file__).parent / "stored"
 RUN_FILE = """\
 name: run
 model:
@@ -125,6 +128,27 @@ def test_killed_pretraining_equals_the_uninterrupted_one(program, run_file, whol
     steps = scalars(run)
     assert steps["training/loss"] == list(range(1, STEPS + 1))
     assert steps["validation/bits_per_byte"] == [0, 3, 6, 9]
+
+
+def test_a_checkpoint_in_micro_batches_goes_on_at_its_step(program, run_file, whole, tmp_path):
+    """As those up to 4f1aead: Lightning's batch was a micro-batch, and the loader saved its own state.
+
+    `meta_4f1aead.pt` is that of step 4 of this very run file; the numbers in it that depend on the machine are new.
+    """
+    assert start(program, run_file, tmp_path, "--trainer.max_steps=4").code == 0
+    saved = tmp_path / "run" / "checkpoints" / "step=00000004"
+    old, new = (torch.load(file, weights_only=True) for file in (STORED / "meta_4f1aead.pt", saved / "meta.pt"))
+    assert old["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 8
+    old |= {name: new[name] for name in ("random_state", "step_guard")}
+    partial = folder.begin(saved)
+    shutil.copytree(saved, partial, dirs_exist_ok=True)
+    torch.save(old, partial / "meta.pt")
+    folder.publish(saved, folder.describe(saved))
+    result = start(program, run_file, tmp_path)
+    assert result.code == 0, result.output
+    assert "goes on after step 4 of 4" in result.output
+    same_checkpoint(tmp_path / "run" / f"checkpoints/step={STEPS:08d}", whole / f"checkpoints/step={STEPS:08d}")
+    assert scalars(tmp_path / "run")["training/loss"] == list(range(1, STEPS + 1))
 
 
 def test_a_checkpoint_stands_alone(whole):
