@@ -43,16 +43,15 @@ class StepLoop(_TrainingEpochLoop):
         """Prepare to start or to resume."""
         super().reset()
         self.batch_progress.is_last_batch = False  # a finished run may have been made longer
+        self.restarting = False  # a run is saved behind the validation of its step: nothing is to be made up for
 
     def on_advance_end(self, data_fetcher: Any) -> None:  # noqa: ANN401 (Lightning's signature)
         """Call the callbacks before and after the validation, if one is due; it leaves random numbers alone."""
-        resumed = self._skip_next_val  # nothing was done: the run was saved behind a validation that is due again
-        callbacks = [] if resumed else self._step_callbacks
-        for callback in callbacks:
+        for callback in self._step_callbacks:
             callback.on_step_end(self.trainer, self.trainer.lightning_module)
         with isolate_rng() if self._should_check_val_fx(data_fetcher) else nullcontext():
             super().on_advance_end(data_fetcher)
-        for callback in callbacks:
+        for callback in self._step_callbacks:
             callback.on_step_closed(self.trainer, self.trainer.lightning_module)
 
     def _on_before_fetch(self) -> None:

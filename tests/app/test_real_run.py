@@ -141,7 +141,7 @@ def test_a_checkpoint_in_micro_batches_goes_on_at_its_step(program, run_file, wh
     assert old["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 8
     old |= {name: new[name] for name in ("random_state", "step_guard")}
     partial = folder.begin(saved)
-    shutil.copytree(saved, partial, dirs_exist_ok=True)
+    shutil.copytree(saved, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(folder.MANIFEST))
     torch.save(old, partial / "meta.pt")
     folder.publish(saved, folder.describe(saved))
     result = start(program, run_file, tmp_path)
