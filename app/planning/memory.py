@@ -22,7 +22,7 @@ from app.planning.sharding import Sharding, replace_by_shards
 from modules.backbone.model import Network
 from modules.base import StageModule
 from modules.batch import PackedBatch
-from modules.ops import cross_entropy
+from modules.ops import chunked_head
 from modules.optim.clipping import clip_gradients
 
 
@@ -191,7 +191,7 @@ def _training(module: StageModule, network: Network, kind: str) -> Iterator[Stag
     module = copy.deepcopy(module)
     module.network = network
     module._trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)  # type: ignore[assignment]
-    chunks = cross_entropy._CHUNK_LOGITS
+    chunks = chunked_head.CHUNK_LOGITS
     fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
     with patch.dict(chunks, {"meta": chunks[kind]}), patch(fused, lambda: ["meta"]):
         yield module
