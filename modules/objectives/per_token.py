@@ -44,10 +44,11 @@ def against(
         transform: of the teacher's logits.
 
     Returns:
-        An objective with the per-token input `teacher_hidden` [N, D], computed now or read from a cache.
+        An objective with the per-token inputs `teacher_hidden` [N, D], computed now or read from a cache, and
+        optionally `labels`, which only say what counts.
     """
 
-    def objective(logits: Tensor, teacher_hidden: Tensor) -> Scored:
+    def objective(logits: Tensor, teacher_hidden: Tensor, labels: Tensor | None = None) -> Scored:
         teacher_logits = teacher_head(teacher_hidden)
         transform.apply_(teacher_logits)
         return divergence(logits, teacher_logits)
@@ -87,13 +88,16 @@ def mean_squared_error(logits: Tensor, teacher_logits: Tensor) -> Scored:
     return {"loss": difference.square().mean(-1)}, difference * (2 / logits.shape[-1])
 
 
-def top_k_kl(logits: Tensor, teacher_log_probabilities: Tensor, teacher_ids: Tensor) -> Scored:
+def top_k_kl(
+    logits: Tensor, teacher_log_probabilities: Tensor, teacher_ids: Tensor, labels: Tensor | None = None
+) -> Scored:
     """Compute KL(p || q) over K tokens of the teacher's and, as one more outcome, all others together.
 
     Args:
         logits: fp32 [C, V], overwritten.
         teacher_log_probabilities: [C, K] of the tokens, normalised over the whole vocabulary.
         teacher_ids: int64 [C, K], distinct; K < V.
+        labels: only say what counts.
     """
     log_p, log_q = teacher_log_probabilities.float(), logits.log_softmax(-1)
     p, chosen = log_p.exp(), log_q.gather(1, teacher_ids)

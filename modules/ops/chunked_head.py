@@ -23,8 +23,8 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 
 Objective = Callable[..., tuple[dict[str, Tensor], Tensor]]
 """Takes fp32 logits [C, V], which it may overwrite, and per-token inputs [C, ...] by name; runs without autograd.
-Returns results [C, ...] by name, one of them `loss` (fp32 [C]), and the gradient of the sum of the losses in the
-logits, fp32 [C, V]."""
+Returns results by name, new tensors [C, ...], one of them `loss` (fp32 [C]), and the gradient of the sum of the losses
+in the logits, fp32 [C, V], the logits' own tensor or a new one."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,13 @@ def chunked_loss(
         products = _Products(hidden, weight, transform, needed)
         for part, logits in products:
             results, gradient = objective(logits, **{name: tensor[part] for name, tensor in inputs.items()})
-            if gradient is logits:
+            chunks.append(results)
+            if not any(needed):
+                continue
+            if gradient is logits:  # an objective of so few passes over V would feel one more
                 products.add_gradients(part, gradient, scales[part])
             else:
                 products.add_gradients(part, gradient.mul_(scales[part, None]))
-            chunks.append(results)
         results = {name: _clear(torch.cat([chunk[name] for chunk in chunks]), kept) for name in chunks[0]}
         loss = (results["loss"] * scales).sum()
     if any(needed):
@@ -166,7 +168,7 @@ def _split_ignored(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _clear(values: Tensor, kept: Tensor | None) -> Tensor:
     """Return `values` [n, ...] with 0 where bool [n] `kept` is false."""
-    return values if kept is None else torch.where(kept.view(-1, *[1] * (values.ndim - 1)), values, 0)
+    return values if kept is None else values.masked_fill(~kept.view(-1, *[1] * (values.ndim - 1)), 0)
 
 
 class _Products:

@@ -203,7 +203,9 @@ class Case:
         leaves = [self.hidden, self.weight, *([] if transform.bias is None else [transform.bias])]
         return [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
 
-    def chunked(self, leaves: list[Tensor], transform: LogitTransform, positions: Tensor | None = None):
+    def chunked(
+        self, leaves: list[Tensor], transform: LogitTransform, positions: Tensor | None = None, **inputs: Tensor
+    ):
         hidden, weight, *bias = leaves
         objective, per_token_inputs = getattr(per_token, self.name), {"teacher_hidden": self.teacher_hidden}
         if self.name == "cross_entropy":
@@ -215,7 +217,7 @@ class Case:
             objective = per_token.against(objective, self.teacher_head, TEACHER_TRANSFORM)
         transform = with_bias(transform, bias)
         weights = {"token_weights": self.token_weights, "positions": positions, "transform": transform}
-        return chunked_loss(hidden, weight, objective, **weights, **per_token_inputs)
+        return chunked_loss(hidden, weight, objective, **weights, **per_token_inputs, **inputs)
 
     def dense(self, leaves: list[Tensor], transform: LogitTransform, positions: Tensor | None = None):
         hidden, weight, *bias = leaves
@@ -310,6 +312,7 @@ def test_an_objective_returns_what_it_wants_by_name() -> None:
         found, gradient = per_token.cross_entropy(logits.clone(), labels)
         best = logits.topk(2)
         results = {"loss": found["loss"] * advantages, "best": best.indices, "values": best.values}
+        results["large"] = best.values[:, 0] > 5
         return results, gradient * advantages.unsqueeze(-1)
 
     hidden, weight, labels, advantages = make_inputs(20, VOCABULARY)
@@ -324,6 +327,21 @@ def test_an_objective_returns_what_it_wants_by_name() -> None:
     assert results["best"].shape == results["values"].shape == (20, 2)
     assert torch.equal(results["best"], top.indices * counted.long()[:, None])
     assert_close(results["values"], top.values * counted[:, None], 1e-6)
+    assert torch.equal(results["large"], (top.values[:, 0] > 5) & counted.bool())
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "top_k_kl"])
+def test_labels_say_what_counts_whatever_the_objective(name: str) -> None:
+    case = Case(name, 31)
+    positions = torch.arange(0, 31, 4)
+    labels = torch.full((31,), -100).index_fill(0, positions, 5)
+    leaves, others = case.leaves(IDENTITY), case.leaves(IDENTITY)
+    loss, results = case.chunked(leaves, IDENTITY, labels=labels)
+    expected, losses = case.dense(others, IDENTITY, positions)
+    assert_close(loss, expected, 2e-6)
+    assert_close(results["loss"], losses, 2e-6)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, others), strict=True):
+        assert_close(ours, theirs, 2e-6)
 
 
 # ------------------------------------------------------------------------------------------- log-probabilities, entropy
@@ -400,7 +418,34 @@ def test_without_gradients_log_probabilities_are_the_same() -> None:
         assert torch.equal(value, other)
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- waits and memory
+
+
+@pytest.mark.parametrize("name", [*DENSE, "log-probabilities"])
+def test_the_host_asks_the_device_for_nothing(name: str, monkeypatch) -> None:
+    """Meta tensors hold no values: whatever wants to know one raises."""
+    monkeypatch.setitem(CHUNK_LOGITS, "meta", 7 * VOCABULARY)
+    tensors = {key: torch.empty(31, size, device="meta") for key, size in (("hidden", 8), ("teacher_hidden", 12))}
+    weight, teacher_weight = (torch.empty(VOCABULARY, size, device="meta", requires_grad=True) for size in (8, 12))
+    labels, positions = (torch.empty(size, dtype=torch.int64, device="meta") for size in (31, 11))
+    hidden, token_weights = tensors["hidden"].requires_grad_(), torch.empty(31, device="meta")
+    shared = {"positions": positions, "transform": LogitTransform(scale=2.0, soft_cap=5.0)}
+    if name == "log-probabilities":
+        loss = sum(value.sum() for value in token_log_probabilities(hidden, weight, labels, **shared))
+    else:
+        objective, inputs = getattr(per_token, name), {"labels": labels, "token_weights": token_weights, **shared}
+        if name == "top_k_kl":
+            ids = torch.empty(31, K, dtype=torch.int64, device="meta")
+            inputs |= {"teacher_ids": ids, "teacher_log_probabilities": torch.empty(31, K, device="meta")}
+        elif name != "cross_entropy":
+            objective = per_token.against(objective, lambda rows: rows @ teacher_weight.T)
+            inputs["teacher_hidden"] = tensors["teacher_hidden"]
+        loss, _ = chunked_loss(hidden, weight, objective, **inputs)
+    loss.backward()
+    assert hidden.grad.shape == hidden.shape
+    assert weight.grad.shape == weight.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
 
 
 class LargestResult(TorchDispatchMode):
