@@ -21,7 +21,7 @@ from app.planning.sharding import Sharding, replace_by_shards
 from modules.backbone.model import Network
 from modules.base import StageModule
 from modules.batch import PackedBatch
-from modules.ops import cross_entropy
+from modules.ops import chunked_head
 from modules.ops.documents import document_boundaries
 from modules.optim.clipping import clip_gradients
 
@@ -194,7 +194,7 @@ def _training(module: StageModule, network: Network, kind: str) -> Iterator[Stag
     """Yield a copy of `module` that trains a meta network as if it lay on a device of the given kind."""
     module = copy.deepcopy(module)
     module.network = network
-    chunks = cross_entropy._CHUNK_LOGITS
+    chunks = chunked_head.CHUNK_LOGITS
     fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
     with patch.dict(chunks, {"meta": chunks[kind]}), patch(fused, lambda: ["meta"]):
         yield module

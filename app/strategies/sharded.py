@@ -12,7 +12,8 @@ when devices are added. It differs from Lightning's ModelParallelStrategy in thr
 import io
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from modules.backbone.model import ShardingUnit
 from modules.checkpoints import folder
 from modules.checkpoints.reader import SafeReader
 from modules.errors import UserError
+from modules.precision.linear import Head
 
 ABOUT = "about"
 """Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
@@ -146,6 +148,28 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+            if isinstance(module, Head):
+                register_fsdp_forward_method(module, "token_log_probabilities")
+
+    @contextmanager
+    def lend(self, head: Head) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Gather the head of a network, a frozen teacher's for one, for calls inside the chunks of another head.
+
+        Args:
+            head: its network may be sharded, or not, and may have run or not; all ranks call this.
+
+        Yields:
+            A function from hidden states [..., D] to fp32 logits [..., V], without a gradient for the head. It does
+            not gather and free the weight at each call, as the head itself would.
+        """
+        if not isinstance(head, FSDPModule):
+            yield head.logits
+            return
+        head.unshard()
+        try:
+            yield head.logits
+        finally:
+            head.reshard()
 
     def sync_gradients(self, network: nn.Module, sync: bool) -> None:
         """Say whether backward passes from now on sum gradients over ranks, or keep them for the one that does."""

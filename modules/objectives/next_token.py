@@ -11,6 +11,7 @@ from torch import Tensor
 from modules.backbone.model import Network, Output
 from modules.backbone.router import Routing
 from modules.batch import PackedBatch, shifted_labels
+from modules.objectives.per_token import cross_entropy
 
 
 class NextTokenLoss(NamedTuple):
@@ -48,8 +49,8 @@ def next_token_loss(
     scales[0] = 1.0
     scales = scales / counts.clamp(min=1)
     token_weights = scales.repeat_interleave(batch.tokens.numel())
-    loss, nats = network.lm_head(hidden, labels.flatten(), token_weights)
-    return NextTokenLoss(loss, nats.view(mtp_depths + 1, -1).sum(1), output)
+    loss, results = network.lm_head(hidden, cross_entropy, token_weights=token_weights, labels=labels.flatten())
+    return NextTokenLoss(loss, results["loss"].view(mtp_depths + 1, -1).sum(1), output)
 
 
 def sequence_auxiliary_loss(router: list[Routing]) -> Tensor:

@@ -6,14 +6,19 @@ autocast. In a quantised format they are cast to bf16, and a backend quantises t
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.ops import native
-from modules.ops.cross_entropy import linear_cross_entropy
+from modules.ops.chunked_head import (
+    Objective,
+    TokenLogProbabilities,
+    chunked_loss,
+    token_log_probabilities,
+)
 from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
 from modules.precision.scheme import Scheme
@@ -103,32 +108,33 @@ class Embedding(FormattedModule):
 
 
 class Head(Linear):
-    """Output head: the cross-entropy without ever holding the logits of all tokens, or logits."""
+    """Output head: logits, or what is made of them without ever holding those of all tokens."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
-        labels: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        vocabulary: int | None = None,
-    ) -> tuple[Tensor, Tensor] | Tensor:
-        """Return logits, or the weighted loss where labels are given.
-
-        Args:
-            x: [..., D] without labels, [N, D] with labels.
-            labels: int64 [N] or None.
-            token_weights: fp32 [N], see `linear_cross_entropy`; goes with `labels`.
-            vocabulary: without labels, how many of the lowest ids to compute; None: all.
-
-        Returns:
-            Without labels: fp32 logits [..., V or `vocabulary`]. With labels: (weighted sum of nats, nats [N]), fp32.
-        """
+        objective: Objective | None = None,
+        **arguments: Any,  # noqa: ANN401
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return `chunked_loss` of [N, D] and its arguments, or without an objective `logits`."""
+        if objective is None:
+            return self.logits(x, **arguments)
         dtype = self.compute_dtype
-        if labels is None or token_weights is None:
-            few = x.to(dtype)
-            if self.served is not None:
-                return self.served.linear(few, self.weight[:vocabulary]).float()
-            if native.applies(few, self.weight):
-                return native.few_rows_linear(few, self.weight[:vocabulary])
-            return F.linear(few, self.weight[:vocabulary].to(dtype)).float()
-        return linear_cross_entropy(x.to(dtype), self.weight.to(dtype), labels, token_weights)
+        return chunked_loss(x.to(dtype), self.weight.to(dtype), objective, **arguments)
+
+    def token_log_probabilities(self, x: Tensor, labels: Tensor, **arguments: Any) -> TokenLogProbabilities:  # noqa: ANN401
+        """Return `chunked_head.token_log_probabilities` of [N, D] and its arguments."""
+        dtype = self.compute_dtype
+        return token_log_probabilities(x.to(dtype), self.weight.to(dtype), labels, **arguments)
+
+    def logits(self, x: Tensor, vocabulary: int | None = None) -> Tensor:
+        """Map [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids.
+
+        Under FSDP2 the weight must be gathered: by calling the module instead, or by `ShardedStrategy.lend`.
+        """
+        few = x.to(self.compute_dtype)
+        if self.served is not None:
+            return self.served.linear(few, self.weight[:vocabulary]).float()
+        if native.applies(few, self.weight):
+            return native.few_rows_linear(few, self.weight[:vocabulary])
+        return F.linear(few, self.weight[:vocabulary].to(few.dtype)).float()

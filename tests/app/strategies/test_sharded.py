@@ -19,7 +19,8 @@ from modules.backbone.model import ShardingUnit
 from modules.objectives.next_token import next_token_loss
 from modules.precision.recipe import FormatSchedule, PrecisionConfig, PrecisionRule
 from tests.app.helpers import ROOT, load_tensors, losses
-from tests.modules.helpers import counts_of, document_ids, make_network, packed_batch, tiny_config
+from tests.app.strategies.distilling import distill, make_networks
+from tests.modules.helpers import assert_close, counts_of, document_ids, make_network, packed_batch, tiny_config
 
 RANK_PROGRAM = """
 import json, sys, torch, torch.distributed as dist
@@ -207,3 +208,40 @@ def test_quantised_products_are_the_same_sharded_and_not(strategy):
     for name, gradient in found[0][1].items():
         assert gradient.dtype == found[1][1][name].dtype == torch.float32
         assert torch.equal(gradient, found[1][1][name]), name
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_distillation_is_the_same_sharded_and_not(strategy, tied, recipe):
+    """A teacher's head is lent before its network has run and after; entries of the head other than forward gather."""
+    plain = distill(*make_networks(tied, recipe), None, slice(0, 2))
+    networks = make_networks(tied, recipe)
+    for network in networks:
+        strategy.shard(network)
+    with pytest.raises(RuntimeError, match="DTensor"):
+        networks[1].lm_head.logits(torch.ones(1, 48))
+    sharded = distill(*networks, strategy, slice(0, 2))
+    assert plain.keys() == sharded.keys()
+    for name, value in plain.items():
+        assert_close(sharded[name], value, 1e-5 if recipe == "fp32" else 1e-2, name)
+
+
+def test_two_ranks_distil_like_one_process(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.app.strategies.distilling"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    for tied, line in zip((False, True), outputs[0].splitlines()[-2:], strict=True):
+        two, one = json.loads(line), distill(*make_networks(tied, "fp32"), None, slice(0, 2))
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert_close(torch.tensor(two[name]), value, 1e-5, name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
+from modules.objectives.per_token import cross_entropy
 from tests.modules.helpers import assert_close, assert_same_gradients, gradients, make_network, tiny_config
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
@@ -114,7 +115,9 @@ def test_logits_and_gradients_equal_transformers(transformers_module, changes: d
     assert_close(ours.logits(hidden), expected, LOGITS_TOLERANCE, "logits")
 
     # The loss the training takes, with the gradient worked out chunk by chunk.
-    loss, _ = ours.lm_head(hidden.flatten(0, 1), labels.flatten(), torch.full((labels.numel(),), 1 / labels.numel()))
+    token_weights = torch.full((labels.numel(),), 1 / labels.numel())
+    inputs = {"labels": labels.flatten(), "token_weights": token_weights}
+    loss, _ = ours.lm_head(hidden.flatten(0, 1), cross_entropy, **inputs)
     loss.backward()
     names = [name for name, _ in ours.named_parameters()]
     assert_same_gradients(gradients(ours), their_gradients(theirs, names), GRADIENT_TOLERANCE)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.objectives import per_token
 from modules.ops import attention as attention_module
 from modules.ops import kernels
 from modules.ops.attention import attention
+from modules.ops.chunked_head import LogitTransform, chunked_loss, token_log_probabilities
 from modules.ops.convolution import causal_convolution
-from modules.ops.cross_entropy import linear_cross_entropy
 from modules.ops.documents import DocumentLayout
 from modules.ops.experts import grouped_linear
 from modules.ops.ssd import ssd
@@ -69,13 +70,44 @@ def run_experts(device: str, dtype: torch.dtype) -> tuple[Callable, list[Tensor]
 def run_cross_entropy(device: str, dtype: torch.dtype) -> tuple[Callable, list[Tensor]]:
     labels = torch.arange(40, device=device)
     weights = torch.linspace(0, 1, 40, device=device)
-    return lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, weights)[0], [
-        normal(40, 64, dtype=dtype),
-        normal(100, 64, dtype=dtype),
-    ]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return chunked_loss(hidden, weight, per_token.cross_entropy, token_weights=weights, labels=labels)[0]
+
+    return loss, [normal(40, 64, dtype=dtype), normal(100, 64, dtype=dtype)]
 
 
-OPERATIONS = [run_attention, run_ssd, run_convolution, run_experts, run_cross_entropy]
+def run_distillation(device: str, dtype: torch.dtype) -> tuple[Callable, list[Tensor]]:
+    positions, teacher = torch.arange(0, 40, 3, device=device), normal(100, 48, dtype=dtype).to(device)
+    objective = per_token.against(per_token.jensen_shannon, lambda rows: (rows @ teacher.T).float())
+    inputs = {"token_weights": torch.linspace(0, 1, 40, device=device), "positions": positions}
+    inputs["teacher_hidden"] = normal(40, 48, dtype=dtype).to(device)
+    transform = LogitTransform(scale=0.7, soft_cap=5.0, temperature=0.9)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return chunked_loss(hidden, weight, objective, transform=transform, **inputs)[0]
+
+    return loss, [normal(40, 64, dtype=dtype), normal(100, 64, dtype=dtype)]
+
+
+def run_log_probabilities(device: str, dtype: torch.dtype) -> tuple[Callable, list[Tensor]]:
+    labels, positions = torch.arange(40, device=device), torch.arange(0, 40, 3, device=device)
+
+    def total(hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack(token_log_probabilities(hidden, weight, labels, positions=positions))
+
+    return total, [normal(40, 64, dtype=dtype), normal(100, 64, dtype=dtype)]
+
+
+OPERATIONS = [
+    run_attention,
+    run_ssd,
+    run_convolution,
+    run_experts,
+    run_cross_entropy,
+    run_distillation,
+    run_log_probabilities,
+]
 
 
 def results(operation: Callable, device: str, dtype: torch.dtype) -> list[Tensor]:
