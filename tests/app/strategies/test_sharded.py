@@ -54,12 +54,10 @@ def test_gradients_are_summed_over_ranks(tmp_path):
     """Two ranks with other rows each give the gradient of all rows on one plain module."""
     from tests.app.standin import Network
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store")],
             cwd=ROOT,
-            env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -131,7 +129,7 @@ def test_two_processes_train_like_one_and_continue_each_others_checkpoints(progr
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     for folder in (one, two, mixed):
         folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "app", *arguments(folder, run_file, "--trainer.devices=2", *options)],
