@@ -33,15 +33,13 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
-        raise UserError(f"{self._condense(message)}; see {self.prog} --help") from ex
-
-    def _condense(self, message: str) -> str:
-        refusal = explain(message)
-        if refusal.unknown:
+        key, reason = explain(message, ex)
+        answer = f"--{key}: {reason}" if key else reason
+        if not reason:
             options = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-            near = get_close_matches(refusal.key, options, n=1)
-            return f"unknown option --{refusal.key}" + (f", did you mean --{near[0]}?" if near else "")
-        return f"--{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason
+            near = get_close_matches(key, options, n=1)
+            answer = f"unknown option --{key}" + (f", did you mean --{near[0]}?" if near else "")
+        raise UserError(f"{answer}; see {self.prog} --help") from ex
 
 
 def call(command: str, args: list[str]) -> int:

@@ -9,9 +9,10 @@ import difflib
 import importlib
 import types
 import typing
+from contextlib import suppress
 from typing import Any
 
-from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse import ArgumentParser
 
 from modules.errors import UserError
 
@@ -82,12 +83,16 @@ def keys_of(kind: Any, tree: Any) -> Keys | None:  # noqa: ANN401
 
 def parameters_of(chosen: Any) -> Keys | None:  # noqa: ANN401
     """Return the names and types of a class's or function's parameters as the parser knows them, None if it cannot."""
+    parser, is_class = ArgumentParser(), isinstance(chosen, type)
     try:
-        return {
-            parameter.name: parameter.annotation for parameter in get_signature_parameters(chosen, None, logger=False)
-        }
+        names = (parser.add_class_arguments if is_class else parser.add_function_arguments)(chosen, fail_untyped=False)
     except (TypeError, ValueError, AttributeError):
         return None
+    keys: Keys = dict.fromkeys(names, Any)
+    for function in [base.__init__ for base in reversed(chosen.__mro__)] if is_class else [chosen]:
+        with suppress(NameError):  # a type that only type checkers import
+            keys |= {name: hint for name, hint in typing.get_type_hints(function).items() if name in keys}
+    return keys
 
 
 def find(keys: Keys, tree: Any, path: list[str]) -> Keys | None:  # noqa: ANN401

@@ -115,7 +115,7 @@ MISTAKES = {
         [],
         "unknown key trainer.callbacks[0].init_args.on_fit_sart; did you mean on_fit_start?",
     ),
-    "stray argument": (RUN_FILE, ["stray"], "unexpected argument stray"),
+    "stray argument": (RUN_FILE, ["stray"], "unrecognized arguments: stray (options start with --"),
     "wrong type": (RUN_FILE, ["--model.init_args.width=wide"], "model.init_args.width: expected int, got wide"),
     "wrong type in the file": (
         RUN_FILE.replace(DATA, DATA + ", init_args: {steps: many}"),
@@ -127,22 +127,22 @@ MISTAKES = {
     "module that is not there": (
         RUN_FILE.replace("tests.app.standin.Model", "nowhere.Model"),
         [],
-        "model: class_path nowhere.Model: No module named 'nowhere'",
+        "model: Problem with given class_path 'nowhere.Model': No module named 'nowhere'",
     ),
     "class that is not there": (
         RUN_FILE.replace("standin.Model", "standin.Modell"),
         [],
-        "model: class_path tests.app.standin.Modell: ",
+        "model: Problem with given class_path 'tests.app.standin.Modell': ",
     ),
     "no LightningModule": (
         RUN_FILE.replace("standin.Model", "standin.Rows"),
         [],
-        "model: class_path tests.app.standin.Rows is no LightningModule",
+        "model: Import path tests.app.standin.Rows does not correspond to a subclass of LightningModule",
     ),
     "no LightningDataModule": (
         RUN_FILE.replace("standin.Data", "standin.Model"),
         [],
-        "data: class_path tests.app.standin.Model is no LightningDataModule",
+        "data: Import path tests.app.standin.Model does not correspond to a subclass of LightningDataModule",
     ),
     "no model": (RUN_FILE.replace(MODEL + "}\n", ""), [], "run.yaml: missing key model"),
     "broken YAML": (RUN_FILE.replace("name: run", "name: run: x"), [], "run.yaml, line 1, column 10: not valid YAML: "),
