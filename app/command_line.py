@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import types
 import typing
 from argparse import Action
@@ -12,6 +13,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app.explain import explain
 from modules.errors import UserError
+
+RUN = "--config FILE --key=value"
+"""How the help shows that a command takes the command line of `fit` beside its own options."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -57,22 +61,39 @@ def call(command: str, args: list[str]) -> int:
     """
     function = getattr(importlib.import_module(f"app.commands.{command}"), command)
     parser = build_parser(command, function)
-    values = vars(parser.instantiate(parser.parse_args(args)))
     parameters = inspect.signature(function).parameters.values()
-    positional = [values[parameter.name] for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    named = {
-        parameter.name: values[parameter.name] for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    result = function(*positional, **named)
+    run: list[str] = []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        args, run = split(args, list(parser._option_string_actions))
+    values = vars(parser.instantiate(parser.parse_args(args)))
+    positional: list[Any] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += [*run, *values.pop(parameter.name)]
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append(values.pop(parameter.name))
+    result = function(*positional, **values)
     return result if isinstance(result, int) else 0
+
+
+def split(args: list[str], options: list[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line between the options of a command, misspelt ones too, and the parser of run files."""
+    own: list[str] = []
+    others: list[str] = []
+    part = others
+    for argument in args:
+        if re.match("--?[a-zA-Z]", argument):
+            part = own if get_close_matches(argument.partition("=")[0], options, cutoff=0.8) else others
+        part.append(argument)
+    return own, others
 
 
 def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     """Return the parser of a command's function.
 
     Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
-    list: an option that may be given several times, one of numbers also with several values after it); their
-    documentation becomes the help.
+    list: an option that may be given several times, one of numbers also with several values after it); `*arguments`
+    is a command line of `fit`. Their documentation becomes the help.
     """
     import docstring_parser
 
@@ -92,6 +113,8 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
             parser.add_argument(f"--{name}", required=required, **several, **given)
         elif parameter.kind is parameter.KEYWORD_ONLY:
             options.add(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            parser.add_argument(name, nargs="*", metavar=RUN, **given)
         elif not required:
             parser.add_argument(name, nargs="?", default=parameter.default, **given)
         else:
