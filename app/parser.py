@@ -64,11 +64,10 @@ class RunParser(LightningArgumentParser):
         return f"{key}: {reason}" if key else reason
 
     def _unknown(self, name: str) -> str:
-        parents = name.split(".")[:-1]
-        short = [*parents[:1], "init_args", *parents[1:]]  # --model.width means model.init_args.width
+        parents, _, key = name.rpartition(".")
         for tree in [*self._files.values(), {}]:
-            if keys := find(self.keys, tree, parents) or find(self.keys, tree, short):
-                return unknown_key(name, keys, self.owned)
+            if keys := find(self.keys, tree, parents.split(".") if parents else []):
+                return f"{name}: give it after --config" if key in keys else unknown_key(name, keys, self.owned)
         return f"unknown key {name}"
 
 

@@ -81,7 +81,7 @@ def test_keys_on_the_command_line_count_as_in_fit(tmp_path: Path, capsys: pytest
     assert "1 CPU process, micro-batches of 4 x 64 positions, 2 in a step" in expected
     keys = ["--data.init_args.micro_batch_size=4", "--name", "other"]
     assert planned(capsys, "--config", file, *keys) == expected
-    options = ["--devices=2", "--data.micro_batch_size=1", "-c", file, "--config", str(overlay), "--accelerator", "gpu"]
+    options = ["--devices=2", "-c", file, "--data.micro_batch_size=1", "--config", str(overlay), "--accelerator", "gpu"]
     printed = planned(capsys, *options)
     assert "Parameters of other" in printed, "the last counts"
     assert "2 GPUs, micro-batches of 4 x 64 positions, 1 in a step" in printed
