@@ -14,7 +14,7 @@ _OUTSIDE = (ImportError, AttributeError, YAMLError)
 _KEY = re.compile(r'Parser key "([^"]+)"[^:]*:\s*')
 _UNION = re.compile(r"Does not validate against any of the Union subtypes\nSubtypes: \[(.*)\]\n")
 _OTHER_KIND = re.compile(r"(?:Expected an?|Not a valid subclass of) (.+?)\. Got value: (.*)")
-_UNKNOWN = re.compile(r"(?:(?:Group '(\S+)' does not accept o|O)ption '|unrecognized arguments: --?)([^\s'=]+)")
+_UNKNOWN = re.compile(r"(?:(?:Group '(\S+)' does not accept o|O)ption '|unrecognized arguments: --)([^\s'=]+)")
 _MISSING = re.compile(r"the following arguments are required: (.*)")
 
 

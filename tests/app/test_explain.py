@@ -54,7 +54,7 @@ def answer(folder: Path, tree: dict[str, Any], *args: str) -> str:
         ("--model.optimizer.betsa=1", "unknown key model.init_args.optimizer.betsa; did you mean betas?"),
         ("--model.spike_guard.sigma=1", "unknown key model.init_args.spike_guard.sigma; did you mean sigmas?"),
         ("--nmae=x", "unknown key nmae; did you mean name?"),
-        ("-x=1", "unknown key x; known here: checkpoint, console, data, "),
+        ("-name=x", "unrecognized arguments: -name=x (options start with --"),
         ("--trainer.max_epochs 2", "trainer.max_epochs is not set here: the whole run is one epoch"),
         ("stray", "unrecognized arguments: stray (options start with --"),
         ("--model=foo", "model: Expected a dot import path string: foo"),
