@@ -200,9 +200,9 @@ class RunCLI(LightningCLI):
             return self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
             cause: BaseException | None = error
-            while cause is not None and str(cause).startswith("Does not validate"):
+            while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__  # the parser wraps what the class said
-            if not isinstance(cause, UserError):
+            if cause is None:
                 raise
             raise UserError(shorten(str(cause))) from error
 

@@ -88,7 +88,7 @@ def split(args: list[str], options: list[str]) -> tuple[list[str], list[str]]:
     return own, others
 
 
-def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
+def build_parser(command: str, function: Any) -> CommandParser:
     """Return the parser of a command's function.
 
     Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
@@ -124,7 +124,7 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     return parser
 
 
-def _item(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401
+def _item(hint: Any) -> tuple[Any, bool]:
     """Return (X, True) for list[X] and list[X] | None, else (the hint itself, False)."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]

@@ -24,11 +24,11 @@ class RunParser(LightningArgumentParser):
     keys: Keys
     owned: dict[str, str]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._files: dict[str, Any] = {}
 
-    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """Parse a command line; unknown keys in its files are answered first.
 
         Raises:
@@ -81,7 +81,7 @@ def config_files(args: list[str]) -> list[str]:
     return files
 
 
-def read_yaml(path: Path) -> Any:  # noqa: ANN401
+def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds.
 
     Raises:
