@@ -168,7 +168,7 @@ class RunCLI(LightningCLI):
             **({} if self.command == "fit" else {"ckpt_path": str}),
         }
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line."""
         self.config = parser.parse_args(args)
 
@@ -190,7 +190,7 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build nothing yet: `plan` only parses, and a finished run needs nothing."""
 
-    def instantiate(self, key: str) -> Any:  # noqa: ANN401
+    def instantiate(self, key: str) -> Any:
         """Build `model`, `data` or a group of a callback from the configuration.
 
         Raises:
@@ -202,13 +202,13 @@ class RunCLI(LightningCLI):
             return self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
             cause: BaseException | None = error
-            while cause is not None and str(cause).startswith("Does not validate"):
+            while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__  # the parser wraps what the class said
-            if not isinstance(cause, UserError):
+            if cause is None:
                 raise
             raise UserError(shorten(str(cause))) from error
 
-    def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:  # noqa: ANN401
+    def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
         if checkpoint is not None and isinstance(self.model, StageModule):
             self.model.init_from = None  # Lightning tells no module what it will load
@@ -330,7 +330,7 @@ def parse_run(args: list[str]) -> RunCLI:
     return RunCLI(args)
 
 
-def _loggers(given: Any) -> list[Any]:  # noqa: ANN401
+def _loggers(given: Any) -> list[Any]:
     if given in (None, True, False):
         return []
     return list(given) if isinstance(given, list | tuple) else [given]

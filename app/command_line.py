@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import types
 import typing
 from argparse import Action
@@ -12,6 +13,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app.explain import explain
 from modules.errors import UserError
+
+RUN = "--config FILE --key=value"
+"""How the help shows that a command takes the command line of `fit` beside its own options."""
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -33,15 +37,13 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
-        raise UserError(f"{self._condense(message)}; see {self.prog} --help") from ex
-
-    def _condense(self, message: str) -> str:
-        refusal = explain(message)
-        if refusal.unknown:
+        key, reason = explain(message, ex)
+        answer = f"--{key}: {reason}" if key else reason
+        if not reason:
             options = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-            near = get_close_matches(refusal.key, options, n=1)
-            return f"unknown option --{refusal.key}" + (f", did you mean --{near[0]}?" if near else "")
-        return f"--{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason
+            near = get_close_matches(key, options, n=1)
+            answer = f"unknown option --{key}" + (f", did you mean --{near[0]}?" if near else "")
+        raise UserError(f"{answer}; see {self.prog} --help") from ex
 
 
 def call(command: str, args: list[str]) -> int:
@@ -59,22 +61,39 @@ def call(command: str, args: list[str]) -> int:
     """
     function = getattr(importlib.import_module(f"app.commands.{command}"), command)
     parser = build_parser(command, function)
-    values = vars(parser.instantiate(parser.parse_args(args)))
     parameters = inspect.signature(function).parameters.values()
-    positional = [values[parameter.name] for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    named = {
-        parameter.name: values[parameter.name] for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    result = function(*positional, **named)
+    run: list[str] = []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        args, run = split(args, list(parser._option_string_actions))
+    values = vars(parser.instantiate(parser.parse_args(args)))
+    positional: list[Any] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += [*run, *values.pop(parameter.name)]
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append(values.pop(parameter.name))
+    result = function(*positional, **values)
     return result if isinstance(result, int) else 0
 
 
-def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
+def split(args: list[str], options: list[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line between the options of a command, misspelt ones too, and the parser of run files."""
+    own: list[str] = []
+    others: list[str] = []
+    part = others
+    for argument in args:
+        if re.match("--?[a-zA-Z]", argument):
+            part = own if get_close_matches(argument.partition("=")[0], options, cutoff=0.8) else others
+        part.append(argument)
+    return own, others
+
+
+def build_parser(command: str, function: Any) -> CommandParser:
     """Return the parser of a command's function.
 
     Positional parameters become positional arguments (a list takes one or more values), keyword-only ones options (a
-    list: an option that may be given several times, one of numbers also with several values after it); their
-    documentation becomes the help.
+    list: an option that may be given several times, one of numbers also with several values after it); `*arguments`
+    is a command line of `fit`. Their documentation becomes the help.
     """
     import docstring_parser
 
@@ -94,6 +113,8 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
             parser.add_argument(f"--{name}", required=required, **several, **given)
         elif parameter.kind is parameter.KEYWORD_ONLY:
             options.add(name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            parser.add_argument(name, nargs="*", metavar=RUN, **given)
         elif not required:
             parser.add_argument(name, nargs="?", default=parameter.default, **given)
         else:
@@ -103,7 +124,7 @@ def build_parser(command: str, function: Any) -> CommandParser:  # noqa: ANN401
     return parser
 
 
-def _item(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401
+def _item(hint: Any) -> tuple[Any, bool]:
     """Return (X, True) for list[X] and list[X] | None, else (the hint itself, False)."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]

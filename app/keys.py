@@ -9,9 +9,10 @@ import difflib
 import importlib
 import types
 import typing
+from contextlib import suppress
 from typing import Any
 
-from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse import ArgumentParser
 
 from modules.errors import UserError
 
@@ -19,7 +20,7 @@ Keys = dict[str, Any]
 """Key -> type of its value (`Any` where unknown)."""
 
 
-def check_keys(tree: Any, kind: Any, source: str, path: str, owned: dict[str, str]) -> None:  # noqa: ANN401
+def check_keys(tree: Any, kind: Any, source: str, path: str, owned: dict[str, str]) -> None:
     """Raise a UserError for the first key in a file that nothing knows, or list where keys belong.
 
     Args:
@@ -58,7 +59,7 @@ def unknown_key(name: str, keys: Keys, owned: dict[str, str], source: str = "") 
     return f"{start}unknown key {name}; {mend}"
 
 
-def keys_of(kind: Any, tree: Any) -> Keys | None:  # noqa: ANN401
+def keys_of(kind: Any, tree: Any) -> Keys | None:
     """Return the keys that a value may have, or None where any may be right (a free dictionary, unknown types).
 
     Args:
@@ -80,17 +81,21 @@ def keys_of(kind: Any, tree: Any) -> Keys | None:  # noqa: ANN401
     return None
 
 
-def parameters_of(chosen: Any) -> Keys | None:  # noqa: ANN401
+def parameters_of(chosen: Any) -> Keys | None:
     """Return the names and types of a class's or function's parameters as the parser knows them, None if it cannot."""
+    parser, is_class = ArgumentParser(), isinstance(chosen, type)
     try:
-        return {
-            parameter.name: parameter.annotation for parameter in get_signature_parameters(chosen, None, logger=False)
-        }
+        names = (parser.add_class_arguments if is_class else parser.add_function_arguments)(chosen, fail_untyped=False)
     except (TypeError, ValueError, AttributeError):
         return None
+    keys: Keys = dict.fromkeys(names, Any)
+    for function in [base.__init__ for base in reversed(chosen.__mro__)] if is_class else [chosen]:
+        with suppress(NameError):  # a type that only type checkers import
+            keys |= {name: hint for name, hint in typing.get_type_hints(function).items() if name in keys}
+    return keys
 
 
-def find(keys: Keys, tree: Any, path: list[str]) -> Keys | None:  # noqa: ANN401
+def find(keys: Keys, tree: Any, path: list[str]) -> Keys | None:
     """Return the keys known at a dotted path of a run file, or None if that cannot be told."""
     kind: Any = keys
     for name in path:
@@ -101,14 +106,14 @@ def find(keys: Keys, tree: Any, path: list[str]) -> Keys | None:  # noqa: ANN401
     return keys_of(kind, tree)
 
 
-def _arguments(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _arguments(kind: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the item type of a list, flattened."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType, list, tuple, typing.Annotated):
         return tuple(inner for item in typing.get_args(kind) for inner in (item, *_arguments(item)))
     return ()
 
 
-def _import(class_path: str) -> Any | None:  # noqa: ANN401
+def _import(class_path: str) -> Any | None:
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

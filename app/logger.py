@@ -71,7 +71,7 @@ class RunLogger(Logger):
                 self.experiment.add_scalar(name, value, self.trainer.global_step)
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Write nothing: `config.yaml` in the run folder says it all."""
 
     @rank_zero_only

@@ -45,7 +45,7 @@ class StepLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = False  # a finished run may have been made longer
         self.restarting = False  # a run is saved behind the validation of its step: nothing is to be made up for
 
-    def on_advance_end(self, data_fetcher: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+    def on_advance_end(self, data_fetcher: Any) -> None:
         """Call the callbacks before and after the validation, if one is due; it leaves random numbers alone."""
         for callback in self._step_callbacks:
             callback.on_step_end(self.trainer, self.trainer.lightning_module)

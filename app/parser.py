@@ -24,19 +24,17 @@ class RunParser(LightningArgumentParser):
     keys: Keys
     owned: dict[str, str]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (Lightning's signature)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._files: dict[str, Any] = {}
-        self._arguments: list[str] = []
 
-    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """Parse a command line; unknown keys in its files are answered first.
 
         Raises:
             UserError: with one line that names the key or file and the mend.
         """
         if self.keys_are_set:
-            self._arguments = list(args)
             self._files = {name: read_yaml(Path(name)) for name in config_files(args)}
             for name, tree in self._files.items():
                 check_keys(tree, self.keys, name, "", self.owned)
@@ -53,33 +51,23 @@ class RunParser(LightningArgumentParser):
         """Raise a UserError with the essence of a message of jsonargparse."""
         if not self.keys_are_set:
             super().error(message, ex)
-        raise UserError(self._condense(message)) from ex
+        raise UserError(self._condense(*explain(message, ex))) from ex
 
-    def _condense(self, message: str) -> str:
-        if found := re.match(r"unrecognized arguments: (\S+)", message):
-            return self._unknown_argument(found[1])
-        if message.startswith("the following arguments are required") and not self._files:
-            return "no run file: give one with --config FILE (configs/pretrain.yaml is an example)"
-        refusal = explain(message)
-        if refusal.unknown:
-            return self._unknown(refusal.key)
-        if refusal.reason.startswith("missing key"):
-            return f"{', '.join(self._files)}: {refusal.reason}"
-        return f"{refusal.key}: {refusal.reason}" if refusal.key else refusal.reason
-
-    def _unknown_argument(self, argument: str) -> str:
-        option, _, _ = argument.partition("=")
-        if not option.startswith("-"):
-            return f"unexpected argument {argument}: options start with --, several values of one are given as [a,b]"
-        given = next((given for given in self._arguments if given.endswith(argument.lstrip("-"))), argument)
-        return self._unknown(given.partition("=")[0].lstrip("-"))
+    def _condense(self, key: str, reason: str) -> str:
+        if not reason:
+            return self._unknown(key)
+        if reason.startswith("unrecognized arguments: "):
+            return f"{reason} (options start with --, several values of one are given as [a,b])"
+        if reason.startswith("missing key"):
+            no_file = "no run file: give one with --config FILE (configs/pretrain.yaml is an example)"
+            return f"{', '.join(self._files)}: {reason}" if self._files else no_file
+        return f"{key}: {reason}" if key else reason
 
     def _unknown(self, name: str) -> str:
-        parents = name.split(".")[:-1]
-        short = [*parents[:1], "init_args", *parents[1:]]  # --model.width means model.init_args.width
+        parents, _, key = name.rpartition(".")
         for tree in [*self._files.values(), {}]:
-            if keys := find(self.keys, tree, parents) or find(self.keys, tree, short):
-                return unknown_key(name, keys, self.owned)
+            if keys := find(self.keys, tree, parents.split(".") if parents else []):
+                return f"{name}: give it after --config" if key in keys else unknown_key(name, keys, self.owned)
         return f"unknown key {name}"
 
 
@@ -93,7 +81,7 @@ def config_files(args: list[str]) -> list[str]:
     return files
 
 
-def read_yaml(path: Path) -> Any:  # noqa: ANN401
+def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds.
 
     Raises:

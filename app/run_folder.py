@@ -87,7 +87,7 @@ def differences(checkpoint: Path, config: str) -> list[str]:
     return lines
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested dictionaries and lists by their dotted keys."""
     if isinstance(tree, dict) and tree:
         items = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
@@ -98,6 +98,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
     return {key: value for name, part in items for key, value in flatten(part, name).items()}
 
 
-def _short(value: Any) -> str:  # noqa: ANN401
+def _short(value: Any) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 60 else text[:56] + " ..."

@@ -71,7 +71,7 @@ def our_batches(data: PretrainingData, depths: int) -> Iterator[Micro]:
             yield batch.tokens, batch.labels, batch.document_ids, counts
 
 
-def save_rows(data: PretrainingData, folder: Path) -> Any:  # noqa: ANN401 (datasets is untyped)
+def save_rows(data: PretrainingData, folder: Path) -> Any:
     """Write the rows that `our_batches` reads as a dataset, in the order of the corpus, and return it opened."""
     import datasets
 
@@ -111,14 +111,14 @@ def collate(rows: list[dict[str, Tensor]], depths: int) -> Micro:
     return tokens, labels, document_ids, torch.stack(counts)
 
 
-def shuffled_batches(dataset: Any, size: int, depths: int) -> Iterator[Micro]:  # noqa: ANN401
+def shuffled_batches(dataset: Any, size: int, depths: int) -> Iterator[Micro]:
     """Yield the micro-batches of a DataLoader over a dataset."""
     from torch.utils.data import DataLoader
 
     return iter(DataLoader(dataset, batch_size=size, shuffle=True, collate_fn=lambda rows: collate(rows, depths)))
 
 
-def ordered_batches(dataset: Any, size: int, depths: int) -> Iterator[Micro]:  # noqa: ANN401
+def ordered_batches(dataset: Any, size: int, depths: int) -> Iterator[Micro]:
     """Yield the micro-batches of a dataset's own iteration."""
     for batch in dataset.iter(batch_size=size):
         columns = zip(batch["tokens"], batch["lengths"], strict=True)

@@ -42,7 +42,7 @@ class Cost(StepCallback):
         """Return a function that adds its CPU seconds to `inside`; calls inside it are part of it."""
 
         @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def timed(*args: Any, **kwargs: Any) -> Any:
             started, self._depth = time.process_time(), self._depth + 1
             try:
                 return function(*args, **kwargs)

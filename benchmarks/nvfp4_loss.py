@@ -55,7 +55,7 @@ def read(folder: Path) -> Run:
     return Run(config["name"], config, curves[0], smoothed(curves[1]))
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested mappings by dotted key."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}

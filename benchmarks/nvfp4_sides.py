@@ -52,7 +52,7 @@ def torchao_linear(weight: Tensor) -> nn.Linear:
     """
     import torchao.prototype.qat.nvfp4 as qat
 
-    def multiply(a: Any, b: Any, operation: object, bias: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    def multiply(a: Any, b: Any, operation: object, bias: Tensor | None = None) -> Tensor:
         return F.linear(a.dequantize(a.orig_dtype), b.t().dequantize(a.orig_dtype), bias)
 
     qat._addmm_nvfp4_dispatch = multiply

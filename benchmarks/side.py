@@ -19,7 +19,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def start_together(names: Iterable[str], serve: Callable[..., None], *arguments: Any) -> list["Side"]:  # noqa: ANN401
+def start_together(names: Iterable[str], serve: Callable[..., None], *arguments: Any) -> list["Side"]:
     """Start the processes of sides at the same time; `serve` takes the name before the arguments."""
     sides = [Side(name, serve, name, *arguments, wait=False) for name in names]
     for side in sides:
@@ -41,7 +41,7 @@ class Side:
     ready: Any
     """The process's first message."""
 
-    def __init__(self, name: str, serve: Callable[..., None], *arguments: Any, wait: bool = True) -> None:  # noqa: ANN401
+    def __init__(self, name: str, serve: Callable[..., None], *arguments: Any, wait: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.times: dict[Any, list[tuple[float, float]]] = defaultdict(list)
@@ -57,7 +57,7 @@ class Side:
         """Wait until the process is ready."""
         self.ready = self._receive()
 
-    def ask(self, request: Any) -> Any:  # noqa: ANN401
+    def ask(self, request: Any) -> Any:
         """Return the process's answer."""
         try:
             self._connection.send(request)
@@ -65,15 +65,15 @@ class Side:
             self._lost()
         return self._receive()
 
-    def turn(self, request: Any) -> None:  # noqa: ANN401
+    def turn(self, request: Any) -> None:
         """Ask for a turn and keep the (CPU, wall) seconds that are its answer."""
         self.times[request].append(self.ask(request))
 
-    def median(self, request: Any, column: int) -> float:  # noqa: ANN401
+    def median(self, request: Any, column: int) -> float:
         """Return the median of the CPU (0) or wall (1) seconds of a request."""
         return statistics.median(times[column] for times in self.times[request])
 
-    def ratio(self, other: "Side", request: Any, column: int) -> float:  # noqa: ANN401
+    def ratio(self, other: "Side", request: Any, column: int) -> float:
         """Return how many times as long as `other` this side takes: the median of the ratios of neighbouring turns."""
         pairs = zip(self.times[request], other.times[request], strict=True)
         return statistics.median(mine[column] / its[column] for mine, its in pairs)
@@ -83,7 +83,7 @@ class Side:
         self._connection.send(None)
         self._process.join()
 
-    def _receive(self) -> Any:  # noqa: ANN401
+    def _receive(self) -> Any:
         try:
             return self._connection.recv()
         except (ConnectionResetError, EOFError):

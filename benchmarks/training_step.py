@@ -100,7 +100,7 @@ def our_step(precision: PrecisionConfig, tokens: Tensor, config: BackboneConfig,
     return step
 
 
-def their_model() -> Any:  # noqa: ANN401 (transformers is untyped)
+def their_model() -> Any:
     """Return transformers' model with the weights of `our_network`."""
     import transformers
 

@@ -15,15 +15,15 @@ import torch
 class Clock(Protocol):
     """Notes moments and tells how far apart they are."""
 
-    def now(self) -> Any:  # noqa: ANN401 (each clock has its own moments)
+    def now(self) -> Any:
         """Return this moment."""
         ...
 
-    def is_past(self, moment: Any) -> bool:  # noqa: ANN401
+    def is_past(self, moment: Any) -> bool:
         """Return whether a moment has come (on CUDA the host runs ahead of it)."""
         ...
 
-    def seconds(self, start: Any, end: Any) -> float:  # noqa: ANN401
+    def seconds(self, start: Any, end: Any) -> float:
         """Return the seconds between two moments that are past."""
         ...
 

@@ -186,7 +186,7 @@ def is_remote(path: str) -> bool:
     return "://" in path or path.startswith("local:")
 
 
-def _read_json(file: Path) -> Any:  # noqa: ANN401 (any JSON)
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -243,7 +243,7 @@ def s3_endpoint() -> str:
 
 
 @functools.cache
-def _s3_client() -> Any:  # noqa: ANN401 (boto3 makes its classes at run time)
+def _s3_client() -> Any:
     import boto3
 
     session = boto3.Session()

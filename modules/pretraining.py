@@ -30,7 +30,7 @@ class Pretraining(StageModule):
         mtp_depths: int = 2,
         mtp_loss_factor: float = 0.3,
         auxiliary_loss_coefficient: float = 1e-4,
-        **stage: Any,  # noqa: ANN401
+        **stage: Any,
     ) -> None:
         super().__init__(mtp_depths=mtp_depths, **stage)
         for key, value in (

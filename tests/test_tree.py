@@ -1,6 +1,5 @@
-"""What holds for the tree as a whole: no paths of one machine, documented settings, a lock that fits pyproject.toml."""
+"""What holds for the tree as a whole: no paths of one machine, a lock that fits pyproject.toml."""
 
-import ast
 import re
 import shutil
 import subprocess
@@ -38,35 +37,6 @@ def test_no_tracked_file_names_a_path_of_one_machine():
 @pytest.mark.parametrize(("line", "found"), [("cd /" + "home/me", True), ("see modules/ops", False)])
 def test_the_path_pattern_finds_paths(line: str, found: bool):
     assert bool(MACHINE_PATH.search(line)) is found
-
-
-def undocumented_fields(tree: ast.Module) -> list[str]:
-    """Return the public dataclass fields that no docstring follows, and the user's dataclasses that are not frozen."""
-    found = []
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.ClassDef) and any("dataclass" in ast.dump(d) for d in node.decorator_list)):
-            continue
-        if node.name.startswith("_"):
-            continue
-        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and not described:
-                found.append(f"{node.name}.{ast.unparse(field.target)}")
-    return found
-
-
-@pytest.mark.parametrize(
-    "file",
-    [file for name in ("app", "callbacks", "datamodules", "modules") for file in sorted((ROOT / name).rglob("*.py"))],
-    ids=lambda file: str(file.relative_to(ROOT)),
-)
-def test_every_dataclass_field_is_documented(file: Path):
-    assert undocumented_fields(ast.parse(file.read_text(encoding="utf-8"))) == []
-
-
-def test_an_undocumented_field_is_found():
-    source = "@dataclass(frozen=True)\nclass A:\n    x: int\n    '''Number.'''\n    y: int = 0\n"
-    assert undocumented_fields(ast.parse(source)) == ["A.y"]
 
 
 def locked(file: str = "requirements.lock") -> dict[str, Version]:

@@ -23,8 +23,7 @@ SHOWN_ROWS_TERMINAL = 4
 
 
 def inspect(
-    *,
-    config: list[str],
+    *arguments: str,
     step: int | None = None,
     rows: str | None = None,
     full: bool = False,
@@ -38,7 +37,8 @@ def inspect(
     with labels, borders, ids or counts. Like all options, --full takes a value: --full true.
 
     Args:
-        config: Run files, for example configs/pretrain.yaml; of a key in several of them the last one counts.
+        arguments: Run files and keys as `fit` takes them, for example --config configs/pretrain.yaml --name=mine; of a
+            key that is given several times the last one counts.
         step: Optimiser step, from 1; null is 1.
         rows: Rows to show, for example 0,3-5, or all; null shows the first 4 in the terminal, the first 16 on a page.
             The summary and the warnings are always about all rows.
@@ -58,7 +58,7 @@ def inspect(
     from app.inspection.view import build_view
     from datamodules.tokenizer import Tokenizer
 
-    run = parse_run([argument for file in config for argument in ("--config", file)])
+    run = parse_run(list(arguments))
     loader = StepLoader(run)
     if batch is None:
         number = 1 if step is None else step

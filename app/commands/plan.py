@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    *,
-    config: list[str],
+    *arguments: str,
     devices: int | None = None,
     accelerator: Literal["cpu", "gpu"] | None = None,
     tokens_per_second: float | None = None,
@@ -24,7 +23,8 @@ def plan(
     """Print what a run asks for: parameters, FLOPs, memory, tokens, schedule, time; no device and no data needed.
 
     Args:
-        config: Run files, for example configs/pretrain/super.yaml; of a key in several of them the last one counts.
+        arguments: Run files and keys as `fit` takes them, for example --config configs/pretrain.yaml --name=mine; of a
+            key that is given several times the last one counts.
         devices: Devices in all; those of the run file (trainer.devices x num_nodes, auto counts as 1) unless given.
         accelerator: Kind of device, cpu or gpu; that of the run file (auto: what this machine has) unless given.
         tokens_per_second: Speed of one device for the expected time; what the run has logged unless given.
@@ -43,7 +43,7 @@ def plan(
     from modules.precision.table import precision_lines
 
     _check_options(devices, tokens_per_second, mfu, peak_tflops)
-    run = parse_run([argument for file in config for argument in ("--config", file)])
+    run = parse_run(list(arguments))
     module, data = run.instantiate("model"), run.instantiate("data")
     if not isinstance(module, StageModule):
         raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
@@ -82,7 +82,7 @@ def _check_options(
         raise UserError("--tokens_per_second: the speed follows from --mfu and --peak_tflops already; leave one out")
 
 
-def _devices(trainer: Any) -> tuple[int, list[str]]:  # noqa: ANN401
+def _devices(trainer: Any) -> tuple[int, list[str]]:
     """Return the devices in all that a run file asks for, and a line where they are assumed."""
     from app.planning.speed import device_count
 
@@ -93,7 +93,7 @@ def _devices(trainer: Any) -> tuple[int, list[str]]:  # noqa: ANN401
     return machines, [f"1 device assumed{where} (trainer.devices: {trainer.devices}); give --devices for others"]
 
 
-def _accelerator(given: Any) -> str:  # noqa: ANN401
+def _accelerator(given: Any) -> str:
     import torch
 
     if given in ("gpu", "cuda"):
@@ -112,8 +112,8 @@ def _accumulation(rows: int, micro_batch: int, devices: int) -> int:
 
 def _time_lines(
     run: "RunCLI",
-    module: Any,  # noqa: ANN401
-    data: Any,  # noqa: ANN401
+    module: Any,
+    data: Any,
     devices: int,
     tokens_per_second: float | None,
     mfu: float | None,

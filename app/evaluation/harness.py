@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
             text = text[: text.rindex(last) + len(last)]
         return text
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ANN401
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the token ids of a text, with BOS where the tokenizer puts one."""
         ids = self._tokenizer.encode(string, special_tokens=True)
         if add_special_tokens is False or ids[: len(self._beginning)] == self._beginning:

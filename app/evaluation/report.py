@@ -70,7 +70,7 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _only(value: Any) -> Any:  # noqa: ANN401
+def _only(value: Any) -> Any:
     """Return what lists of one entry hold."""
     while isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]

@@ -24,9 +24,7 @@ class SavedBatch:
     rank: int
     """Rank that trained on it."""
     reason: str
-    """Why it was saved."""
     loss: float
-    """Loss of the step."""
     gradient_norm: float
     """Gradient norm of the step, before clipping."""
     micro_batches: list[PackedBatch]

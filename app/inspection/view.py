@@ -22,13 +22,11 @@ class Document:
     """A document, or a piece of one, in a row."""
 
     id: int
-    """Document id."""
     start: int
     """First position."""
     end: int
     """Position after the last one."""
     padding: bool
-    """Whether it is padding."""
     with_loss: int
     """Positions with a label."""
     complete: bool
@@ -47,7 +45,6 @@ class Row:
     number: int
     """Number in the batch, over all micro-batches."""
     micro_batch: int
-    """Number of its micro-batch."""
     place: int
     """Number in its micro-batch."""
     origin: str
@@ -77,13 +74,11 @@ class BatchView:
     """The rows of one optimiser step (of one device), and what can be said about them."""
 
     rows: list[Row]
-    """All rows in order."""
     micro_batches: int
     """Their number."""
     counted: list[int]
     """[1 + M]: the targets of each loss part in these rows."""
     vocabulary: Vocabulary
-    """The tokens as text."""
     vocab_size: int
     """V, ids that the model has a row of the embedding for."""
 

@@ -53,7 +53,7 @@ class MetaExecution(TorchDispatchMode):
         """Execute what runs inside, with two functions replaced that do otherwise on the meta device than elsewhere."""
         make_tensor = torch.tensor
 
-        def tensor(data: Any, **options: Any) -> Tensor:  # noqa: ANN401
+        def tensor(data: Any, **options: Any) -> Tensor:
             if torch.device(options.get("device") or "cpu").type != "meta":
                 return make_tensor(data, **options)
             with _disable_current_modes():
@@ -69,11 +69,11 @@ class MetaExecution(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401
-        types: Any,  # noqa: ANN401
+        func: Any,
+        types: Any,
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default or _reads_on_host(func, kwargs):
             return self._read(func, args, kwargs)
@@ -88,7 +88,7 @@ class MetaExecution(TorchDispatchMode):
                 self._observe(tensor)
         return out
 
-    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         key = (func, _shapes_of(args), _shapes_of(tuple(kwargs.items())))
         made = self._results.get(key)
         if made is not None:
@@ -111,7 +111,7 @@ class MetaExecution(TorchDispatchMode):
 
     # -- values -------------------------------------------------------------------------------------------------------
 
-    def _compute_values(self, func: Any, args: tuple, kwargs: dict[str, Any], outs: list[Tensor]) -> None:  # noqa: ANN401
+    def _compute_values(self, func: Any, args: tuple, kwargs: dict[str, Any], outs: list[Tensor]) -> None:
         """Compute what an operation on known integers returns; forget what an unknown one overwrites."""
         if not outs or any(out.is_floating_point() for out in outs):
             return
@@ -134,7 +134,7 @@ class MetaExecution(TorchDispatchMode):
         values[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=value.dtype).copy_(value)
         weakref.finalize(storage, values.pop, key, None)
 
-    def _on_cpu(self, value: Any) -> Any:  # noqa: ANN401
+    def _on_cpu(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._value_of(value)
         return torch.device("cpu") if isinstance(value, torch.device) else value
@@ -149,7 +149,7 @@ class MetaExecution(TorchDispatchMode):
             base = base.view(tensor.dtype)
         return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def _read(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _read(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         with _disable_current_modes():
             return func(self._value_of(args[0]).clone(), *args[1:], **kwargs)
 
@@ -169,12 +169,12 @@ def _fused_attention(
     return operation(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _reads_on_host(func: Any, kwargs: dict[str, Any]) -> bool:  # noqa: ANN401
+def _reads_on_host(func: Any, kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     return func is aten._to_copy.default and device is not None and device.type == "cpu"
 
 
-def _shapes_of(values: Any) -> Any:  # noqa: ANN401
+def _shapes_of(values: Any) -> Any:
     """Return what an operation's result depends on, hashable: shapes for tensors, other values with their type."""
     if isinstance(values, Tensor):
         return (values.shape, values.stride(), values.dtype, values.is_meta)
@@ -184,7 +184,7 @@ def _shapes_of(values: Any) -> Any:  # noqa: ANN401
 
 
 @functools.cache
-def _is_pure(func: Any) -> bool:  # noqa: ANN401
+def _is_pure(func: Any) -> bool:
     """Whether an operation says that it returns new tensors and changes none."""
     schema = func._schema
     return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)

@@ -105,7 +105,7 @@ class Sharding:
             for value in args
         )
 
-    def _after_forward(self, unit: _Unit, module: nn.Module, _: Any, output: Any) -> None:  # noqa: ANN401
+    def _after_forward(self, unit: _Unit, module: nn.Module, _: Any, output: Any) -> None:
         unit.waiting.discard(module)
         if unit.in_backward or unit.waiting:
             return
@@ -117,7 +117,7 @@ class Sharding:
                     self._end_forward(other, output)
             self._root = self._previous = None
 
-    def _end_forward(self, unit: _Unit, output: Any) -> None:  # noqa: ANN401
+    def _end_forward(self, unit: _Unit, output: Any) -> None:
         unit.weights = None
         unit.places.append(len(self._order))
         self._order.append(unit)
@@ -179,12 +179,12 @@ class _AfterBackward(Function):
     """Identity; its backward pass runs when everything behind it has."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sharding: Sharding, unit: _Unit) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, sharding: Sharding, unit: _Unit) -> Tensor:
         ctx.sharding, ctx.unit = sharding, unit
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.sharding.after_backward(ctx.unit)
         return grad, None, None
 

@@ -52,7 +52,7 @@ def measured_speed(run: RunFolder, config: str) -> MeasuredSpeed | str:
     return MeasuredSpeed(tokens_per_second=speed, devices=devices)
 
 
-def device_count(trainer: Any) -> int | None:  # noqa: ANN401
+def device_count(trainer: Any) -> int | None:
     """Return the devices in a machine that `trainer.devices` asks for, read as Lightning does; None: all there are.
 
     Args:

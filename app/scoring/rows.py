@@ -15,7 +15,6 @@ class Tokens(NamedTuple):
     """A row as the network sees it."""
 
     ids: list[int]
-    """Token ids."""
     completion_start: int | None
     """Position of the completion's first token in `ids`; None: the row has no completion."""
 

@@ -207,7 +207,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self,
         checkpoint: dict[str, Any],
         filepath: str | os.PathLike,
-        storage_options: Any | None = None,  # noqa: ANN401
+        storage_options: Any | None = None,
     ) -> None:
         """Write a checkpoint folder; all ranks call this.
 
@@ -323,7 +323,7 @@ def _tcp_store(address: str, port: int, is_master: bool) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=TIMEOUT)
 
 
-def _run_collectively(function: Any) -> None:  # noqa: ANN401
+def _run_collectively(function: Any) -> None:
     """Call a function of torch's distributed checkpoints; raise the failure of a rank as it is, not wrapped."""
     try:
         function()

@@ -57,7 +57,7 @@ class _Spread(Function):
     """Rows [R, L] in the order of their experts, `x[order // K]`, from tokens [N, L]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top_k: int) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(back)
         ctx.shape = len(x), top_k, x.shape[1]
         return x.index_select(0, order // top_k)
@@ -65,7 +65,7 @@ class _Spread(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
@@ -80,7 +80,7 @@ class _Combine(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, places)
         out = rows.new_zeros(len(places), rows.shape[1], dtype=torch.float32)
         for weight, place in zip(weights.unbind(1), places.unbind(1), strict=True):
@@ -90,7 +90,7 @@ class _Combine(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, None]:
         rows, weights, places = ctx.saved_tensors

@@ -20,7 +20,7 @@ class _SquaredReLU(Function):
     """Keeps one tensor and passes over it twice; differentiated automatically it is two and five times."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         positive = F.relu(x)
         ctx.save_for_backward(positive)
         return positive * positive
@@ -28,7 +28,7 @@ class _SquaredReLU(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> Tensor:
         (positive,) = ctx.saved_tensors

@@ -51,7 +51,7 @@ class _GatedNorm(Function):
     """Keeps its inputs and computes the rest again: half the passes of automatic differentiation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:
         gated = F.silu(gate.float()).mul_(x).unflatten(-1, (groups, -1))
         scale = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).square_().div_(gated.shape[-1])
         scale.add_(epsilon).rsqrt_()
@@ -62,7 +62,7 @@ class _GatedNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, gate, weight, scale = ctx.saved_tensors

@@ -203,7 +203,7 @@ def _training(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _formats(precision: Any) -> str:  # noqa: ANN401
+def _formats(precision: Any) -> str:
     """Return the recipe of a run in words; runs of before there were named recipes hold the list of rules alone."""
     if isinstance(precision, list):
         precision = {"rules": precision}
@@ -280,7 +280,7 @@ def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)])
 
 
-def _show(value: Any) -> str:  # noqa: ANN401
+def _show(value: Any) -> str:
     if isinstance(value, list):
         return f"({', '.join(map(_show, value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -216,11 +216,11 @@ def _kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", module_of(name)))
 
 
-def _object(value: Any) -> Mapping[str, Any]:  # noqa: ANN401
+def _object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401
+def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)

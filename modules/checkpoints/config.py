@@ -237,7 +237,7 @@ def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:
         raise UserError(f"{file}: {str(error).removeprefix('model.backbone.')}") from None
 
 
-def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
+def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and type(value) in (int, float):
         if not -sys.float_info.max <= value <= sys.float_info.max:
@@ -249,7 +249,7 @@ def _typed(value: Any, hint: Any, key: str, file: Path) -> Any:  # noqa: ANN401
     raise UserError(f"{file}: {key} {shown(value)} must be {wanted}")
 
 
-def shown(value: Any) -> str:  # noqa: ANN401
+def shown(value: Any) -> str:
     """Return a value from a file for a message: one line of moderate length."""
     text = repr(value)
     return text if len(text) <= 60 else text[:56] + " ..."
@@ -283,7 +283,7 @@ def _rename(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     return fields
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     """Return a JSON value with transformers' way of writing infinity undone."""
     if isinstance(value, list):
         return [_plain(entry) for entry in value]

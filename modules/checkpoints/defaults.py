@@ -55,7 +55,7 @@ def read_defaults(folder: Path, config: dict[str, Any], tokenizer_folder: Path |
     )
 
 
-def _checked(key: str, value: Any, file: Path) -> tuple[int, ...]:  # noqa: ANN401
+def _checked(key: str, value: Any, file: Path) -> tuple[int, ...]:
     """Return an id or a list of ids as a tuple."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     for entry in values:

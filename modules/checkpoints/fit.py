@@ -123,7 +123,7 @@ class _Reader(SafeReader):
         super().__init__(path)
         self.metadata = super().read_metadata()
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
 
 

@@ -91,7 +91,7 @@ class Layout:
     matrix: `quantization_config`, which goes into config.json, and other files by name."""
 
 
-def is_fp8_cache(scheme: Any, place: str) -> bool:  # noqa: ANN401
+def is_fp8_cache(scheme: Any, place: str) -> bool:
     """Return whether a configuration's entry for the KV cache means FP8 with a scale per layer, or none.
 
     Raises:

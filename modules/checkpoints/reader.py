@@ -37,7 +37,7 @@ ADMITTED = {
 class SafeReader(FileSystemReader):
     """A `FileSystemReader` that admits only the classes a checkpoint of tensors needs."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 (torch's signature)
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index of the checkpoint.
 
         Raises:
@@ -58,7 +58,7 @@ class SafeReader(FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if name not in ADMITTED.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)

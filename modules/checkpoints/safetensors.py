@@ -145,7 +145,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.dtype]) -> Entry:  # noqa: ANN401
+def _entry(file: Path, name: str, said: Any, data: int, dtypes: dict[str, torch.dtype]) -> Entry:
     """Return the entry that a header gives of a tensor, checked but for its place; `data` is where the data begin."""
     try:
         kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]

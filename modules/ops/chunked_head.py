@@ -243,7 +243,7 @@ class _WithGradients(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         loss: Tensor,
         gradients: list[Tensor | None],
         *leaves: Tensor | None,
@@ -254,7 +254,7 @@ class _WithGradients(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_loss: Tensor,
     ) -> tuple[Tensor | None, ...]:
         return None, None, *(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
@@ -263,7 +263,7 @@ class _WithGradients(Function):
 class _LogProbabilities(Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -283,7 +283,7 @@ class _LogProbabilities(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_chosen: Tensor | None,
         grad_entropies: Tensor | None,
     ) -> tuple[Tensor | None, ...]:

@@ -139,7 +139,7 @@ class _Decays(NamedTuple):
 class _ChunkedScan(Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -158,7 +158,7 @@ class _ChunkedScan(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
         x, dt, A, B, C, D, _, *kept = ctx.saved_tensors

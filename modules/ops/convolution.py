@@ -54,14 +54,14 @@ class _ShiftedConvolution(Function):
     """The convolution as a sum of shifted products, masked at the borders; keeps its input and computes again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias, ids)
         return F.silu(_sum_of_taps(x.float(), weight, bias, ids), inplace=True).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight, bias, ids = ctx.saved_tensors
@@ -99,7 +99,7 @@ class _SpacedConvolution(Function):
     """The convolution over documents with k - 1 zeros between them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, documents: DocumentLayout) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.documents = documents
         spaced = _space_out(x, documents, weight.shape[1] - 1)
@@ -108,7 +108,7 @@ class _SpacedConvolution(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight, bias = ctx.saved_tensors

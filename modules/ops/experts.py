@@ -54,14 +54,14 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 class _LoopedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, offsets)
         return multiply_rows(x, weight.transpose(1, 2), offsets, None)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, offsets = ctx.saved_tensors
@@ -177,10 +177,10 @@ def _(grad: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @register_flop_formula(torch.ops.superbolt.multiply_rows)
-def _(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:  # noqa: ANN401
+def _(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
 @register_flop_formula(torch.ops.superbolt.outer_products)
-def _(grad: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:  # noqa: ANN401
+def _(grad: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * grad[0] * grad[1] * x[1]

@@ -23,17 +23,17 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _no_flops(*_: Any, **__: Any) -> int:  # noqa: ANN401
+def _no_flops(*_: Any, **__: Any) -> int:
     return 0
 
 
-def _grouped_product(a_shape: list[int], b_shape: list[int], *_: Any, **__: Any) -> int:  # noqa: ANN401
+def _grouped_product(a_shape: list[int], b_shape: list[int], *_: Any, **__: Any) -> int:
     """FLOPs of `a @ b` in groups: [R, I] x [E, I, O] forward, [O, R] x [R, I] -> [E, O, I] for the weights."""
     flops = 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
     return flops * a_shape[0] if len(a_shape) == len(b_shape) == 3 else flops
 
 
-def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:  # noqa: ANN401
+def _attention(query: list[int], key: list[int], value: list[int], *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
@@ -42,8 +42,8 @@ def _attention_backward(
     query: list[int],
     key: list[int],
     value: list[int],
-    *_: Any,  # noqa: ANN401
-    **__: Any,  # noqa: ANN401
+    *_: Any,
+    **__: Any,
 ) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 

@@ -33,7 +33,7 @@ def _(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 @register_flop_formula(torch.ops.superbolt.scaled_product)
-def _(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:  # noqa: ANN401
+def _(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 

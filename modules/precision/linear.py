@@ -114,7 +114,7 @@ class Head(Linear):
         self,
         x: Tensor,
         objective: Objective | None = None,
-        **arguments: Any,  # noqa: ANN401
+        **arguments: Any,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return `chunked_loss` of [N, D] and its arguments, or without an objective `logits`."""
         if objective is None:
@@ -122,7 +122,7 @@ class Head(Linear):
         dtype = self.compute_dtype
         return chunked_loss(x.to(dtype), self.weight.to(dtype), objective, **arguments)
 
-    def token_log_probabilities(self, x: Tensor, labels: Tensor, **arguments: Any) -> TokenLogProbabilities:  # noqa: ANN401
+    def token_log_probabilities(self, x: Tensor, labels: Tensor, **arguments: Any) -> TokenLogProbabilities:
         """Return `chunked_head.token_log_probabilities` of [N, D] and its arguments."""
         dtype = self.compute_dtype
         return token_log_probabilities(x.to(dtype), self.weight.to(dtype), labels, **arguments)

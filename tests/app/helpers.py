@@ -42,7 +42,7 @@ class Program:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.app.zygote"],
             stdin=subprocess.PIPE,

@@ -93,6 +93,29 @@ def test_mistakes_are_one_line(args, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_option_of_a_command_is_for_the_parser_of_run_files(monkeypatch):
+    def weigh(*arguments: str, share: float = 0, kind: str = "a") -> None:
+        """Weigh.
+
+        Args:
+            arguments: As fit has them.
+        """
+        CALLS.append((arguments, share, kind))
+
+    monkeypatch.setattr(sys.modules["app.commands.pack"], "pack", weigh)
+    call("pack", ["-c", "a", "--share", "-1", "--b.c=--share", "--b.d", "-2", "--kind=c", "--kinds.of=e", "f"])
+    call("pack", ["a", "--share=2", "b"])
+    assert CALLS == [
+        (("-c", "a", "--b.c=--share", "--b.d", "-2", "--kinds.of=e", "f"), -1, "c"),
+        (("a", "b"), 2, "a"),
+    ]
+    with pytest.raises(UserError, match="unknown option --shrae, did you mean --share"):
+        call("pack", ["--shrae=2"])
+    text = build_parser("weigh", weigh).format_help()
+    assert "[--config FILE --key=value ...]" in text
+    assert "As fit has them." in text
+
+
 def test_help_names_types_as_people_do_and_keeps_paragraphs():
     def wrap(folder: Path, *, kind: Literal["a", "b"] = "a") -> None:
         """Wrap.

@@ -1,90 +1,128 @@
-"""jsonargparse's nested messages come down to the key and the reason."""
+"""What the real parsers of run files and commands answer to a mistake: the whole key and the reason, in one line."""
+
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import yaml
 
-from app.explain import Refusal, explain
+from app.cli import RunCLI
+from app.command_line import build_parser
+from modules.errors import UserError
 
-UNION = """Parser key "model":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
-  Errors:
-{errors}
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>
-  Given value: {{'class_path': 'a.B', 'init_args': {{'width': 'three'}}}}"""
+TREE: dict[str, Any] = {
+    "model": {
+        "class_path": "modules.pretraining.Pretraining",
+        "init_args": {
+            "backbone": {"vocab_size": 8, "hidden_size": 8, "hybrid_override_pattern": "-"},
+            "optimizer": {"learning_rate": 1},
+        },
+    },
+    "data": {"class_path": "datamodules.pretraining.PretrainingData", "init_args": {"path": "nowhere"}},
+}
+STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 
 
-def union(*lines: str) -> str:
-    return UNION.format(errors="\n".join("    " + line for line in lines))
+def answer(folder: Path, tree: dict[str, Any], *args: str) -> str:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        RunCLI([f"--config={file}", *args])
+    return str(caught.value).replace(f"{folder}/", "")
 
 
 @pytest.mark.parametrize(
-    ("message", "refusal"),
+    ("args", "expected"),
     [
+        ("--trainer.max_steps=abc", "trainer.max_steps: expected int, got abc"),
+        ("--trainer.limit_val_batches=many", "trainer.limit_val_batches: expected int or float or null, got many"),
+        ("--model.init_args.mtp_depths=two", "model.init_args.mtp_depths: expected int, got two"),
+        ("--model.mtp_depths two", "model.init_args.mtp_depths: expected int, got two"),
         (
-            "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: abc",
-            Refusal("trainer.max_steps", "expected int, got abc"),
+            "--model.init_args.precision.recipe=foo",
+            "model.init_args.precision.recipe: expected one of super, bf16, fp32 or null, got foo",
         ),
         (
-            union(
-                "- Problem with given class_path 'a.B':",
-                '    Parser key "width":',
-                "      Expected a <class 'int'>. Got value: three",
-            ),
-            Refusal("model.init_args.width", "expected int, got three"),
+            "--model.init_args.spike_guard.window=wide",
+            "model.init_args.spike_guard.window: expected int, got wide",
         ),
         (
-            union("- Problem with given class_path 'a.B':", "    No module named 'a'"),
-            Refusal("model", "class_path a.B: No module named 'a'"),
+            "--model.init_args.optimizer.betas=[0.9]",
+            "model.init_args.optimizer.betas: expected tuple with 2 elements, got [0.9]",
         ),
-        (
-            union("- Import path a.B does not correspond to a subclass of LightningModule"),
-            Refusal("model", "class_path a.B is no LightningModule"),
-        ),
-        (
-            union("- Problem with given class_path 'a.B':", "    Option 'widht' is not accepted"),
-            Refusal("model.init_args.widht", "", unknown=True),
-        ),
-        (
-            union("- Problem with given class_path 'a.B':", "    Group 'c' does not accept option 'd'"),
-            Refusal("model.init_args.c.d", "", unknown=True),
-        ),
-        (
-            union("- Problem with given class_path 'a.B':", "    the following arguments are required: c.d, e"),
-            Refusal("model.init_args", "missing key model.init_args.c.d, model.init_args.e"),
-        ),
-        (
-            union("- Expected a dot import path string: foo"),
-            Refusal("model", "expected a class path like package.module.Class, got foo"),
-        ),
-        (
-            union(
-                "- Problem with given class_path 'a.B':",
-                '    Parser key "backbone":',
-                "    Unable to load config 'x.yaml'",
-                '      - Parser key "backbone": Unable to load config "x.yaml"',
-            ),
-            Refusal("model.init_args.backbone", "x.yaml is not there or no YAML file"),
-        ),
-        (
-            union("- Problem with given class_path 'a.B':", "    unrecognized arguments: --c.dd=1"),
-            Refusal("model.init_args.c.dd", "", unknown=True),
-        ),
-        ("something new", Refusal("", "something new")),
+        ("--model.init_args.mtp_dephts=2", "unknown key model.init_args.mtp_dephts; did you mean mtp_depths?"),
+        ("--model.optimizer.betsa=1", "unknown key model.init_args.optimizer.betsa; did you mean betas?"),
+        ("--model.spike_guard.sigma=1", "unknown key model.init_args.spike_guard.sigma; did you mean sigmas?"),
+        ("--nmae=x", "unknown key nmae; did you mean name?"),
+        ("-name=x", "unrecognized arguments: -name=x (options start with --"),
+        ("--trainer.max_epochs 2", "trainer.max_epochs is not set here: the whole run is one epoch"),
+        ("stray", "unrecognized arguments: stray (options start with --"),
+        ("--model=foo", "model: Expected a dot import path string: foo"),
+        ("--model=nowhere.Model", "model: Problem with given class_path 'nowhere.Model': No module named 'nowhere'"),
+        ("--model=yaml.Model", "model: Problem with given class_path 'yaml.Model': module 'yaml' has no attribute"),
+        ("--model=yaml.Loader", "model: Import path yaml.Loader does not correspond to a subclass of LightningModule"),
+        ("--model=[1]", "model: expected LightningModule or null, got [1]"),
+        ("--model=null", "run.yaml: missing key model"),
+        ("--model.init_args.backbone=nowhere.yaml", 'model.init_args.backbone: Unable to load config "nowhere.yaml"'),
+        ("--config", "argument -c/--config: expected one argument"),
     ],
 )
-def test_the_innermost_reason_is_found(message, refusal):
-    assert explain(message) == refusal
+def test_an_argument_that_is_refused(args: str, expected: str, tmp_path: Path):
+    assert answer(tmp_path, TREE, *args.split()).startswith(expected)
 
 
-def test_a_union_that_nothing_fits_says_what_was_expected():
-    message = """Parser key "trainer.limit":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'int'>, typing.Literal['a', 'b'], <class 'NoneType'>]
-  Errors:
-    - Expected a <class 'int'>
-    - Expected a typing.Literal['a', 'b']
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'str'>
-  Given value: many"""
-    assert explain(message) == Refusal("trainer.limit", "expected int or one of a, b or null, got many")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"trainer": {"max_steps": "abc"}}, "trainer.max_steps: expected int, got abc"),
+        (
+            {"model": {"class_path": "modules.pretraining.Pretraining"}},
+            "run.yaml: missing key model.init_args.backbone.vocab_size, model.init_args.backbone.hidden_size, ",
+        ),
+        (
+            {"trainer": {"callbacks": [{"class_path": STOPPING, "init_args": {"monitor": "x", "patience": "p"}}]}},
+            "trainer.callbacks.init_args.patience: expected int, got p",
+        ),
+        (
+            {"trainer": {"callbacks": [{"class_path": STOPPING}]}},
+            "run.yaml: missing key trainer.callbacks.init_args.monitor",
+        ),
+        ({"trainer": {"callbacks": [{"class_path": "a.B"}]}}, "trainer.callbacks: Problem with given class_path 'a.B'"),
+    ],
+)
+def test_a_run_file_that_is_refused(change: dict[str, Any], expected: str, tmp_path: Path):
+    assert answer(tmp_path, TREE | change).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hiden_size: 3", "unknown key model.init_args.backbone.hiden_size; did you mean hidden_size?"),
+        ("hidden_size: many", "model.init_args.backbone.hidden_size: expected int, got many"),
+        ("a: b: c", "model.init_args.backbone: Unable to load config 'part.yaml' - mapping values are not allowed"),
+    ],
+)
+def test_a_file_of_a_part_that_is_refused(text: str, expected: str, tmp_path: Path):
+    (tmp_path / "part.yaml").write_text(text, encoding="utf-8")
+    assert answer(tmp_path, TREE, f"--model.init_args.backbone={tmp_path}/part.yaml").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("x --share=half", "--share: expected float or null, got half"),
+        ("x --kind=c", "--kind: expected one of a, b, got c"),
+        ("x --knid=a", "unknown option --knid, did you mean --kind?"),
+        ("x --zzz", "unknown option --zzz"),
+        ("x y", "unrecognized arguments: y"),
+        ("", "missing key folder"),
+        ("x --kind", "argument --kind: expected one argument"),
+    ],
+)
+def test_the_argument_of_a_command_that_is_refused(args: str, expected: str):
+    def wrap(folder: Path, *, kind: Literal["a", "b"] = "a", share: float | None = None) -> None:
+        """Wrap."""
+
+    with pytest.raises(UserError) as caught:
+        build_parser("wrap", wrap).parse_args(args.split())
+    assert str(caught.value) == f"{expected}; see python -m app wrap --help"

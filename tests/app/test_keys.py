@@ -1,15 +1,22 @@
-"""Unknown keys are named in full, with the nearest known one."""
+"""Unknown keys are named in full, with the nearest known one; known ones are explained."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 
+import docstring_parser
 import pytest
 
-from app.keys import check_keys, find, keys_of, parameters_of, unknown_key
+from app.cli import CALLBACKS
+from app.keys import _arguments, check_keys, find, keys_of, parameters_of, unknown_key
 from modules.errors import UserError
+from tests.app.helpers import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
+    """What lies inside."""
+
     depth: int = 1
 
 
@@ -84,3 +91,32 @@ def test_find_walks_down_the_types():
 
 def test_without_a_near_key_all_are_listed():
     assert unknown_key("a.zzz", {"one": int, "two": int}, {}) == "unknown key a.zzz; known here: one, two"
+
+
+def unexplained(kind: type, seen: set[type]) -> list[str]:
+    """Return the keys of a class, and of the dataclasses it takes, that no documentation explains."""
+    keys = parameters_of(kind)
+    assert keys is not None
+    seen.add(kind)
+    documented = [docstring_parser.parse_from_object(base).params for base in kind.__mro__[:-1]]
+    explained = {parameter.arg_name for parameters in documented for parameter in parameters if parameter.description}
+    found = [f"{kind.__name__}.{key}" for key in keys if key not in explained]
+    for hint in keys.values():
+        for inner in (hint, *_arguments(hint)):
+            if isinstance(inner, type) and is_dataclass(inner) and inner not in seen:
+                found += unexplained(inner, seen)
+    return found
+
+
+def test_every_key_of_a_run_file_is_explained():
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "configs").rglob("*.yaml")]
+    paths = {path for text in texts for path in re.findall(r"class_path: (\S+)\.(\w+)", text)}
+    kinds = [*(getattr(import_module(module), name) for module, name in paths), *CALLBACKS.values()]
+    seen: set[type] = set()
+    assert [key for kind in kinds for key in unexplained(kind, seen)] == []
+    assert {"Pretraining", "BackboneConfig", "SpikeGuardConfig", "Phase"} <= {kind.__name__ for kind in seen}
+
+
+def test_an_unexplained_key_is_found():
+    assert unexplained(Inner, set()) == ["Inner.depth"]
+    assert "Inner.depth" in unexplained(Outer, set())

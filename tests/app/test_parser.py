@@ -35,3 +35,9 @@ def test_a_wrong_value_deep_in_a_run_file_is_answered_with_the_right_ones() -> N
     file = ROOT / "configs" / "pretrain_nvfp4.yaml"
     with pytest.raises(UserError, match=r"precision\.recipe: expected one of super, bf16, fp32 or null, got foo$"):
         Parsed(["--config", str(file), "--model.init_args.precision.recipe", "foo"])
+
+
+def test_a_key_before_the_run_file_that_it_belongs_to_is_known() -> None:
+    file = ROOT / "configs" / "pretrain_nvfp4.yaml"
+    with pytest.raises(UserError, match=r"^data\.init_args\.micro_batch_size: give it after --config$"):
+        Parsed(["--data.micro_batch_size", "4", "--config", str(file)])

@@ -205,7 +205,7 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
     result = subprocess.run(  # not from the program that is ready: Lightning starts the second process by its command
         [sys.executable, "-m", "app", "fit", *options, "--trainer.devices=2"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,

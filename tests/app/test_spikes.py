@@ -110,7 +110,7 @@ def test_two_processes_decide_alike_and_keep_their_own_batches(run_file, tmp_pat
     ):
         common = ["-m", "app", "fit", f"--config={run_file}", f"--trainer.default_root_dir={tmp_path / name}"]
         layout = ["--trainer.devices=2", "--data.init_args.micro_batch_size=1"]
-        result = python(*common, *layout, *options, OMP_NUM_THREADS="1")
+        result = python(*common, *layout, *options)
         assert result.returncode == 0, result.stderr
         outputs[name] = result.stdout
     assert [output.count("mock step") for output in outputs.values()] == [1, 0]
@@ -137,9 +137,7 @@ def test_a_lack_of_memory_shows_before_the_first_step(run_file, tmp_path) -> Non
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30)); sys.exit(main())"
     )
     rows = "--data.init_args.micro_batch_size=16384", "--data.init_args.global_batch_size=16384"
-    result = python(
-        "-c", code, "fit", f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", *rows, OMP_NUM_THREADS="1"
-    )
+    result = python("-c", code, "fit", f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", *rows)
     assert result.returncode == 2, result.stderr
     assert "validation after step" not in result.stdout
     assert result.stderr.splitlines()[-1] == (

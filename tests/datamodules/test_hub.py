@@ -102,7 +102,7 @@ def test_a_missing_or_cut_shard_follows_the_policy(dataset, tmp_path):
 
 def run(args: list[str], home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `prepare` with a Hub that nobody serves."""
-    variables = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"} | environment
+    variables = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"} | environment
     command = [sys.executable, "-m", "app", "prepare", *args, "--workers", "1", "--vocab_size", "300"]
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120)
 

@@ -118,7 +118,7 @@ def _arguments(layer: LayerQuantization) -> dict[str, Any]:
     return {"weights": _WEIGHTS[layer.format], **inputs}
 
 
-def _means(said: Any, wanted: Mapping[str, Any] | None) -> bool:  # noqa: ANN401
+def _means(said: Any, wanted: Mapping[str, Any] | None) -> bool:
     """Return whether arguments are those wanted; what changes no number does not count."""
     if said is None or wanted is None:
         return said is None and wanted is None

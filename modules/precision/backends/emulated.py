@@ -71,7 +71,7 @@ class Emulated:
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.scheme = scheme
         rows = x.flatten(0, -2)
@@ -82,7 +82,7 @@ class _Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
@@ -99,7 +99,7 @@ class _Linear(Function):
 
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, scheme: Scheme) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, scheme: Scheme) -> Tensor:
         ctx.save_for_backward(x, weight, offsets)
         ctx.scheme = scheme
         a, b = _quantize_rows(scheme, "fprop", "x", x, offsets), _quantize(scheme, "fprop", "w", weight, -1)
@@ -108,7 +108,7 @@ class _GroupedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, offsets = ctx.saved_tensors

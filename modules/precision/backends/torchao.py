@@ -83,7 +83,7 @@ class TorchAO:
         raise NotImplementedError
 
 
-def _load(module: str) -> Any:  # noqa: ANN401
+def _load(module: str) -> Any:
     return importlib.import_module(f"torchao.{module}")
 
 

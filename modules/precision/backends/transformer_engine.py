@@ -64,7 +64,7 @@ class TransformerEngine:
         weights = {f"weight{expert}": matrix for expert, matrix in enumerate(weight.unbind())}
         return self._run(scheme, weight, weights, padded, rows).index_select(0, places)
 
-    def _run(self, scheme: Scheme, weight: Tensor, weights: dict[str, Tensor], *inputs: Any) -> Tensor:  # noqa: ANN401
+    def _run(self, scheme: Scheme, weight: Tensor, weights: dict[str, Tensor], *inputs: Any) -> Tensor:
         """Run its module for these weights, in the recipe of the scheme."""
         engine = _load("pytorch")
         if scheme not in self._modules:
@@ -75,7 +75,7 @@ class TransformerEngine:
             return functional_call(self._modules[scheme], weights, inputs)
 
 
-def _load(module: str) -> Any:  # noqa: ANN401
+def _load(module: str) -> Any:
     return importlib.import_module(f"transformer_engine.{module}")
 
 
@@ -89,7 +89,7 @@ def _failure(chosen: Format) -> str:
     return reason
 
 
-def _recipe(scheme: Scheme) -> Any:  # noqa: ANN401
+def _recipe(scheme: Scheme) -> Any:
     recipes, arithmetic = _load("common.recipe"), scheme.arithmetic
     if scheme.products.fprop == "fp8":
         return recipes.Float8CurrentScaling()

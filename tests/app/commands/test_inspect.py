@@ -262,6 +262,8 @@ def test_a_run_is_as_long_as_max_steps(run_file: Path, tmp_path: Path, capsys: p
     overlay.write_text("trainer: {max_steps: 2}\n", encoding="utf-8")
     assert main(["inspect", "--config", str(run_file), "--config", str(overlay), "--step", "3"]) == 2
     assert "which has steps 1 to 2" in capsys.readouterr().err
+    assert main(["inspect", "--step=3", "--config", str(run_file), "--trainer.max_steps=2"]) == 2
+    assert "which has steps 1 to 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

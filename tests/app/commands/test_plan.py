@@ -73,6 +73,43 @@ def test_devices_and_their_speed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"at 4,000 tokens/s, .* per device \(stated\)", printed)
 
 
+def test_keys_on_the_command_line_count_as_in_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file, overlay = small_run(tmp_path, accelerator="cpu"), tmp_path / "overlay.yaml"
+    overlay.write_text("data: {init_args: {micro_batch_size: 4}}\nname: other\n", encoding="utf-8")
+    expected = planned(capsys, "--config", file, "--config", str(overlay))
+    assert "Parameters of other" in expected
+    assert "1 CPU process, micro-batches of 4 x 64 positions, 2 in a step" in expected
+    keys = ["--data.init_args.micro_batch_size=4", "--name", "other"]
+    assert planned(capsys, "--config", file, *keys) == expected
+    options = ["--devices=2", "-c", file, "--data.micro_batch_size=1", "--config", str(overlay), "--accelerator", "gpu"]
+    printed = planned(capsys, *options)
+    assert "Parameters of other" in printed, "the last counts"
+    assert "2 GPUs, micro-batches of 4 x 64 positions, 1 in a step" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--config"],
+        ["stray"],
+        ["--config", "RUN", "stray"],
+        ["--config", "RUN", "--nmae=x"],
+        ["--config", "RUN", "--data.micro_batch_sise", "4"],
+        ["--config", "RUN", "--trainer.max_epochs=2"],
+        ["--config", "RUN", "--model.init_args.mtp_depths=two"],
+    ],
+)
+def test_keys_are_refused_as_by_fit(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    given = [small_run(tmp_path) if argument == "RUN" else argument for argument in arguments]
+    answers = []
+    for command in ("fit", "plan", "inspect"):
+        assert main([command, *given]) == 2
+        answers.append(capsys.readouterr())
+    assert answers[0].err.startswith("error: ")
+    assert answers[1:] == answers[:1] * 2
+
+
 def test_more_devices_than_experts_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = small_run(tmp_path, accelerator="gpu")
     text = (tmp_path / "run.yaml").read_text(encoding="utf-8").replace("global_batch_size: 8", "global_batch_size: 256")
@@ -161,6 +198,7 @@ def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, ca
         (["--mfu", "40", "--peak_tflops", "989"], "--mfu: 40.0 is a share of the peak"),
         (["--mfu", "0.4", "--peak_tflops", "989", "--tokens_per_second", "5"], "--tokens_per_second"),
         (["--accelerator", "tpu"], "--accelerator"),
+        (["--devcies=2"], "unknown option --devcies, did you mean --devices?"),
     ],
 )
 def test_a_wrong_option_costs_one_line(

@@ -79,12 +79,10 @@ def strategy():
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_gradients_are_summed_over_ranks(tmp_path, micro_batches):
     """Two ranks with other rows each give the gradient of all rows on one plain module."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_PROGRAM, str(rank), str(tmp_path / "store"), str(micro_batches)],
             cwd=ROOT,
-            env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -159,7 +157,7 @@ def test_two_processes_train_like_one_and_continue_each_others_checkpoints(progr
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     for folder in (one, two, mixed):
         folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "app", *arguments(folder, run_file, "--trainer.devices=2", *options)],
