@@ -15,13 +15,15 @@ from app.scoring.rows import Reader
 from datamodules.progress import Progress
 from modules.backbone.model import Network
 from modules.checkpoints.card import label
-from modules.checkpoints.export import Documents, stored_as, write_quantized
+from modules.checkpoints.card_quantized import Written
+from modules.checkpoints.export import finish, stored_as, write_quantized
+from modules.checkpoints.folder import new_folder
 from modules.checkpoints.load import load_model
-from modules.checkpoints.quantization import REPORT
-from modules.checkpoints.source import Source
-from modules.checkpoints.writer import size_of
+from modules.checkpoints.quantization import Quantization
+from modules.checkpoints.safetensors import size_of
+from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
-from modules.precision.quantized import QuantizedWeight, ScaleSearch
+from modules.precision.quantized import ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
 from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
@@ -30,7 +32,7 @@ from modules.ptq.weights import ExpertCoverage, WeightMaker, expert_coverage, kv
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class QuantizeRequest:
     """What the user asks for."""
 
     default: Choice | None
@@ -66,7 +68,9 @@ class Job:
         UserError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
     """
 
-    def __init__(self, source: Source, request: Request, texts: Texts | None, device: torch.device) -> None:
+    def __init__(
+        self, source: ModelFolder, request: QuantizeRequest, texts: Texts | None, device: torch.device
+    ) -> None:
         self._source, self._request, self._texts, self._device = source, request, texts, device
         self._groups = find_groups(source.config)
         self._decisions = decide(self._groups, request.default, request.rules, request.exclude, source.config)
@@ -107,17 +111,14 @@ class Job:
             choices = mix(self._groups, self._decisions, losses, self._request.bits)
             print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
         scales = {} if calibration is None else kv_scales(calibration)
-        report: dict[str, Any] = {}
-
-        def describe(folder: Path) -> dict[str, Any]:
+        coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
+        with new_folder(output) as folder:
+            written = self._write(folder, max_shard_bytes, maker, choices, scales)
             self._lap("writing")
-            coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
-            report.update(self._describe(folder, choices, len(scales), coverage), search=losses)
+            report = self._describe(folder, choices, len(scales), coverage) | {"search": losses}
             report["quality"] = None if original is None else self._compare(original, folder)
             report["seconds"] = self._seconds
-            return {REPORT: report}
-
-        self._write(output, max_shard_bytes, maker, choices, scales, describe)
+            finish(self._source, folder, output, written.tensors, written._replace(report=report))
         return report
 
     def _say_what_is_kept(self) -> None:
@@ -171,32 +172,26 @@ class Job:
 
     def _write(
         self,
-        output: Path,
+        folder: Path,
         max_shard_bytes: int,
         maker: WeightMaker,
         choices: Mapping[str, Choice],
         scales: Mapping[str, tuple[float, float]],
-        describe: Documents,
-    ) -> None:
+    ) -> Written:
         formats: dict[str, Choice] = {
             name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
         }
-        quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}
-
-        def make(name: str) -> QuantizedWeight:
-            return maker.make(name, formats[name])
-
-        write_quantized(
+        layers = {name: quantization_of(formats.get(name, "bf16")) for name in self._source.tensors}
+        quantized = {name: layer for name, layer in layers.items() if layer is not None}
+        return write_quantized(
             self._source,
-            quantized,
-            scales,
-            make,
-            output,
+            folder,
+            Quantization(quantized, scales),
+            (maker.make(name, formats[name]) for name in quantized),
             layout="modelopt",
             dtype=self._request.dtype,
             max_shard_bytes=max_shard_bytes,
             report=lambda line: print(line, flush=True),
-            documents=describe,
         )
 
     def _describe(

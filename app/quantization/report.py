@@ -7,7 +7,7 @@ from typing import Any
 
 from app.planning.text import align
 from modules.checkpoints.names import TensorInfo
-from modules.checkpoints.writer import show_size, size_of
+from modules.checkpoints.safetensors import show_size, size_of
 from modules.precision.blocks import BLOCK
 from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits, quantization_of
 from modules.ptq.mixture import CANDIDATES

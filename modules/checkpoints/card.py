@@ -14,7 +14,7 @@ from modules.checkpoints.card_quantized import (
     use_lines,
 )
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import ModelFolder
 from modules.precision.formats import QUANTIZED
 
 KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
@@ -31,7 +31,9 @@ _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 Rows = list[tuple[str, str]]
 
 
-def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, quantized: Written | None = None) -> str:
+def write_card(
+    source: ModelFolder, tensors: Mapping[str, TensorInfo], name: str, quantized: Written | None = None
+) -> str:
     """Return the README.md of a model.
 
     Args:
@@ -71,7 +73,7 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, qua
     return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
 
 
-def label(source: Source) -> str:
+def label(source: ModelFolder) -> str:
     """Return what to call a model: run and step, or the folder's name."""
     manifest, run = source.facts.get("manifest"), source.facts.get("run")
     if manifest is None or run is None:
@@ -109,7 +111,7 @@ def _on_disk(tensors: Mapping[str, TensorInfo]) -> str:
     return f"{len(tensors):,} tensors, {' and '.join(dtypes)}"
 
 
-def _front_matter(source: Source) -> str:
+def _front_matter(source: ModelFolder) -> str:
     about: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     about["tags"] = ["nemotron_h", *(["merge"] if "merge" in source.facts else [])]
     about |= {key: value for key, value in _own_front_matter(source.path / "README.md").items() if key in KEPT}
@@ -130,7 +132,7 @@ def _own_front_matter(file: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _origin(source: Source) -> str:
+def _origin(source: ModelFolder) -> str:
     if "merge" in source.facts:
         return f"an average of {len(source.facts['merge']['models'])} checkpoints made with Superbolt"
     if "manifest" in source.facts:
@@ -239,7 +241,7 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _use(source: Source, name: str, quantized: Written | None) -> str:
+def _use(source: ModelFolder, name: str, quantized: Written | None) -> str:
     has_tokenizer = source.tokenizer_folder is not None
     lines = _transformers(name, has_tokenizer)
     if quantized is not None:

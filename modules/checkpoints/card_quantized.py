@@ -14,7 +14,7 @@ from modules.checkpoints.quantization import (
     module_of,
     stored_tensors,
 )
-from modules.checkpoints.writer import show_size, size_of
+from modules.checkpoints.safetensors import show_size, size_of
 
 Rows = list[tuple[str, str]]
 SETTINGS = {
@@ -41,8 +41,10 @@ class Written(NamedTuple):
     """Of the files."""
     plain: Sequence[str]
     """Modules that have a weight matrix and are not quantised."""
-    documents: Mapping[str, Mapping[str, Any]]
-    """Further JSON files, by name."""
+    tensors: Mapping[str, TensorInfo]
+    """Shape and dtype of each tensor of the files."""
+    report: Mapping[str, Any]
+    """How it was quantised, see `REPORT`; empty: not known."""
 
 
 def quantization_parts(
@@ -61,7 +63,7 @@ def quantization_parts(
         "## Quantisation",
         table(layer_rows(quantization, logical)),
         table(size_rows(quantization, layout, logical, tensors)),
-        *report_parts(written.documents.get(REPORT, {}), table),
+        *report_parts(written.report, table),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`config.json` of the Nemotron-H family to and from `BackboneConfig`.
+"""The configuration files of a folder: `config.json` to and from `BackboneConfig`, and what is said of generation.
 
 Every field of transformers' `NemotronHConfig` is in exactly one of three tables: honoured, fixed (one value is what
 this project computes, any other is refused by name), or ignored (it changes no number). Missing fields take
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.defaults import GenerationDefaults
+from modules.checkpoints.folder import read_json
 from modules.checkpoints.names import PLACEHOLDER_WIDTH
 from modules.errors import UserError
 
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072,
     "hidden_size": 4096,
@@ -110,6 +111,20 @@ MAIN = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 MTP = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types")
 DEFAULT_LAYERS, DEFAULT_MTP_LAYERS = "ME*-", "*E"
 """What transformers takes where a file says nothing of layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """Special tokens of a model, and what else its folder says of generation."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end a completion; empty: none is known."""
+    bos_token_id: int | None = None
+    """Id that starts a text; None: none."""
+    pad_token_id: int | None = None
+    """Id that fills rows; None: none."""
+    other: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The other keys of generation_config.json, as they are."""
 
 
 def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
@@ -213,6 +228,57 @@ def to_hugging_face(
         "torch_dtype": str(dtype).removeprefix("torch."),
         **tokens,
     }
+
+
+def read_defaults(folder: Path, config: dict[str, Any], tokenizer_folder: Path | None) -> GenerationDefaults:
+    """Return the defaults of a folder: generation_config.json decides, then config.json, then the tokenizer.
+
+    Args:
+        folder: may hold a generation_config.json.
+        config: the model's config.json; empty where there is none.
+        tokenizer_folder: the tokenizer's files, if any.
+
+    Raises:
+        UserError: a file cannot be read, or an id is no id.
+    """
+    file = folder / GENERATION_CONFIG
+    generation = read_json(file) if file.exists() else {}
+    ids: dict[str, Any] = {}
+    for kind in ("eos", "bos", "pad"):
+        key = f"{kind}_token_id"
+        sources = ((generation, file), (config, folder / CONFIG))
+        found = next(((raw[key], path) for raw, path in sources if raw.get(key) is not None), None)
+        if found is None and tokenizer_folder is not None:
+            found = _tokenizer_id(tokenizer_folder, f"{kind}_token"), tokenizer_folder
+        ids[kind] = _checked(key, *found) if found is not None else ()
+    named = {"eos_token_id", "bos_token_id", "pad_token_id"}
+    return GenerationDefaults(
+        eos_token_ids=ids["eos"],
+        bos_token_id=next(iter(ids["bos"]), None),
+        pad_token_id=next(iter(ids["pad"]), None),
+        other={key: value for key, value in generation.items() if key not in named},
+    )
+
+
+def _checked(key: str, value: Any, file: Path) -> tuple[int, ...]:  # noqa: ANN401
+    """Return an id or a list of ids as a tuple."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for entry in values:
+        if type(entry) is not int or entry < 0:
+            raise UserError(f"{file}: {key} {value!r} must be a token id or a list of them")
+    return tuple(values)
+
+
+def _tokenizer_id(folder: Path, kind: str) -> int | None:
+    """Return the id of the token that tokenizer_config.json calls `kind` (e.g. eos_token), or None."""
+    files = folder / TOKENIZER_CONFIG, folder / "tokenizer.json"
+    if not all(file.exists() for file in files):
+        return None
+    token = read_json(files[0]).get(kind)
+    text = token.get("content") if isinstance(token, dict) else token
+    tokenizer = read_json(files[1])
+    ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+    return ids.get(text)
 
 
 def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:

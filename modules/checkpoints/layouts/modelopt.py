@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from modules.checkpoints.config import shown
-from modules.checkpoints.layouts.matching import ModuleList
 from modules.checkpoints.names import MTP, STACKED
 from modules.checkpoints.quantization import (
     LayerQuantization,
     Layout,
+    ModuleList,
     Quantization,
     Settings,
     Stored,
