@@ -1,9 +1,10 @@
 """Folders of safetensors files, read and written tensor by tensor.
 
 The library maps a file into memory, where what was read of it stays until the file is closed; so one file is open at a
-time, and is opened anew now and then, which takes a microsecond or two for each tensor that it holds. Its `save_file` wants all tensors of a file in memory; as dtypes
-and shapes are known before, the header can be written first (eight bytes that say how long it is, then JSON: dtype,
-shape and place of each tensor), and one tensor at a time is enough.
+time, and is opened anew now and then, which takes a microsecond or two for each tensor that it holds.
+The library's `save_file` wants all tensors of a file in memory; as dtypes and shapes are known before, the header can
+be written first (eight bytes that say how long it is, then JSON: dtype, shape and place of each tensor), and one tensor
+at a time is enough.
 """
 
 import json
