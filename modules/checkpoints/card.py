@@ -8,11 +8,7 @@ from typing import Any
 import yaml
 
 from modules.backbone.config import MIXERS, BackboneConfig
-from modules.checkpoints.card_quantized import (
-    Written,
-    quantization_parts,
-    use_lines,
-)
+from modules.checkpoints.card_quantized import Rows, Written, quantization_parts, table, use_lines
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
 from modules.checkpoints.source import ModelFolder
 from modules.precision.formats import QUANTIZED
@@ -28,7 +24,6 @@ UNLIMITED = 1e-30
 raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
 _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 """Keys of a precision recipe that are true as a rule."""
-Rows = list[tuple[str, str]]
 
 
 def write_card(
@@ -47,19 +42,19 @@ def write_card(
         f"# {name}",
         f"A language model of the Nemotron-H family ({_mixers(source.config)}), {_origin(source)}.",
         "## Architecture",
-        _table(_architecture(source.config)),
+        table(_architecture(source.config)),
         "## Parameters",
-        _table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
+        table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
     ]
     if quantized is not None:
         logical = {name: tensors.get(name, info) for name, info in source.tensors.items()}
         logical |= {name: source.tensors[name] for name in quantized.quantization.weights}
-        parts += quantization_parts(quantized, logical, tensors, _table)
+        parts += quantization_parts(quantized, logical)
     if "merge" in source.facts:
         parts += ["## Merge", *_merge(source.facts["merge"])]
     if "run" in source.facts:
         title = "## Training of the first model" if "merge" in source.facts else "## Training"
-        parts += [title, _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
+        parts += [title, table(_training(source.facts["run"], source.facts.get("manifest", {})))]
     if metrics := source.facts.get("manifest", {}).get("metrics"):
         rows = [
             (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()
@@ -68,7 +63,7 @@ def write_card(
         parts += [
             "## Validation",
             f"The newest validation of the run when this checkpoint was saved{of}.",
-            _table(rows),
+            table(rows),
         ]
     return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
 
@@ -237,7 +232,7 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     return [
         f"{merge['method']} All tensors are averaged in fp32, router biases, `A_log`, `D` and `dt_bias` like the "
         "others, and rounded once to the dtype they have in the first model.",
-        _table(rows, ("model", "weight")),
+        table(rows, ("model", "weight")),
     ]
 
 
@@ -276,10 +271,6 @@ def _transformers(name: str, has_tokenizer: bool) -> list[str]:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         "```",
     ]
-
-
-def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
-    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)])
 
 
 def _show(value: Any) -> str:  # noqa: ANN401

@@ -23,13 +23,9 @@ from modules.checkpoints.names import PLACEHOLDER_WIDTH
 from modules.errors import UserError
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
-DEFAULTS: dict[str, Any] = {
+_SIZES = {
     "vocab_size": 131072,
     "hidden_size": 4096,
-    "tie_word_embeddings": False,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "rescale_prenorm_residual": True,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -38,24 +34,17 @@ DEFAULTS: dict[str, Any] = {
     "mamba_head_dim": 64,
     "ssm_state_size": 128,
     "n_groups": 8,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "chunk_size": 128,
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_floor": 1e-4,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 7688,
-    "moe_latent_size": None,
     "moe_shared_expert_intermediate_size": 7688,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "num_nextn_predict_layers": 0,
 }
-"""Fields that are honoured, with transformers' defaults."""
+DEFAULTS: dict[str, Any] = {
+    field.name: _SIZES.get(field.name, field.default)
+    for field in dataclasses.fields(BackboneConfig)
+    if not field.name.endswith("pattern")
+}
+"""Fields that are honoured, with transformers' defaults: those of sizes are not ours, all others are."""
 
 OLDER_NAMES = {
     "mamba_n_groups": "n_groups",
@@ -125,6 +114,11 @@ class GenerationDefaults:
     """Id that fills rows; None: none."""
     other: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The other keys of generation_config.json, as they are."""
+
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """Return the ids by their keys in both files."""
+        eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else [*self.eos_token_ids] or None
+        return {"bos_token_id": self.bos_token_id, "eos_token_id": eos, "pad_token_id": self.pad_token_id}
 
 
 def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
@@ -198,14 +192,6 @@ def to_hugging_face(
     main, mtp = config.hybrid_override_pattern, config.mtp_hybrid_override_pattern
     own = {"_name_or_path", "auto_map", "transformers_version", "mamba_expand", "mtp_layer_types", "layer_types"}
     dropped = own | DEFAULTS.keys() | OLDER_NAMES.keys() | FIXED.keys()
-    tokens = {}
-    if generation is not None:
-        eos = generation.eos_token_ids
-        tokens = {
-            "bos_token_id": generation.bos_token_id,
-            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
-            "pad_token_id": generation.pad_token_id,
-        }
     fixed = {key: allowed[0] for key, (allowed, _) in FIXED.items() if key not in NOT_WRITTEN}
     return {
         "expand": 2,
@@ -226,7 +212,7 @@ def to_hugging_face(
         "n_shared_experts": 1,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **tokens,
+        **(generation.token_ids() if generation is not None else {}),
     }
 
 

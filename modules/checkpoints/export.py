@@ -291,7 +291,8 @@ def _write_settings(
         for name, content in settings.items():
             write_json(folder / name, content)
     write_json(folder / CONFIG, config)
-    write_json(folder / GENERATION_CONFIG, generation_config(source))
+    ids = {key: value for key, value in source.generation.token_ids().items() if value is not None}
+    write_json(folder / GENERATION_CONFIG, ids | source.generation.other)
 
 
 def stored_as(source: ModelFolder, dtype: Dtype, besides: Collection[str] = ()) -> dict[str, TensorInfo]:
@@ -333,17 +334,6 @@ def hugging_face_config(source: ModelFolder, tensors: Mapping[str, TensorInfo], 
     config["time_step_min"] = UNLIMITED
     data = source.facts["run"].get("data", {}).get("init_args", {})
     return {"max_position_embeddings": data["sequence_length"]} | config if "sequence_length" in data else config
-
-
-def generation_config(source: ModelFolder) -> dict[str, Any]:
-    """Return the content of generation_config.json: special tokens and the source's own sampling defaults."""
-    generation, eos = source.generation, list(source.generation.eos_token_ids)
-    ids = {
-        "bos_token_id": generation.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": generation.pad_token_id,
-    }
-    return {key: value for key, value in ids.items() if value not in (None, [])} | generation.other
 
 
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -198,12 +198,9 @@ def describe(folder: Path) -> dict[str, Any]:
         UserError: the folder has none that can be read.
     """
     try:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(folder / MANIFEST)
+    except (OSError, UserError) as error:
         raise UserError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
-    return about
 
 
 def damage(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from modules.checkpoints.card import label
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
 from modules.checkpoints.source import ModelFolder
-from modules.checkpoints.start import ALWAYS, OF_LETTER
+from modules.checkpoints.start import differing_fields
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
@@ -123,13 +123,10 @@ def check_same_network(first: ModelFolder, other: ModelFolder) -> None:
     Raises:
         UserError: their networks differ in fields that change numbers; names these.
     """
-    patterns = ["hybrid_override_pattern", "num_nextn_predict_layers"]
-    if first.config.num_nextn_predict_layers:
-        patterns.append("mtp_hybrid_override_pattern")
-    letters = {letter for name in patterns for letter in str(getattr(first.config, name))}
-    used = [name for letter, names in OF_LETTER.items() if letter in letters for name in names]
-    pairs = {name: (getattr(first.config, name), getattr(other.config, name)) for name in (*ALWAYS, *patterns, *used)}
-    different = [f"{name} {one!r} and {another!r}" for name, (one, another) in pairs.items() if one != another]
+    names = differing_fields(first.config, other.config)
+    if first.config.num_nextn_predict_layers != other.config.num_nextn_predict_layers:
+        names.append("num_nextn_predict_layers")
+    different = [f"{name} {getattr(first.config, name)!r} and {getattr(other.config, name)!r}" for name in names]
     if different:
         raise UserError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
 

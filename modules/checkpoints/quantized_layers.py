@@ -3,7 +3,6 @@
 What the tensors say decides; a configuration that says otherwise is refused, because engines would believe it.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -67,26 +66,13 @@ def read_checked(name: str, entry: Entry, scale: bool, rows: slice | None = None
         return tensor
     values = tensor.float()
     check_finite(values, name, entry.file)
-    least = 0.0 if tensor.numel() > 1 else torch.finfo(torch.float32).tiny
+    least = 0.0 if entry.info.dtype == torch.float8_e4m3fn else torch.finfo(torch.float32).tiny
     if scale and values.amin() < least:
         raise UserError(
             f"{entry.file}: tensor {name} holds a scale of {values.amin():g}, which is not positive; the model was "
             "saved broken: take another checkpoint of it"
         )
     return tensor
-
-
-def _read_scales(parts: Sequence[tuple[str, Entry]]) -> list[float]:
-    """Read scales of tensors.
-
-    Raises:
-        UserError: see `read_checked`.
-    """
-    scales = [entry.read().item() for _, entry in parts]
-    for scale, part in zip(scales, parts, strict=True):
-        if not torch.finfo(torch.float32).tiny <= scale < math.inf:
-            read_checked(*part, scale=True)  # says what is wrong with it
-    return scales
 
 
 def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[str, StoredLayer], dict[str, Entry]]:
@@ -292,7 +278,8 @@ def fused_notes(layers: Mapping[str, StoredLayer], folder: object) -> list[str]:
     for (place, what, _), members in groups.items():
         fields = ["input_scale"] if STACKED.removesuffix(".") in place else ["scale", "input_scale"]
         for field in fields:
-            if len(set(_read_scales([layer.parts[field] for layer in members if field in layer.parts]))) > 1:
+            parts = [layer.parts[field] for layer in members if field in layer.parts]
+            if len({read_checked(*part, scale=True).item() for part in parts}) > 1:
                 different.setdefault(what, []).append(place)
                 break
     return [
