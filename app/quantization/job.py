@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from app.quantization.quality import compare
-from app.quantization.report import choice_lines, make_report
+from app.quantization.report import choice_lines, expected_size, layer_table, mean_bits
 from app.quantization.texts import Texts, missing_data
 from app.scoring.rows import Reader
 from datamodules.progress import Progress
@@ -25,10 +25,20 @@ from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 from modules.precision.quantized import ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
-from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
+from modules.ptq.layers import (
+    INPUTS,
+    WIDTH,
+    Choice,
+    Rule,
+    counted,
+    decide,
+    effective_bits,
+    find_groups,
+    quantization_of,
+)
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
 from modules.ptq.sensitivity import measure
-from modules.ptq.weights import ExpertCoverage, WeightMaker, expert_coverage, kv_scales
+from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +121,10 @@ class Job:
             choices = mix(self._groups, self._decisions, losses, self._request.bits)
             print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
         scales = {} if calibration is None else kv_scales(calibration)
-        coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
         with new_folder(output) as folder:
             written = self._write(folder, max_shard_bytes, maker, choices, scales)
             self._lap("writing")
-            report = self._describe(folder, choices, len(scales), coverage) | {"search": losses}
+            report = self._describe(folder, choices, calibration, len(scales)) | {"search": losses}
             report["quality"] = None if original is None else self._compare(original, folder)
             report["seconds"] = self._seconds
             finish(self._source, folder, output, written.tensors, written._replace(report=report))
@@ -195,19 +204,31 @@ class Job:
         )
 
     def _describe(
-        self, folder: Path, choices: Mapping[str, Choice], caches: int, coverage: Sequence[ExpertCoverage]
+        self, folder: Path, choices: Mapping[str, Choice], calibration: Calibration | None, caches: int
     ) -> dict[str, Any]:
-        return make_report(
-            settings=self._settings(),
-            groups=self._groups,
-            decisions=self._decisions,
-            choices=choices,
-            stored=stored_as(self._source, self._request.dtype),
-            caches=caches,
-            coverage=coverage,
-            before=sum(map(size_of, self._source.tensors.values())),
-            files=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        )
+        """Return the report but for what a search measured, quality and seconds."""
+        stored = stored_as(self._source, self._request.dtype)
+        table = layer_table(self._groups, choices, stored)
+        coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
+        return {
+            "settings": self._settings(),
+            "layers": table,
+            "groups": {
+                group.name: {"format": choices[group.name], "decided_by": self._decisions[group.name].reason}
+                for group in self._groups
+            },
+            "bits": {
+                "quantized": mean_bits([row for row in table if row["quantized"]]),
+                "linear": effective_bits(counted(self._groups, self._decisions), choices),
+                "all": mean_bits(table),
+            },
+            "size": {
+                "before": sum(map(size_of, self._source.tensors.values())),
+                "files": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+                "arithmetic": expected_size(self._groups, choices, stored, caches),
+            },
+            "experts": [row._asdict() for row in coverage],
+        }
 
     def _compare(self, original: Network, folder: Path) -> dict[str, Any]:
         assert self._texts is not None

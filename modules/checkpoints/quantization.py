@@ -65,6 +65,14 @@ class Stored(NamedTuple):
     """Dtype on the disk."""
 
 
+FP8_PARTS = {
+    "codes": Stored("weight", torch.float8_e4m3fn),
+    "scale": Stored("weight_scale", torch.float32),
+    "input_scale": Stored("input_scale", torch.float32),
+}
+"""The tensors of a layer in FP8, in all layouts."""
+
+
 class Settings(NamedTuple):
     """What a configuration says of quantised layers."""
 

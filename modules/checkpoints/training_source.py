@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class TrainingSource:
         tokenizer = path / TOKENIZER
         self.tokenizer_folder = tokenizer if tokenizer.is_dir() else None
         self.generation = read_defaults(path, {}, self.tokenizer_folder)
-        self._reader = _Reader(path)
+        self._reader = SafeReader(path)
         self.tensors: Mapping[str, TensorInfo] = self._account()
         self.quantization: Quantization | None = None
         self._places = public_names(self.config)
@@ -146,8 +147,9 @@ class TrainingSource:
 class SafeReader(FileSystemReader):
     """A `FileSystemReader` that admits only the classes a checkpoint of tensors needs."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 (torch's signature)
-        """Read the index of the checkpoint.
+    @cached_property
+    def metadata(self) -> Metadata:
+        """The index of the checkpoint, read once.
 
         Raises:
             UserError: it is damaged, or refers to anything but the admitted classes.
@@ -165,23 +167,16 @@ class SafeReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 (torch's signature)
+        """Return the index; see `metadata`."""
+        return self.metadata
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         if name not in ADMITTED.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
-
-
-class _Reader(SafeReader):
-    """Reads the index once for all tensors."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.metadata = super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401
-        return self.metadata
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
