@@ -9,12 +9,12 @@ from app.options import Device, Dtype, short_dtype
 from datamodules.tokenizer import Tokenizer
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
-from modules.checkpoints.source import Source, open_model
+from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
 from modules.ops import native
 
 
-def open_source(model: Path) -> Source:
+def open_source(model: Path) -> ModelFolder:
     """Open a MODEL and say on stderr what the user should know of how it was read.
 
     Raises:
@@ -26,7 +26,7 @@ def open_source(model: Path) -> Source:
     return source
 
 
-def load_network(source: Source, dtype: Dtype, device: torch.device) -> Network:
+def load_network(source: ModelFolder, dtype: Dtype, device: torch.device) -> Network:
     """Load the network of a MODEL, and say on stderr how it runs if it is quantised.
 
     Raises:
@@ -38,7 +38,7 @@ def load_network(source: Source, dtype: Dtype, device: torch.device) -> Network:
     return model.network
 
 
-def open_tokenizer(source: Source) -> Tokenizer:
+def open_tokenizer(source: ModelFolder) -> Tokenizer:
     """Load the tokenizer that a MODEL brings.
 
     Raises:

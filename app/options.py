@@ -1,6 +1,9 @@
 """Options that several commands have, and the one spelling that the rest of the program knows."""
 
+import re
 from typing import Literal
+
+from modules.errors import UserError
 
 Dtype = Literal["auto", "fp32", "float32", "bf16", "bfloat16"]
 """Format of matrix products or weights, as we call it or as torch does; auto: what the checkpoint has."""
@@ -8,6 +11,11 @@ StateDtype = Literal["fp32", "float32", "fp16", "float16"]
 """Format of the Mamba states between tokens."""
 Device = Literal["auto", "cpu", "cuda"]
 """Where to compute; auto: a GPU if there is one."""
+UNITS = {"": 1} | {
+    prefix + suffix: base ** (power + 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT")
+}
 
 
 def short_dtype(name: Dtype) -> Literal["auto", "fp32", "bf16"]:
@@ -20,3 +28,17 @@ def short_dtype(name: Dtype) -> Literal["auto", "fp32", "bf16"]:
 def short_state_dtype(name: StateDtype) -> Literal["fp32", "fp16"]:
     """Return our name of a state's dtype."""
     return "fp16" if name in ("fp16", "float16") else "fp32"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 5GB, 500MB, 2GiB or 1000000; case and blanks do not count.
+
+    Raises:
+        UserError: it is no size, or none above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", text.strip(), re.IGNORECASE)
+    units = {name.upper(): factor for name, factor in UNITS.items()} | {"B": 1}
+    size = int(float(match[1]) * units[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max_shard_size: {text!r} is no size; give one like 5GB, 500MB or 2GiB")
+    return size

@@ -14,7 +14,6 @@ import yaml
 from modules.checkpoints import folder
 from modules.errors import UserError
 
-CONFIG = "config.yaml"
 SHOWN = 20
 """Differences that are printed."""
 
@@ -39,7 +38,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / folder.CHECKPOINTS
 
     def clean(self) -> None:
         """Delete what an interrupted save left behind."""
@@ -51,31 +50,26 @@ class RunFolder:
         Raises:
             UserError: there are checkpoints, but all are damaged.
         """
-        passed = []
-        for path in folder.checkpoints(self.checkpoints):
-            problem = folder.damage(path)
-            if problem is None:
-                return path, passed
-            passed.append(f"{path} is damaged and passed over: {problem}")
-        if passed:
+        path, damaged = folder.newest(self.checkpoints)
+        if path is None and damaged:
             raise UserError(
-                f"every checkpoint in {self.checkpoints} is damaged ({passed[0].rpartition(': ')[2]}). "
+                f"every checkpoint in {self.checkpoints} is damaged ({damaged[0][1]}). "
                 f"Delete {self.path} to start anew, or give the run another --name"
             )
-        return None, []
+        return path, [f"{other} is damaged and passed over: {problem}" for other, problem in damaged]
 
     def save_config(self, text: str) -> None:
         """Write the resolved configuration; it replaces that of an earlier start in one step."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / (CONFIG + folder.PARTIAL)
+        partial = self.path / (folder.RUN_CONFIG + folder.PARTIAL)
         partial.write_text(text, encoding="utf-8")
         folder.sync(partial)
-        partial.rename(self.path / CONFIG)
+        partial.rename(self.path / folder.RUN_CONFIG)
 
 
 def differences(checkpoint: Path, config: str) -> list[str]:
     """Return `key: old -> new` for what a configuration changes against the one inside a checkpoint."""
-    stored = checkpoint / CONFIG
+    stored = checkpoint / folder.RUN_CONFIG
     if not stored.exists():
         return []
     old, new = (flatten(yaml.safe_load(text)) for text in (stored.read_text(encoding="utf-8"), config))

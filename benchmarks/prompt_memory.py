@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from datamodules.tokenizer import Tokenizer
-from modules.checkpoints.source import Source, open_model
+from modules.checkpoints.source import ModelFolder, open_model
 
 SHORT, ADDED = 16, 8
 """Tokens of the prompt that "above" is counted from, and tokens added to each prompt."""
@@ -72,7 +72,7 @@ def text_of(length: int, tokenizer: Tokenizer) -> str:
     return "".join(parts)
 
 
-def keys_and_values(source: Source, tokens: int) -> int:
+def keys_and_values(source: ModelFolder, tokens: int) -> int:
     """Return the bytes of keys and values of one row: both, of each attention layer, in the dtype of its weights."""
     config = source.config
     name = next((name for name in source.tensors if name.endswith("k_proj.weight")), None)

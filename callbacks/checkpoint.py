@@ -4,7 +4,6 @@ A checkpoint is taken at the end of an optimiser step, after its metrics and a v
 neither repeats nor misses a point of a curve.
 """
 
-import re
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,9 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
 from modules.base import VALIDATED
+from modules.checkpoints import folder
 from modules.errors import UserError
-
-STEP_FOLDER = re.compile(r"step=\d{8,}")
 
 
 @runtime_checkable
@@ -62,8 +60,7 @@ class Checkpoint(StepCallback):
         Raises:
             OSError: the disk is full; earlier checkpoints are untouched.
         """
-        parent = Path(trainer.default_root_dir) / "checkpoints"
-        path = parent / f"step={trainer.global_step:08d}"
+        path = folder.step_folder(Path(trainer.default_root_dir), trainer.global_step)
         if self.saved_step != trainer.global_step:
             for logger in trainer.loggers:
                 if isinstance(logger, SyncedLogger):
@@ -72,15 +69,15 @@ class Checkpoint(StepCallback):
                     logger.save()
             trainer.save_checkpoint(path, weights_only=False)
             self.saved_step = trainer.global_step
-            self._remove_old(trainer, parent)
+            self._remove_old(trainer, path.parent)
         return path
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what the folder holds, and which files travel with it."""
         run_folder = Path(trainer.default_root_dir)
-        attachments = [run_folder / "config.yaml", data(trainer).tokenizer_folder]
-        checkpoint["attachments"] = [str(path) for path in attachments if path.exists()]
-        checkpoint["about"] = {
+        attachments = [run_folder / folder.RUN_CONFIG, data(trainer).tokenizer_folder]
+        checkpoint[folder.ATTACHMENTS] = [str(path) for path in attachments if path.exists()]
+        checkpoint[folder.ABOUT] = {
             "step": trainer.global_step,
             "last_step": step_loop(trainer).last_step,
             "finished": trainer.global_step >= step_loop(trainer).last_step,
@@ -95,8 +92,8 @@ class Checkpoint(StepCallback):
     def _remove_old(self, trainer: Trainer, parent: Path) -> None:
         """Keep the newest up to this step; a later one was damaged when the run went back behind it."""
         if trainer.is_global_zero:
-            found = {path: int(path.name[5:]) for path in parent.glob("step=*") if STEP_FOLDER.fullmatch(path.name)}
-            steps = sorted(step for step in found.values() if step <= trainer.global_step)[-self.keep_last :]
-            for path, step in found.items():
-                if step not in steps:
+            found = folder.checkpoints(parent)
+            kept = [path for path in found if folder.step_of(path) <= trainer.global_step][: self.keep_last]
+            for path in found:
+                if path not in kept:
                     trainer.strategy.remove_checkpoint(path)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from callbacks.curves import curve_name
-from callbacks.weights import local_part, product_weights
+from callbacks.weights import product_weights
+from modules.backbone.initialization import local_part
 from modules.backbone.model import Network
 from modules.base import StageModule
 

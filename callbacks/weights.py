@@ -7,14 +7,13 @@ Shapes: E experts, O out-features, I in-features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from callbacks.curves import with_summary
-from modules.backbone.initialization import local_rows
+from modules.backbone.initialization import local_part, local_rows
 from modules.backbone.model import Network
 from modules.backbone.router import Router
 from modules.precision.linear import GroupedLinear, Linear
@@ -116,8 +115,3 @@ def channel_squares(weight: Weight) -> Tensor:
 def decayed_share(squares: Tensor) -> Tensor:
     """Return the share, fp32 scalar, of channels whose norm is at most `DECAYED` of the median, from squared norms."""
     return (squares <= DECAYED**2 * squares.median()).float().mean()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from app.options import Dtype, short_dtype
+from app.options import Dtype, parse_size, short_dtype
 
 
 def export(
@@ -48,9 +48,10 @@ def export(
     """
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
-    from modules.checkpoints.layouts.found import fitting_layout
+    from modules.checkpoints.folder import check_new
+    from modules.checkpoints.layouts.detect import fitting_layout
+    from modules.checkpoints.safetensors import show_size
     from modules.checkpoints.source import open_model
-    from modules.checkpoints.writer import check_new, parse_size, show_size
 
     limit = parse_size(max_shard_size)
     check_new(output)

@@ -5,10 +5,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from app.options import parse_size
 from modules.errors import UserError
 
 if TYPE_CHECKING:
-    from modules.checkpoints.source import Source
+    from modules.checkpoints.source import ModelFolder
 
 
 def merge(
@@ -43,9 +44,10 @@ def merge(
         UserError: options contradict each other, or models cannot be averaged; the message names the mend.
     """
     from modules.checkpoints.export import export
+    from modules.checkpoints.folder import check_new
     from modules.checkpoints.merge import MergedSource
+    from modules.checkpoints.safetensors import show_size
     from modules.checkpoints.source import open_model
-    from modules.checkpoints.writer import check_new, parse_size, show_size
 
     if weights is not None and decay is not None:
         raise UserError("--weights: --decay gives the weights; leave one of the two out")
@@ -67,7 +69,7 @@ def merge(
 
 
 def _decay_weights(
-    sources: "Sequence[Source]", models: list[Path], steps: list[int] | None, minimum_ratio: float
+    sources: "Sequence[ModelFolder]", models: list[Path], steps: list[int] | None, minimum_ratio: float
 ) -> tuple[list[float], str]:
     """Return the weights of a minus-sqrt decay and a sentence on them; print what speaks against it."""
     from modules.checkpoints.merge import decay_weights
@@ -91,7 +93,7 @@ def _decay_weights(
     return decay_weights(known, schedule.factor), method
 
 
-def _steps(sources: "Sequence[Source]", models: list[Path]) -> list[int]:
+def _steps(sources: "Sequence[ModelFolder]", models: list[Path]) -> list[int]:
     """Return the optimiser step of each model, as its manifest says."""
     steps = [source.facts.get("manifest", {}).get("step") for source in sources]
     for path, step in zip(models, steps, strict=True):
@@ -100,7 +102,7 @@ def _steps(sources: "Sequence[Source]", models: list[Path]) -> list[int]:
     return steps
 
 
-def _not_constant(source: "Source") -> str | None:
+def _not_constant(source: "ModelFolder") -> str | None:
     """Return why the learning rate was not constant when a checkpoint of fit was saved, or None."""
     from modules.optim.schedule import ScheduleConfig
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from app.options import Device, Dtype, short_dtype
+from app.options import Device, Dtype, parse_size, short_dtype
 from modules.errors import UserError
 
 DEFAULT_BITS = 5.0
@@ -80,10 +80,10 @@ def quantize(
         UserError: an option, pattern or file is wrong; the message names it and the mend.
     """
     from app.models import choose_device, open_source
-    from app.quantization.job import Job, Request
+    from app.quantization.job import Job, QuantizeRequest
     from app.quantization.report import report_lines
     from app.quantization.texts import read_texts
-    from modules.checkpoints.writer import check_new, parse_size
+    from modules.checkpoints.folder import check_new
     from modules.ptq.layers import parse_rules
 
     for name, number in (
@@ -101,7 +101,7 @@ def quantize(
     source = open_source(model)
     if source.quantization is not None:
         raise UserError(f"{source.path} is quantised already; give the model that it was made of")
-    request = Request(
+    request = QuantizeRequest(
         default=None if format == "auto" else format,
         bits=DEFAULT_BITS if effective_bits is None else effective_bits,
         rules=parse_rules(rules or []),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from app.scoring.rows import Tokens
     from modules.backbone.model import Network
-    from modules.checkpoints.source import Source
+    from modules.checkpoints.source import ModelFolder
     from modules.generation.scoring import Scores
 
 WINDOW_BATCHES = 16
@@ -145,7 +145,7 @@ def _numbers(values: "Tensor") -> list[float]:
     return [float(f"{value:.9g}") for value in values.tolist()]
 
 
-def _settings(source: "Source", reference: "Source | None", dtype: Dtype) -> dict[str, Any]:
+def _settings(source: "ModelFolder", reference: "ModelFolder | None", dtype: Dtype) -> dict[str, Any]:
     """Return what decides the scores, beside the input."""
     return {
         "command": "score",

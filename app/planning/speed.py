@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from app.run_folder import CONFIG, RunFolder, flatten
+from app.run_folder import RunFolder, flatten
 from modules.checkpoints import folder
 from modules.errors import UserError
 
@@ -41,9 +41,9 @@ def measured_speed(run: RunFolder, config: str) -> MeasuredSpeed | str:
     speed = _logged_speed(run.path)
     if speed is None:
         return f"{run.path} has not been trained"
-    if not (run.path / CONFIG).exists():
-        return f"{run.path} has no {CONFIG} that says what was trained"
-    old, new = yaml.safe_load((run.path / CONFIG).read_text(encoding="utf-8")), yaml.safe_load(config)
+    if not (run.path / folder.RUN_CONFIG).exists():
+        return f"{run.path} has no {folder.RUN_CONFIG} that says what was trained"
+    old, new = yaml.safe_load((run.path / folder.RUN_CONFIG).read_text(encoding="utf-8")), yaml.safe_load(config)
     if (changed := _changed(flatten(old), flatten(new))) is not None:
         return f"that of {run.path} was measured with another {changed}"
     devices = _devices(run, old["trainer"])

@@ -9,28 +9,40 @@ from typing import Any, Literal
 import torch
 
 from app.quantization.quality import compare
-from app.quantization.report import choice_lines, make_report
+from app.quantization.report import choice_lines, expected_size, layer_table, mean_bits
 from app.quantization.texts import Texts, missing_data
 from app.scoring.rows import Reader
 from datamodules.progress import Progress
 from modules.backbone.model import Network
 from modules.checkpoints.card import label
-from modules.checkpoints.export import Documents, stored_as, write_quantized
+from modules.checkpoints.card_quantized import Written
+from modules.checkpoints.export import finish, stored_as, write_quantized
+from modules.checkpoints.folder import new_folder
 from modules.checkpoints.load import load_model
-from modules.checkpoints.quantization import REPORT
-from modules.checkpoints.source import Source
-from modules.checkpoints.writer import size_of
+from modules.checkpoints.quantization import Quantization
+from modules.checkpoints.safetensors import size_of
+from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
-from modules.precision.quantized import QuantizedWeight, ScaleSearch
+from modules.precision.quantized import ScaleSearch
 from modules.ptq.calibration import Calibration, calibrate
-from modules.ptq.layers import INPUTS, WIDTH, Choice, Rule, decide, find_groups, quantization_of
+from modules.ptq.layers import (
+    INPUTS,
+    WIDTH,
+    Choice,
+    Rule,
+    counted,
+    decide,
+    effective_bits,
+    find_groups,
+    quantization_of,
+)
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
 from modules.ptq.sensitivity import measure
-from modules.ptq.weights import ExpertCoverage, WeightMaker, expert_coverage, kv_scales
+from modules.ptq.weights import WeightMaker, expert_coverage, kv_scales
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class QuantizeRequest:
     """What the user asks for."""
 
     default: Choice | None
@@ -66,7 +78,9 @@ class Job:
         UserError: a pattern or the budget is wrong, nothing would be quantised, or texts are needed.
     """
 
-    def __init__(self, source: Source, request: Request, texts: Texts | None, device: torch.device) -> None:
+    def __init__(
+        self, source: ModelFolder, request: QuantizeRequest, texts: Texts | None, device: torch.device
+    ) -> None:
         self._source, self._request, self._texts, self._device = source, request, texts, device
         self._groups = find_groups(source.config)
         self._decisions = decide(self._groups, request.default, request.rules, request.exclude, source.config)
@@ -107,17 +121,13 @@ class Job:
             choices = mix(self._groups, self._decisions, losses, self._request.bits)
             print("\n".join(["", *choice_lines(self._groups, losses, choices), ""]), flush=True)
         scales = {} if calibration is None else kv_scales(calibration)
-        report: dict[str, Any] = {}
-
-        def describe(folder: Path) -> dict[str, Any]:
+        with new_folder(output) as folder:
+            written = self._write(folder, max_shard_bytes, maker, choices, scales)
             self._lap("writing")
-            coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
-            report.update(self._describe(folder, choices, len(scales), coverage), search=losses)
+            report = self._describe(folder, choices, calibration, len(scales)) | {"search": losses}
             report["quality"] = None if original is None else self._compare(original, folder)
             report["seconds"] = self._seconds
-            return {REPORT: report}
-
-        self._write(output, max_shard_bytes, maker, choices, scales, describe)
+            finish(self._source, folder, output, written.tensors, written._replace(report=report))
         return report
 
     def _say_what_is_kept(self) -> None:
@@ -171,48 +181,54 @@ class Job:
 
     def _write(
         self,
-        output: Path,
+        folder: Path,
         max_shard_bytes: int,
         maker: WeightMaker,
         choices: Mapping[str, Choice],
         scales: Mapping[str, tuple[float, float]],
-        describe: Documents,
-    ) -> None:
+    ) -> Written:
         formats: dict[str, Choice] = {
             name: choices[group.name] for group in self._groups for layer in group.layers for name in layer.weights
         }
-        quantized = {name: found for name, choice in formats.items() if (found := quantization_of(choice)) is not None}
-
-        def make(name: str) -> QuantizedWeight:
-            return maker.make(name, formats[name])
-
-        write_quantized(
+        layers = {name: quantization_of(formats.get(name, "bf16")) for name in self._source.tensors}
+        quantized = {name: layer for name, layer in layers.items() if layer is not None}
+        return write_quantized(
             self._source,
-            quantized,
-            scales,
-            make,
-            output,
+            folder,
+            Quantization(quantized, scales),
+            (maker.make(name, formats[name]) for name in quantized),
             layout="modelopt",
             dtype=self._request.dtype,
             max_shard_bytes=max_shard_bytes,
             report=lambda line: print(line, flush=True),
-            documents=describe,
         )
 
     def _describe(
-        self, folder: Path, choices: Mapping[str, Choice], caches: int, coverage: Sequence[ExpertCoverage]
+        self, folder: Path, choices: Mapping[str, Choice], calibration: Calibration | None, caches: int
     ) -> dict[str, Any]:
-        return make_report(
-            settings=self._settings(),
-            groups=self._groups,
-            decisions=self._decisions,
-            choices=choices,
-            stored=stored_as(self._source, self._request.dtype),
-            caches=caches,
-            coverage=coverage,
-            before=sum(map(size_of, self._source.tensors.values())),
-            files=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        )
+        """Return the report but for what a search measured, quality and seconds."""
+        stored = stored_as(self._source, self._request.dtype)
+        table = layer_table(self._groups, choices, stored)
+        coverage = [] if calibration is None else expert_coverage(self._groups, choices, calibration)
+        return {
+            "settings": self._settings(),
+            "layers": table,
+            "groups": {
+                group.name: {"format": choices[group.name], "decided_by": self._decisions[group.name].reason}
+                for group in self._groups
+            },
+            "bits": {
+                "quantized": mean_bits([row for row in table if row["quantized"]]),
+                "linear": effective_bits(counted(self._groups, self._decisions), choices),
+                "all": mean_bits(table),
+            },
+            "size": {
+                "before": sum(map(size_of, self._source.tensors.values())),
+                "files": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+                "arithmetic": expected_size(self._groups, choices, stored, caches),
+            },
+            "experts": [row._asdict() for row in coverage],
+        }
 
     def _compare(self, original: Network, folder: Path) -> dict[str, Any]:
         assert self._texts is not None

@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
+
 from app.planning.text import align
+from modules.checkpoints.layouts.modelopt import MODELOPT
 from modules.checkpoints.names import TensorInfo
-from modules.checkpoints.writer import show_size, size_of
-from modules.precision.blocks import BLOCK
-from modules.ptq.layers import BITS, INPUTS, Choice, Decision, Group, counted, effective_bits, quantization_of
+from modules.checkpoints.quantization import stored_tensors
+from modules.checkpoints.safetensors import show_size, size_of
+from modules.ptq.layers import BITS, Choice, Group, quantization_of
 from modules.ptq.mixture import CANDIDATES
-from modules.ptq.weights import FEW_TOKENS, ExpertCoverage
+from modules.ptq.weights import FEW_TOKENS
 
 REST = "embeddings, head, routers, norms, ..."
-SCALAR_BYTES = 4
-"""Of an fp32 scale."""
 LISTED = 16
 """Most experts of a layer that are named on the screen; the file has all."""
 
@@ -81,17 +82,15 @@ def expected_size(
         stored: see `layer_table`.
         caches: attention layers whose keys and values have a scale each.
     """
-    size = 2 * SCALAR_BYTES * caches
+    size = 2 * torch.float32.itemsize * caches
     quantized: set[str] = set()
     for group in groups:
-        choice = choices[group.name]
-        if choice == "bf16":
+        if (quantization := quantization_of(choices[group.name])) is None:
             continue
         for layer in group.layers:
-            weights = prod(layer.shape)
-            codes = weights if choice == "fp8" else weights // 2 + weights // BLOCK
-            size += len(layer.weights) * (codes + SCALAR_BYTES * (2 if choice in INPUTS else 1))
-            quantized |= set(layer.weights)
+            parts = stored_tensors(MODELOPT, quantization, layer.weights[0], layer.shape)
+            size += len(layer.weights) * sum(size_of(info) for _, info in parts.values())
+            quantized |= {*layer.weights}
     return size + sum(size_of(info) for name, info in stored.items() if name not in quantized)
 
 
@@ -173,45 +172,3 @@ def _expert_lines(coverage: Sequence[Mapping[str, Any]]) -> list[str]:
 def _listed(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:LISTED]))
     return shown if len(numbers) <= LISTED else f"{shown}, ... ({len(numbers):,} in all)"
-
-
-def make_report(
-    *,
-    settings: Mapping[str, Any],
-    groups: Sequence[Group],
-    decisions: Mapping[str, Decision],
-    choices: Mapping[str, Choice],
-    stored: Mapping[str, TensorInfo],
-    caches: int,
-    coverage: Sequence[ExpertCoverage],
-    before: int,
-    files: int,
-) -> dict[str, Any]:
-    """Return the report but for what a search measured, quality and seconds.
-
-    Args:
-        settings: what was asked for.
-        groups: see `layer_table`.
-        decisions: who decided what becomes of each group.
-        choices: see `layer_table`.
-        stored: see `layer_table`.
-        caches: see `expected_size`.
-        coverage: of the experts.
-        before: bytes of the original's tensors.
-        files: bytes of the weight files written.
-    """
-    table = layer_table(groups, choices, stored)
-    return {
-        "settings": dict(settings),
-        "layers": table,
-        "groups": {
-            group.name: {"format": choices[group.name], "decided_by": decisions[group.name].reason} for group in groups
-        },
-        "bits": {
-            "quantized": mean_bits([row for row in table if row["quantized"]]),
-            "linear": effective_bits(counted(groups, decisions), choices),
-            "all": mean_bits(table),
-        },
-        "size": {"before": before, "files": files, "arithmetic": expected_size(groups, choices, stored, caches)},
-        "experts": [row._asdict() for row in coverage],
-    }

@@ -9,7 +9,7 @@ from app.rows_file import read_rows
 from app.scoring.rows import Reader
 from datamodules.corpus import Corpus, RowReader, is_remote
 from datamodules.preparation import CORPUS_FILE
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 
 HELD_OUT = 10
@@ -30,7 +30,7 @@ class Texts(NamedTuple):
     """Where they come from, and how they were split."""
 
 
-def read_texts(source: Source, data: str | None, calibration_tokens: int, held_out_tokens: int) -> Texts | None:
+def read_texts(source: ModelFolder, data: str | None, calibration_tokens: int, held_out_tokens: int) -> Texts | None:
     """Return the texts for a MODEL; None: none are given, and the run that wrote the model names none.
 
     Args:
@@ -58,7 +58,7 @@ def read_texts(source: Source, data: str | None, calibration_tokens: int, held_o
     return texts
 
 
-def missing_data(source: Source) -> UserError:
+def missing_data(source: ModelFolder) -> UserError:
     """Return the error of a MODEL without texts."""
     named = ", ".join(_named_corpora(source))
     reason = f"the run's corpus {named} is not here" if named else f"{source.path} names no corpus"
@@ -67,7 +67,7 @@ def missing_data(source: Source) -> UserError:
     )
 
 
-def _named_corpora(source: Source) -> list[str]:
+def _named_corpora(source: ModelFolder) -> list[str]:
     """Return the corpora that the run which wrote a model names."""
     arguments: dict[str, Any] = source.facts.get("run", {}).get("data", {}).get("init_args", {})
     sources = arguments.get("sources")
@@ -76,14 +76,14 @@ def _named_corpora(source: Source) -> list[str]:
     return [str(arguments["path"])] if arguments.get("path") else []
 
 
-def _run_corpora(source: Source) -> list[str]:
+def _run_corpora(source: ModelFolder) -> list[str]:
     """Return the same, nothing unless all are where the run had them."""
     named = _named_corpora(source)
     here = all(is_remote(path) or (Path(path) / CORPUS_FILE).is_file() for path in named)
     return named if here else []
 
 
-def _open_corpus(path: str, source: Source) -> Corpus:
+def _open_corpus(path: str, source: ModelFolder) -> Corpus:
     """Open a prepared corpus of a MODEL's tokenizer."""
     if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
         raise UserError(

@@ -7,7 +7,7 @@ from app.models import open_tokenizer
 from app.rows_file import text_of
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 
 
@@ -26,7 +26,7 @@ class Reader:
         source: the MODEL; its tokenizer and chat template are opened when a row needs them.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelFolder) -> None:
         self._source = source
 
     @cached_property
@@ -141,7 +141,7 @@ class Reader:
         return ids
 
 
-def same_vocabulary(source: Source, reference: Source) -> None:
+def same_vocabulary(source: ModelFolder, reference: ModelFolder) -> None:
     """Check that the distributions of two models are over the same tokens.
 
     Raises:

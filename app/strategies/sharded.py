@@ -33,14 +33,10 @@ from torch.optim import Optimizer
 
 from modules.backbone.model import ShardingUnit
 from modules.checkpoints import folder
-from modules.checkpoints.reader import SafeReader
+from modules.checkpoints.training_source import SafeReader
 from modules.errors import UserError
 from modules.precision.linear import Head
 
-ABOUT = "about"
-"""Key of the checkpoint dictionary: what the manifest says (plain JSON values)."""
-ATTACHMENTS = "attachments"
-"""Key of the checkpoint dictionary: files and folders to copy into the checkpoint."""
 OTHER_STATE = "meta.pt"
 AXES = ("replicate", "shard", "expert", "context")
 """Axes of the mesh, the ranks of the last next to each other."""
@@ -212,7 +208,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Write a checkpoint folder; all ranks call this.
 
         Args:
-            checkpoint: Lightning's checkpoint dictionary, optionally with `ABOUT` and `ATTACHMENTS`.
+            checkpoint: Lightning's checkpoint dictionary, optionally with `folder.ABOUT` and `folder.ATTACHMENTS`.
             filepath: the folder; it appears under this name when it is complete.
             storage_options: must be None.
 
@@ -221,14 +217,14 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         assert storage_options is None
         target = Path(self.broadcast(str(filepath)))
-        about, attachments = checkpoint.pop(ABOUT, {}), checkpoint.pop(ATTACHMENTS, [])
+        about, attachments = checkpoint.pop(folder.ABOUT, {}), checkpoint.pop(folder.ATTACHMENTS, [])
         tensors = {MODEL + name: value for name, value in checkpoint.pop("state_dict").items()}
         for state in checkpoint.pop("optimizer_states", []):
             tensors |= {OPTIMIZER + name: value for name, value in state.items()}
         if self.is_global_zero:
             folder.begin(target)
         self.barrier()
-        partial = target.with_name(target.name + folder.PARTIAL)
+        partial = folder.partial_of(target)
         try:
             _run_collectively(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial)))
             if self.is_global_zero:

@@ -7,6 +7,7 @@ residual stream divided by sqrt(number of layers); A ~ U(1, 16); softplus(dt_bia
 
 import hashlib
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,13 +35,17 @@ def initialize(network: Network, seed: int) -> None:
 
 
 def _fill(parameter: Tensor, name: str, seed: int, config: BackboneConfig) -> None:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    rows = local_rows(parameter)
+    local, rows = local_part(parameter), local_rows(parameter)
     if ".experts." in name:
         for position, expert in enumerate(rows):
             local[position] = _draw(parameter.shape[1:], name, _generator(seed, f"{name}.{expert}"), config)
     else:
         local.copy_(_draw(parameter.shape, name, _generator(seed, name), config)[rows])
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
 
 
 def local_rows(parameter: Tensor) -> list[int]:

@@ -8,13 +8,9 @@ from typing import Any
 import yaml
 
 from modules.backbone.config import MIXERS, BackboneConfig
-from modules.checkpoints.card_quantized import (
-    Written,
-    quantization_parts,
-    use_lines,
-)
+from modules.checkpoints.card_quantized import Rows, Written, quantization_parts, table, use_lines
 from modules.checkpoints.names import EMBEDDING, HEAD, MTP, STACKED, TensorInfo
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import ModelFolder
 from modules.precision.formats import QUANTIZED
 
 KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
@@ -28,10 +24,11 @@ UNLIMITED = 1e-30
 raises every dt to it: 0.001 changes log-probabilities of the model that `make fit` trains by up to 0.4."""
 _ARITHMETIC = ("stochastic_rounding", "hadamard", "two_dimensional_weights")
 """Keys of a precision recipe that are true as a rule."""
-Rows = list[tuple[str, str]]
 
 
-def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, quantized: Written | None = None) -> str:
+def write_card(
+    source: ModelFolder, tensors: Mapping[str, TensorInfo], name: str, quantized: Written | None = None
+) -> str:
     """Return the README.md of a model.
 
     Args:
@@ -45,19 +42,19 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, qua
         f"# {name}",
         f"A language model of the Nemotron-H family ({_mixers(source.config)}), {_origin(source)}.",
         "## Architecture",
-        _table(_architecture(source.config)),
+        table(_architecture(source.config)),
         "## Parameters",
-        _table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
+        table([*parameter_rows(source.config, source.tensors), ("on the disk", _on_disk(tensors))]),
     ]
     if quantized is not None:
         logical = {name: tensors.get(name, info) for name, info in source.tensors.items()}
         logical |= {name: source.tensors[name] for name in quantized.quantization.weights}
-        parts += quantization_parts(quantized, logical, tensors, _table)
+        parts += quantization_parts(quantized, logical)
     if "merge" in source.facts:
         parts += ["## Merge", *_merge(source.facts["merge"])]
     if "run" in source.facts:
         title = "## Training of the first model" if "merge" in source.facts else "## Training"
-        parts += [title, _table(_training(source.facts["run"], source.facts.get("manifest", {})))]
+        parts += [title, table(_training(source.facts["run"], source.facts.get("manifest", {})))]
     if metrics := source.facts.get("manifest", {}).get("metrics"):
         rows = [
             (f"{key} ({METRICS[key]})" if key in METRICS else key, f"{value:.4f}") for key, value in metrics.items()
@@ -66,12 +63,12 @@ def write_card(source: Source, tensors: Mapping[str, TensorInfo], name: str, qua
         parts += [
             "## Validation",
             f"The newest validation of the run when this checkpoint was saved{of}.",
-            _table(rows),
+            table(rows),
         ]
     return "\n\n".join([*parts, "## Use", _use(source, name, quantized)]) + "\n"
 
 
-def label(source: Source) -> str:
+def label(source: ModelFolder) -> str:
     """Return what to call a model: run and step, or the folder's name."""
     manifest, run = source.facts.get("manifest"), source.facts.get("run")
     if manifest is None or run is None:
@@ -109,7 +106,7 @@ def _on_disk(tensors: Mapping[str, TensorInfo]) -> str:
     return f"{len(tensors):,} tensors, {' and '.join(dtypes)}"
 
 
-def _front_matter(source: Source) -> str:
+def _front_matter(source: ModelFolder) -> str:
     about: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     about["tags"] = ["nemotron_h", *(["merge"] if "merge" in source.facts else [])]
     about |= {key: value for key, value in _own_front_matter(source.path / "README.md").items() if key in KEPT}
@@ -130,7 +127,7 @@ def _own_front_matter(file: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _origin(source: Source) -> str:
+def _origin(source: ModelFolder) -> str:
     if "merge" in source.facts:
         return f"an average of {len(source.facts['merge']['models'])} checkpoints made with Superbolt"
     if "manifest" in source.facts:
@@ -235,11 +232,11 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
     return [
         f"{merge['method']} All tensors are averaged in fp32, router biases, `A_log`, `D` and `dt_bias` like the "
         "others, and rounded once to the dtype they have in the first model.",
-        _table(rows, ("model", "weight")),
+        table(rows, ("model", "weight")),
     ]
 
 
-def _use(source: Source, name: str, quantized: Written | None) -> str:
+def _use(source: ModelFolder, name: str, quantized: Written | None) -> str:
     has_tokenizer = source.tokenizer_folder is not None
     lines = _transformers(name, has_tokenizer)
     if quantized is not None:
@@ -274,10 +271,6 @@ def _transformers(name: str, has_tokenizer: bool) -> list[str]:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         "```",
     ]
-
-
-def _table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
-    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)])
 
 
 def _show(value: Any) -> str:

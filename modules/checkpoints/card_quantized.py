@@ -1,7 +1,7 @@
 """What a model card says of a quantised model: formats by kind of layer, bits, layout, how it was made, how it did."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from modules.checkpoints.quantization import (
     module_of,
     stored_tensors,
 )
-from modules.checkpoints.writer import show_size, size_of
+from modules.checkpoints.safetensors import show_size, size_of
 
 Rows = list[tuple[str, str]]
 SETTINGS = {
@@ -41,44 +41,32 @@ class Written(NamedTuple):
     """Of the files."""
     plain: Sequence[str]
     """Modules that have a weight matrix and are not quantised."""
-    documents: Mapping[str, Mapping[str, Any]]
-    """Further JSON files, by name."""
+    tensors: Mapping[str, TensorInfo]
+    """Shape and dtype of each tensor of the files."""
+    report: Mapping[str, Any]
+    """How it was quantised, see `REPORT`; empty: not known."""
 
 
-def quantization_parts(
-    written: Written, logical: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo], table: Callable[[Rows], str]
-) -> list[str]:
-    """Return the paragraphs on the quantisation.
+def quantization_parts(written: Written, logical: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the paragraphs on the quantisation, and on how it was made and does as far as a report says so.
 
     Args:
         written: the model.
         logical: shape of each weight by public name, and as which dtype the plain ones are written.
-        tensors: all tensors of the files.
-        table: makes a table of rows.
     """
-    quantization, layout = written.quantization, written.layout
-    return [
-        "## Quantisation",
-        table(layer_rows(quantization, logical)),
-        table(size_rows(quantization, layout, logical, tensors)),
-        *report_parts(written.documents.get(REPORT, {}), table),
-    ]
+    parts = ["## Quantisation", table(_layer_rows(written.quantization, logical)), table(_size_rows(written, logical))]
+    if rows := _report_rows(written.report):
+        parts += [f"How it was quantised, and how well it predicts held-out text; `{REPORT}` says more.", table(rows)]
+    return parts
 
 
-def report_parts(report: Mapping[str, Any], table: Callable[[Rows], str]) -> list[str]:
-    """Return the paragraphs on how a model was quantised, and how well it does, as far as a report says so."""
-    rows = report_rows(report)
-    title = f"How it was quantised, and how well it predicts held-out text; `{REPORT}` says more."
-    return [title, table(rows)] if rows else []
+def table(rows: Rows, head: tuple[str, str] = ("", "")) -> str:
+    """Return a table of two columns."""
+    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)])
 
 
-def layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> Rows:
-    """Return kinds of linear layers, and in which formats how many of them are.
-
-    Args:
-        quantization: of the model.
-        tensors: shape of each weight, and dtype of the plain ones, by public name.
-    """
+def _layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) -> Rows:
+    """Return kinds of linear layers, and in which formats how many of them are."""
     kinds: dict[str, dict[str, int]] = {}
     for name, info in tensors.items():
         if may_be_quantized(name, info.shape):
@@ -92,39 +80,28 @@ def layer_rows(quantization: Quantization, tensors: Mapping[str, TensorInfo]) ->
     ]
 
 
-def size_rows(
-    quantization: Quantization, layout: Layout, logical: Mapping[str, TensorInfo], written: Mapping[str, TensorInfo]
-) -> Rows:
-    """Return bits per weight and the size of all tensors.
-
-    Args:
-        quantization: of the model.
-        layout: of the files.
-        logical: shape of each weight by public name.
-        written: all tensors of the files.
-    """
+def _size_rows(written: Written, logical: Mapping[str, TensorInfo]) -> Rows:
+    """Return bits per weight and the size of all tensors."""
+    quantization, layout = written.quantization, written.layout
     weights = sum(prod(logical[name].shape) for name in quantization.weights)
     held = sum(
         size_of(info)
         for name, layer in quantization.weights.items()
         for _, info in stored_tensors(layout, layer, name, logical[name].shape).values()
     )
-    total, elements = sum(map(size_of, written.values())), sum(prod(info.shape) for info in logical.values())
-    rows = [("layout", LAYOUTS[layout.name])]
-    if weights:
-        rows.append(("bits per weight of the quantised layers", f"{8 * held / weights:.2f}, scales included"))
-    rows.append(("bits per weight of the model", f"{8 * total / elements:.2f}"))
-    rows.append(("size", show_size(total)))
-    rows.append(
-        (
-            "KV cache",
-            f"FP8 with scales of {len(quantization.kv_scales)} layers" if quantization.kv_scales else "not quantised",
-        )
-    )
-    return rows
+    total, elements = sum(map(size_of, written.tensors.values())), sum(prod(info.shape) for info in logical.values())
+    caches = len(quantization.kv_scales)
+    rows = [
+        ("layout", LAYOUTS[layout.name]),
+        ("bits per weight of the quantised layers", f"{8 * held / weights:.2f}, scales included" if weights else ""),
+        ("bits per weight of the model", f"{8 * total / elements:.2f}"),
+        ("size", show_size(total)),
+        ("KV cache", f"FP8 with scales of {caches} layers" if caches else "not quantised"),
+    ]
+    return [row for row in rows if row[1]]
 
 
-def report_rows(report: Mapping[str, Any]) -> Rows:
+def _report_rows(report: Mapping[str, Any]) -> Rows:
     """Return what a quantization_report.json says of how the model was made, and how well it predicts."""
     settings, quality = _object(report.get("settings")), _object(report.get("quality"))
     rows = [(label, _shown(settings[key])) for key, label in SETTINGS.items() if settings.get(key)]

@@ -1,4 +1,4 @@
-"""`config.json` of the Nemotron-H family to and from `BackboneConfig`.
+"""The configuration files of a folder: `config.json` to and from `BackboneConfig`, and what is said of generation.
 
 Every field of transformers' `NemotronHConfig` is in exactly one of three tables: honoured, fixed (one value is what
 this project computes, any other is refused by name), or ignored (it changes no number). Missing fields take
@@ -18,17 +18,14 @@ from typing import Any
 import torch
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.defaults import GenerationDefaults
+from modules.checkpoints.folder import read_json
 from modules.checkpoints.names import PLACEHOLDER_WIDTH
 from modules.errors import UserError
 
-DEFAULTS: dict[str, Any] = {
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+_SIZES = {
     "vocab_size": 131072,
     "hidden_size": 4096,
-    "tie_word_embeddings": False,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.02,
-    "rescale_prenorm_residual": True,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
@@ -37,24 +34,17 @@ DEFAULTS: dict[str, Any] = {
     "mamba_head_dim": 64,
     "ssm_state_size": 128,
     "n_groups": 8,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "chunk_size": 128,
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_floor": 1e-4,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 7688,
-    "moe_latent_size": None,
     "moe_shared_expert_intermediate_size": 7688,
-    "routed_scaling_factor": 1.0,
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "num_nextn_predict_layers": 0,
 }
-"""Fields that are honoured, with transformers' defaults."""
+DEFAULTS: dict[str, Any] = {
+    field.name: _SIZES.get(field.name, field.default)
+    for field in dataclasses.fields(BackboneConfig)
+    if not field.name.endswith("pattern")
+}
+"""Fields that are honoured, with transformers' defaults: those of sizes are not ours, all others are."""
 
 OLDER_NAMES = {
     "mamba_n_groups": "n_groups",
@@ -110,6 +100,25 @@ MAIN = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 MTP = ("mtp_hybrid_override_pattern", "mtp_layers_block_type", "mtp_layer_types")
 DEFAULT_LAYERS, DEFAULT_MTP_LAYERS = "ME*-", "*E"
 """What transformers takes where a file says nothing of layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """Special tokens of a model, and what else its folder says of generation."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end a completion; empty: none is known."""
+    bos_token_id: int | None = None
+    """Id that starts a text; None: none."""
+    pad_token_id: int | None = None
+    """Id that fills rows; None: none."""
+    other: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The other keys of generation_config.json, as they are."""
+
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """Return the ids by their keys in both files."""
+        eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else [*self.eos_token_ids] or None
+        return {"bos_token_id": self.bos_token_id, "eos_token_id": eos, "pad_token_id": self.pad_token_id}
 
 
 def from_hugging_face(raw: dict[str, Any], file: Path) -> BackboneConfig:
@@ -183,14 +192,6 @@ def to_hugging_face(
     main, mtp = config.hybrid_override_pattern, config.mtp_hybrid_override_pattern
     own = {"_name_or_path", "auto_map", "transformers_version", "mamba_expand", "mtp_layer_types", "layer_types"}
     dropped = own | DEFAULTS.keys() | OLDER_NAMES.keys() | FIXED.keys()
-    tokens = {}
-    if generation is not None:
-        eos = generation.eos_token_ids
-        tokens = {
-            "bos_token_id": generation.bos_token_id,
-            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
-            "pad_token_id": generation.pad_token_id,
-        }
     fixed = {key: allowed[0] for key, (allowed, _) in FIXED.items() if key not in NOT_WRITTEN}
     return {
         "expand": 2,
@@ -211,8 +212,59 @@ def to_hugging_face(
         "n_shared_experts": 1,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **tokens,
+        **(generation.token_ids() if generation is not None else {}),
     }
+
+
+def read_defaults(folder: Path, config: dict[str, Any], tokenizer_folder: Path | None) -> GenerationDefaults:
+    """Return the defaults of a folder: generation_config.json decides, then config.json, then the tokenizer.
+
+    Args:
+        folder: may hold a generation_config.json.
+        config: the model's config.json; empty where there is none.
+        tokenizer_folder: the tokenizer's files, if any.
+
+    Raises:
+        UserError: a file cannot be read, or an id is no id.
+    """
+    file = folder / GENERATION_CONFIG
+    generation = read_json(file) if file.exists() else {}
+    ids: dict[str, Any] = {}
+    for kind in ("eos", "bos", "pad"):
+        key = f"{kind}_token_id"
+        sources = ((generation, file), (config, folder / CONFIG))
+        found = next(((raw[key], path) for raw, path in sources if raw.get(key) is not None), None)
+        if found is None and tokenizer_folder is not None:
+            found = _tokenizer_id(tokenizer_folder, f"{kind}_token"), tokenizer_folder
+        ids[kind] = _checked(key, *found) if found is not None else ()
+    named = {"eos_token_id", "bos_token_id", "pad_token_id"}
+    return GenerationDefaults(
+        eos_token_ids=ids["eos"],
+        bos_token_id=next(iter(ids["bos"]), None),
+        pad_token_id=next(iter(ids["pad"]), None),
+        other={key: value for key, value in generation.items() if key not in named},
+    )
+
+
+def _checked(key: str, value: Any, file: Path) -> tuple[int, ...]:
+    """Return an id or a list of ids as a tuple."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for entry in values:
+        if type(entry) is not int or entry < 0:
+            raise UserError(f"{file}: {key} {value!r} must be a token id or a list of them")
+    return tuple(values)
+
+
+def _tokenizer_id(folder: Path, kind: str) -> int | None:
+    """Return the id of the token that tokenizer_config.json calls `kind` (e.g. eos_token), or None."""
+    files = folder / TOKENIZER_CONFIG, folder / "tokenizer.json"
+    if not all(file.exists() for file in files):
+        return None
+    token = read_json(files[0]).get(kind)
+    text = token.get("content") if isinstance(token, dict) else token
+    tokenizer = read_json(files[1])
+    ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+    return ids.get(text)
 
 
 def make_config(fields: Mapping[str, Any], file: Path) -> BackboneConfig:

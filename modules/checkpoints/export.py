@@ -5,7 +5,9 @@ Each tensor keeps its bits unless another dtype is asked for, and what a source'
 """
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,16 +17,15 @@ from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
 from modules.checkpoints.card_quantized import Written, misreading
-from modules.checkpoints.config import to_hugging_face
-from modules.checkpoints.documents import read_json
+from modules.checkpoints.config import CONFIG, GENERATION_CONFIG, to_hugging_face
+from modules.checkpoints.folder import new_folder, read_json, write_json
 from modules.checkpoints.huggingface import HuggingFaceSource
-from modules.checkpoints.layouts.found import KEY as QUANTIZATION
-from modules.checkpoints.layouts.found import LAYOUTS
+from modules.checkpoints.layouts.detect import KEY as QUANTIZATION
+from modules.checkpoints.layouts.detect import LAYOUTS
 from modules.checkpoints.names import EMBEDDING, HEAD, TensorInfo, placeholder_shapes
 from modules.checkpoints.quantization import (
     REPORT,
     SCALES,
-    LayerQuantization,
     Layout,
     LayoutName,
     Quantization,
@@ -34,12 +35,10 @@ from modules.checkpoints.quantization import (
     stored_tensors,
     to_stored,
 )
-from modules.checkpoints.source import Source
-from modules.checkpoints.writer import new_folder, write_json, write_tensors
+from modules.checkpoints.safetensors import write_tensors
+from modules.checkpoints.source import ModelFolder
 from modules.precision.quantized import QuantizedWeight
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 CARD = "README.md"
 ROUTER_BIAS = ".gate.e_score_correction_bias"
 """End of the names that stay fp32 in bf16 models: bf16 cannot hold differences below 2^-2 of values near 2^6."""
@@ -62,9 +61,6 @@ TOKENIZER_FILES = (
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 CODE_FILES = "*.py"
 
-Documents = Callable[[Path], Mapping[str, Mapping[str, Any]]]
-"""Returns JSON files by name for a folder that holds a model."""
-
 
 class Exported(NamedTuple):
     """What was written."""
@@ -78,7 +74,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    source: Source,
+    source: ModelFolder,
     output: Path,
     *,
     dtype: Dtype = "auto",
@@ -103,53 +99,14 @@ def export(
         OSError: the disk is full; nothing is left behind.
     """
     tensors = stored_as(source, dtype)
-    read = _plain_reader(source, tensors)
-    return _write_folder(source, output, tensors, read, max_shard_bytes, report)
-
-
-def write_quantized(
-    source: Source,
-    quantized: Mapping[str, LayerQuantization],
-    kv_scales: Mapping[str, tuple[float, float]],
-    make: Callable[[str], QuantizedWeight],
-    output: Path,
-    *,
-    layout: LayoutName,
-    dtype: Dtype = "auto",
-    max_shard_bytes: int,
-    report: Callable[[str], None],
-    documents: Documents | None = None,
-) -> Exported:
-    """Write a quantised model as a Hugging Face folder; one layer is in memory at a time. See `export`.
-
-    Args:
-        source: gives the configuration, the tokenizer and the plain tensors.
-        quantized: the weights to quantise, by public name.
-        kv_scales: see `Quantization`.
-        make: returns the quantised weight of a name; called once for each, in the order of `public_names`.
-        output: folder to make; appears when it is complete.
-        layout: how the files spell it.
-        dtype: of the plain tensors.
-        max_shard_bytes: most bytes of tensors in a file.
-        report: gets lines of progress.
-        documents: returns further JSON files by name; called once the folder, still under its temporary name, can be
-            read as a MODEL. The model card quotes quantization_report.json.
-
-    Raises:
-        UserError: the output holds files already, or a tensor of the source is damaged.
-        OSError: the disk is full; nothing is left behind.
-    """
-    spelling = LAYOUTS[layout]
-    quantization = Quantization({name: quantized[name] for name in source.tensors if name in quantized}, kv_scales)
-
-    def fields(name: str) -> dict[str, Tensor]:
-        return to_stored(spelling, make(name))
-
-    return _write_stored(source, quantization, fields, output, spelling, documents, dtype, max_shard_bytes, report)
+    with new_folder(output) as folder:
+        write_tensors(folder, tensors, (_read(source, tensors, name) for name in tensors), max_shard_bytes, report)
+        _write_settings(source, folder, tensors)
+        return finish(source, folder, output, tensors)
 
 
 def convert(
-    source: Source,
+    source: ModelFolder,
     output: Path,
     *,
     layout: LayoutName,
@@ -178,132 +135,167 @@ def convert(
     assert isinstance(source, HuggingFaceSource)
     assert quantization is not None
     assert source.layout is not None
-    old, new, moved = source.layout, LAYOUTS[layout], 0
-
-    def fields(name: str) -> dict[str, Tensor]:
-        nonlocal moved
-        stored, format = source.read_stored(name), quantization.weights[name].format
-        if old is new:
-            return stored
-        made = to_stored(new, from_stored(old, format, stored))
-        back = to_stored(old, from_stored(new, format, made))
-        moved += not (
-            torch.equal(scaled_blocks(old, format, stored), scaled_blocks(new, format, made))
-            and all(
-                torch.equal(back[field], stored[field].float().reshape(old.scalar)) for field in SCALES & made.keys()
-            )
-        )
-        return made
-
-    def documents(_: Path) -> dict[str, Any]:
-        return {REPORT: source.facts["quantization"]} if "quantization" in source.facts else {}
-
-    written = _write_stored(source, quantization, fields, output, new, documents, dtype, max_shard_bytes, report)
-    if moved:
+    old, new = source.layout, LAYOUTS[layout]
+    weights = (
+        source.read_stored(name) if old is new else to_stored(new, source.read_quantized(name))
+        for name in quantization.weights
+    )
+    with new_folder(output) as folder:
+        written = _write_stored(source, folder, quantization, weights, new, dtype, max_shard_bytes, report)
+        if "quantization" in source.facts:
+            written = written._replace(report=source.facts["quantization"])
+        exported = finish(source, folder, output, written.tensors, written)
+    turned = [name for name, layer in quantization.weights.items() if layer.format == "nvfp4" and old is not new]
+    if moved := sum(not _is_exact(source, name, old, new) for name in turned):
         report(
             f"note: {moved:,} of {len(quantization.weights):,} quantised weights have a scale without an exact "
             "reciprocal; their numbers move by up to one unit in the last place of fp32"
         )
     if misread := misreading(new, quantization, source.tensors.keys() - quantization.weights.keys()):
         report(f"note: {misread}")
-    return written
+    return exported
+
+
+def write_quantized(
+    source: ModelFolder,
+    folder: Path,
+    quantization: Quantization,
+    weights: Iterator[QuantizedWeight],
+    *,
+    layout: LayoutName,
+    dtype: Dtype = "auto",
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+) -> Written:
+    """Write a quantised model into a folder, all but the model card (`finish`); one layer is in memory at a time.
+
+    Args:
+        source: gives the configuration, the tokenizer and the plain tensors.
+        folder: a new one, see `new_folder`; can be read as a MODEL afterwards.
+        quantization: what is quantised, in the order of `source.tensors`.
+        weights: the quantised weights, in that order; one is taken when the one before is written.
+        layout: how the files spell it.
+        dtype: of the plain tensors, see `export`.
+        max_shard_bytes: most bytes of tensors in a file.
+        report: gets lines of progress.
+
+    Raises:
+        UserError: a tensor of the source is damaged.
+        OSError: the disk is full.
+    """
+    stored = map(partial(to_stored, LAYOUTS[layout]), weights)
+    return _write_stored(source, folder, quantization, stored, LAYOUTS[layout], dtype, max_shard_bytes, report)
+
+
+def finish(
+    source: ModelFolder,
+    folder: Path,
+    output: Path,
+    tensors: Mapping[str, TensorInfo],
+    quantized: Written | None = None,
+) -> Exported:
+    """Write the model card into a folder that has all else, and the report on the quantisation that it quotes.
+
+    Args:
+        source: the model.
+        folder: the folder, under its temporary name.
+        output: the folder's own name.
+        tensors: shape and dtype of each tensor as written.
+        quantized: how it is quantised; None: it is not.
+    """
+    if quantized is not None and quantized.report:
+        write_json(folder / REPORT, quantized.report)
+    (folder / CARD).write_text(write_card(source, tensors, output.absolute().name, quantized), encoding="utf-8")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = sorted(str(path.relative_to(folder)) for path in files)
+    return Exported(names, len(tensors), sum(path.stat().st_size for path in files))
 
 
 def _write_stored(
-    source: Source,
+    source: ModelFolder,
+    folder: Path,
     quantization: Quantization,
-    fields: Callable[[str], Mapping[str, Tensor]],
-    output: Path,
+    weights: Iterator[dict[str, Tensor]],
     layout: Layout,
-    documents: Documents | None,
     dtype: Dtype,
     max_shard_bytes: int,
     report: Callable[[str], None],
-) -> Exported:
-    """Write a quantised model from tensors that are as the layout has them.
-
-    `fields` returns those of a weight, by field of `QuantizedWeight`; it is called once for each, in order.
-    """
+) -> Written:
+    """See `write_quantized`; `weights` are as the layout stores them, by field of `QuantizedWeight`."""
     plain = stored_as(source, dtype, besides=quantization.weights)
-    read_plain = _plain_reader(source, plain)
-    caches = {
-        f"{module}.{end}": scale
-        for module, scales in quantization.kv_scales.items()
-        for end, scale in zip(layout.kv_names, scales, strict=True)
+    parts = {
+        name: stored_tensors(layout, layer, name, source.tensors[name].shape)
+        for name, layer in quantization.weights.items()
     }
-    parts: dict[str, tuple[str, str]] = {}
     tensors: dict[str, TensorInfo] = {}
     for name in dict.fromkeys([*source.tensors, *plain]):
-        if name in plain:
-            tensors[name] = plain[name]
-            continue
-        layer = quantization.weights[name]
-        for field, (part, info) in stored_tensors(layout, layer, name, source.tensors[name].shape).items():
-            parts[part], tensors[part] = (name, field), info
-    tensors |= dict.fromkeys(caches, TensorInfo(layout.scalar, torch.float32))
-    made: dict[str, Mapping[str, Tensor]] = {}
-
-    def read(name: str) -> Tensor:
-        if name in caches:
-            return torch.tensor(caches[name]).reshape(layout.scalar)
-        if name not in parts:
-            return read_plain(name)
-        weight, field = parts[name]
-        if weight not in made:
-            made.clear()
-            made[weight] = fields(weight)
-        return made[weight][field].reshape(tensors[name].shape)
-
+        tensors |= {name: plain[name]} if name in plain else dict(parts[name].values())
+    scales = {
+        f"{module}.{end}": scale
+        for module, pair in quantization.kv_scales.items()
+        for end, scale in zip(layout.kv_names, pair, strict=True)
+    }
+    tensors |= dict.fromkeys(scales, TensorInfo(layout.scalar, torch.float32))
+    values = chain(
+        _values(source, plain, parts, weights), (torch.full(layout.scalar, scale) for scale in scales.values())
+    )
+    write_tensors(folder, tensors, values, max_shard_bytes, report)
     matrices = [module_of(name) for name, info in plain.items() if len(info.shape) > 1 and name.endswith(".weight")]
-    written = Written(quantization, layout, matrices, {})
-    return _write_folder(source, output, tensors, read, max_shard_bytes, report, written, documents)
+    written = Written(quantization, layout, matrices, tensors, {})
+    _write_settings(source, folder, tensors, written)
+    return written
 
 
-def _plain_reader(source: Source, tensors: Mapping[str, TensorInfo]) -> Callable[[str], Tensor]:
-    """Return what reads the source's tensors, and those that are written beside them."""
-
-    def read(name: str) -> Tensor:
-        if name in source.tensors:
-            return source.read(name)
-        return source.read(EMBEDDING) if name == HEAD else torch.zeros(tensors[name].shape)
-
-    return read
-
-
-def _write_folder(
-    source: Source,
-    output: Path,
-    tensors: Mapping[str, TensorInfo],
-    read: Callable[[str], Tensor],
-    max_shard_bytes: int,
-    report: Callable[[str], None],
-    quantized: Written | None = None,
-    documents: Documents | None = None,
-) -> Exported:
-    """Write the folder: weights, tokenizer, configuration, what `documents` returns, card."""
-    with new_folder(output) as target:
-        write_tensors(target, tensors, read, max_shard_bytes, report)
-        code = _copy_files(source, target)
-        config = hugging_face_config(source, tensors, code)
-        if quantized is not None:
-            settings = quantized.layout.documents(quantized.quantization, quantized.plain)
-            config[QUANTIZATION] = settings.pop(QUANTIZATION)
-            for name, content in settings.items():
-                write_json(target / name, content)
-        write_json(target / CONFIG, config)
-        write_json(target / GENERATION_CONFIG, generation_config(source))
-        if quantized is not None and documents is not None:
-            quantized = quantized._replace(documents=documents(target))
-            for name, content in quantized.documents.items():
-                write_json(target / name, content)
-        card = write_card(source, tensors, output.absolute().name, quantized)
-        (target / CARD).write_text(card, encoding="utf-8")
-        files = [path for path in target.rglob("*") if path.is_file()]
-        names = sorted(str(path.relative_to(target)) for path in files)
-        return Exported(names, len(tensors), sum(path.stat().st_size for path in files))
+def _values(
+    source: ModelFolder,
+    plain: Mapping[str, TensorInfo],
+    parts: Mapping[str, Mapping[str, tuple[str, TensorInfo]]],
+    weights: Iterator[dict[str, Tensor]],
+) -> Iterator[Tensor]:
+    """Yield the tensors of a model, quantised weights part by part; none is held here when the next is read."""
+    for name in dict.fromkeys([*source.tensors, *plain]):
+        if name in plain:
+            yield _read(source, plain, name)
+        else:
+            stored = next(weights)
+            for field, (_, info) in parts[name].items():
+                yield stored.pop(field).reshape(info.shape)
 
 
-def stored_as(source: Source, dtype: Dtype, besides: Collection[str] = ()) -> dict[str, TensorInfo]:
+def _read(source: ModelFolder, tensors: Mapping[str, TensorInfo], name: str) -> Tensor:
+    """Return a tensor of the source, or one that is written beside them."""
+    if name in source.tensors:
+        return source.read(name)
+    return source.read(EMBEDDING) if name == HEAD else torch.zeros(tensors[name].shape)
+
+
+def _is_exact(source: HuggingFaceSource, name: str, old: Layout, new: Layout) -> bool:
+    """Return whether a weight means the same numbers in another layout, and has its scales when it is back."""
+    assert source.quantization is not None
+    format, stored = source.quantization.weights[name].format, source.read_stored(name)
+    made = to_stored(new, from_stored(old, format, stored))
+    back = to_stored(old, from_stored(new, format, made))
+    return torch.equal(scaled_blocks(old, format, stored), scaled_blocks(new, format, made)) and all(
+        torch.equal(back[field], stored[field].float().reshape(old.scalar)) for field in SCALES & made.keys()
+    )
+
+
+def _write_settings(
+    source: ModelFolder, folder: Path, tensors: Mapping[str, TensorInfo], quantized: Written | None = None
+) -> None:
+    """Write tokenizer, configuration, and what else belongs to a model."""
+    config = hugging_face_config(source, tensors, code=_copy_files(source, folder))
+    if quantized is not None:
+        settings = quantized.layout.documents(quantized.quantization, quantized.plain)
+        config[QUANTIZATION] = settings.pop(QUANTIZATION)
+        for name, content in settings.items():
+            write_json(folder / name, content)
+    write_json(folder / CONFIG, config)
+    ids = {key: value for key, value in source.generation.token_ids().items() if value is not None}
+    write_json(folder / GENERATION_CONFIG, ids | source.generation.other)
+
+
+def stored_as(source: ModelFolder, dtype: Dtype, besides: Collection[str] = ()) -> dict[str, TensorInfo]:
     """Return shape and dtype of each plain tensor in the folder to write; see `export`.
 
     Args:
@@ -324,7 +316,7 @@ def stored_as(source: Source, dtype: Dtype, besides: Collection[str] = ()) -> di
     }
 
 
-def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code: bool) -> dict[str, Any]:
+def hugging_face_config(source: ModelFolder, tensors: Mapping[str, TensorInfo], code: bool) -> dict[str, Any]:
     """Return the content of config.json.
 
     Args:
@@ -344,17 +336,6 @@ def hugging_face_config(source: Source, tensors: Mapping[str, TensorInfo], code:
     return {"max_position_embeddings": data["sequence_length"]} | config if "sequence_length" in data else config
 
 
-def generation_config(source: Source) -> dict[str, Any]:
-    """Return the content of generation_config.json: special tokens and the source's own sampling defaults."""
-    generation, eos = source.generation, list(source.generation.eos_token_ids)
-    ids = {
-        "bos_token_id": generation.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": generation.pad_token_id,
-    }
-    return {key: value for key, value in ids.items() if value not in (None, [])} | generation.other
-
-
 def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """Return the dtype that most elements have, codes and block scales of quantised weights apart."""
     elements: dict[torch.dtype, int] = {}
@@ -364,7 +345,7 @@ def main_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     return max(elements, key=lambda dtype: elements[dtype])
 
 
-def _copy_files(source: Source, target: Path) -> bool:
+def _copy_files(source: ModelFolder, target: Path) -> bool:
     """Copy tokenizer, licence and what else belongs to a model; return whether Python files are among them."""
     for name in TOKENIZER_FILES:
         path = (source.tokenizer_folder or source.path) / name

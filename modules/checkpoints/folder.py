@@ -1,28 +1,60 @@
-"""Checkpoint folders that are either complete or not there.
+"""Folders that are either complete or not there, the checkpoints of a run among them, and the JSON files in them.
 
-A folder is written under a temporary name beside its target, every file is flushed to the disk, a manifest
+A checkpoint is written under a temporary name beside its target, every file is flushed to the disk, a manifest
 (`checkpoint.json`) is written last, and one rename makes it visible; removal renames first and deletes then. So
 whatever carries the final name was complete once. The manifest holds the size of each file and a checksum of those up
 to `CHECKSUM_LIMIT` bytes (reading more at every start would cost minutes on a large model): later damage shows too.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from modules.errors import UserError
 
 MANIFEST = "checkpoint.json"
+RUN_CONFIG = "config.yaml"
+"""The resolved configuration of a run, in its folder and in each of its checkpoints."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in that of a run."""
 PARTIAL = ".partial"
 REMOVED = ".removed"
 CHECKSUM_LIMIT = 256 * 2**20
 BLOCK = 2**20
 """Bytes read at a time for a checksum."""
 STEP_FOLDER = re.compile(r"step=(\d{8,})")
+ABOUT = "about"
+"""Key of Lightning's checkpoint dictionary: what the manifest says (plain JSON values)."""
+ATTACHMENTS = "attachments"
+"""Key of Lightning's checkpoint dictionary: files and folders to copy into the checkpoint."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: it is not JSON (a Git LFS pointer, a download cut short), or no object; names the file and the mend.
+        OSError: it cannot be opened.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the latter for brackets within brackets, as in no file of a model
+        raise UserError(f"{file} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__} where an object is needed; copy it again")
+    return value
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -34,9 +66,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def partial_of(target: Path) -> Path:
+    """Return the temporary folder of `target`."""
+    return target.with_name(target.name + PARTIAL)
+
+
 def begin(target: Path) -> Path:
     """Make an empty temporary folder for `target` and return it."""
-    partial = target.with_name(target.name + PARTIAL)
+    partial = partial_of(target)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -50,19 +92,53 @@ def publish(target: Path, about: dict[str, Any]) -> None:
         target: final folder; one that exists is replaced.
         about: what the manifest says of the checkpoint (plain JSON values).
     """
-    partial = target.with_name(target.name + PARTIAL)
+    partial = partial_of(target)
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    for path in files:
-        sync(path)
     manifest = about | {"files": {str(path.relative_to(partial)): _fingerprint(path) for path in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    sync(partial / MANIFEST)
-    for folder in {partial, *(path.parent for path in files)}:
-        sync(folder)
+    _sync_all(partial)
     if target.exists():
         remove(target)
     partial.rename(target)
     sync(target.parent)
+
+
+def check_new(output: Path) -> None:
+    """Check that a folder can be made.
+
+    Raises:
+        UserError: it holds files already, or is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; name a folder that does not exist yet")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output: {output} holds files already; name another folder, or delete it")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to fill that becomes `output`, flushed to the disk, once the block ends; else nothing is left.
+
+    Args:
+        output: must not exist, or be an empty folder.
+
+    Raises:
+        UserError: it holds files already.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    check_new(output)
+    target = output.absolute()
+    partial = begin(target)
+    try:
+        yield partial
+        _sync_all(partial)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(output)) from error
+        raise
 
 
 def remove(folder: Path) -> None:
@@ -87,6 +163,22 @@ def checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint that a run takes after a step."""
+    return run / CHECKPOINTS / f"step={step:08d}"
+
+
+def newest(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest complete checkpoint of a run, and the damaged ones that are newer, with what is wrong."""
+    damaged = []
+    for path in checkpoints(parent):
+        problem = damage(path)
+        if problem is None:
+            return path, damaged
+        damaged.append((path, problem))
+    return None, damaged
+
+
 def step_of(folder: Path) -> int:
     """Return the optimiser step in the name of a checkpoint folder.
 
@@ -106,12 +198,9 @@ def describe(folder: Path) -> dict[str, Any]:
         UserError: the folder has none that can be read.
     """
     try:
-        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(folder / MANIFEST)
+    except (OSError, UserError) as error:
         raise UserError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
-    return about
 
 
 def damage(folder: Path) -> str | None:

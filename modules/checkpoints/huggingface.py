@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.config import check_family, from_hugging_face, notes
-from modules.checkpoints.defaults import read_defaults
-from modules.checkpoints.documents import read_json
-from modules.checkpoints.layouts.found import KEY as QUANTIZATION
-from modules.checkpoints.layouts.found import Found, find_layout
+from modules.checkpoints.config import CONFIG, check_family, from_hugging_face, notes, read_defaults
+from modules.checkpoints.folder import read_json
+from modules.checkpoints.layouts.detect import KEY as QUANTIZATION
+from modules.checkpoints.layouts.detect import Found, find_layout
 from modules.checkpoints.names import (
     HEAD,
     MTP,
@@ -32,18 +31,16 @@ from modules.checkpoints.quantization import (
     module_of,
 )
 from modules.checkpoints.quantized_layers import StoredLayer, check_settings, fused_notes, kv_scales, separate
-from modules.checkpoints.safetensors import Entry, read_entry, read_folder
-from modules.checkpoints.values import check_finite
+from modules.checkpoints.safetensors import Entry, check_finite, read_folder
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
-CONFIG = "config.json"
 IN_MEMORY = re.compile(r"^model\.")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 class HuggingFaceSource:
-    """A Hugging Face folder as a `Source`.
+    """A Hugging Face folder as a `ModelFolder`.
 
     Args:
         path: the folder.
@@ -75,19 +72,19 @@ class HuggingFaceSource:
         self.tokenizer_folder = path if any((path / name).exists() for name in TOKENIZERS) else None
         self.generation = read_defaults(path, raw, self.tokenizer_folder)
 
-    def read(self, name: str) -> Tensor:
-        """See `Source.read`."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """See `ModelFolder.read`."""
         if name in self._layers:
             assert self.layout is not None
             stored = self._layers[name]
-            return dequantize_stored(self.layout, stored.layer.format, stored.read())
+            return dequantize_stored(self.layout, stored.layer.format, stored.read(rows))
         entry = self._entries[name]
-        tensor = read_entry(entry)
+        tensor = entry.read(rows)
         check_finite(tensor, name, entry.file)
         return tensor
 
     def read_quantized(self, name: str) -> QuantizedWeight:
-        """See `Source.read_quantized`."""
+        """See `ModelFolder.read_quantized`."""
         assert self.layout is not None
         stored = self._layers[name]
         return from_stored(self.layout, stored.layer.format, stored.read())
@@ -135,7 +132,7 @@ class HuggingFaceSource:
         without = dataclasses.replace(config, moe_shared_expert_intermediate_size=0)
         shapes = placeholder_shapes(without)
         entries = [self._entries.get(name) for name in shapes]
-        if not shapes or any(entry is None or read_entry(entry).any() for entry in entries):
+        if not shapes or any(entry is None or entry.read().any() for entry in entries):
             return config
         self._entries = {name: entry for name, entry in self._entries.items() if name not in shapes}
         return without

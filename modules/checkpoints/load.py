@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from modules.backbone.attention import Attention
-from modules.backbone.initialization import local_rows
+from modules.backbone.initialization import local_part, local_rows
 from modules.backbone.model import Network
 from modules.checkpoints.names import EMBEDDING, HEAD, public_names
-from modules.checkpoints.source import Source, open_model
+from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
@@ -34,7 +32,7 @@ class Model:
 
     network: Network
     """In eval mode, without gradients."""
-    source: Source
+    source: ModelFolder
     """The folder."""
     note: str | None
     """How a quantised MODEL runs, in a line; None: it is not quantised."""
@@ -73,8 +71,8 @@ def load_model(path: Path | str, dtype: str = "auto", device: torch.device | str
 
 
 @torch.no_grad()
-def load_weights(network: Network, source: Source, leave: Container[str] = ()) -> None:
-    """Fill a network with the tensors of a MODEL, in the network's own dtypes; a rank keeps only what it holds.
+def load_weights(network: Network, source: ModelFolder, leave: Container[str] = ()) -> None:
+    """Fill a network with the tensors of a MODEL, in the network's own dtypes; a rank reads only what it holds.
 
     Args:
         network: materialised, sharded along dimension 0 or not.
@@ -88,21 +86,14 @@ def load_weights(network: Network, source: Source, leave: Container[str] = ()) -
     for name, place in public_names(network.config).items():
         if place.parameter in leave:
             continue
-        target = state[place.parameter]
-        local = target.to_local() if isinstance(target, DTensor) else target
-        rows = local_rows(target)
-        if place.expert is None:
-            _take(local, rows, source.read(name))  # not held by a name here: the next one would be read beside it
+        local, rows = local_part(state[place.parameter]), local_rows(state[place.parameter])
+        if place.expert is None:  # what is read has no name here: it would be held beside the next one
+            local.copy_(source.read(name, slice(rows[0], rows[-1] + 1) if rows else slice(0)))
         elif place.expert in rows:
             local[rows.index(place.expert)].copy_(source.read(name))
 
 
-def _take(local: Tensor, rows: list[int], tensor: Tensor) -> None:
-    """Copy the rows that this rank holds."""
-    local.copy_(tensor if len(rows) == len(tensor) else tensor[rows])
-
-
-def _quantized(source: Source) -> dict[str, list[str]]:
+def _quantized(source: ModelFolder) -> dict[str, list[str]]:
     """Return the public names of the quantised weights, by parameter: one, or one for each expert.
 
     Raises:
@@ -126,7 +117,7 @@ def _quantized(source: Source) -> dict[str, list[str]]:
     return found
 
 
-def _set_formats(network: Network, source: Source, chosen: Format | None, quantized: Container[str]) -> None:
+def _set_formats(network: Network, source: ModelFolder, chosen: Format | None, quantized: Container[str]) -> None:
     """Set each module's format and its weight's dtype on the meta device; quantised weights set theirs later."""
     stored: dict[str, set[torch.dtype]] = {}
     for name, place in public_names(source.config).items():
@@ -146,7 +137,7 @@ def _owner(network: Network, parameter: str) -> Linear | GroupedLinear:
     return cast("Linear | GroupedLinear", network.get_submodule(parameter.removesuffix(".weight")))
 
 
-def _describe(network: Network, source: Source, quantized: dict[str, list[str]], dtype: str) -> str:
+def _describe(network: Network, source: ModelFolder, quantized: dict[str, list[str]], dtype: str) -> str:
     """Return in a line how a quantised model runs."""
     assert source.quantization is not None
     if dtype != "auto":

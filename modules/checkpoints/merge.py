@@ -1,6 +1,6 @@
 """Weighted averages of models, read tensor by tensor.
 
-A merge is a `Source` of its own whose tensors are averages, so it is exported like any other model. Averaging the
+A merge is a `ModelFolder` of its own whose tensors are averages, so it is exported like any other model. Averaging the
 checkpoints of a run's constant phase stands in for a decay of the learning rate (Nemotron 3 Super, section 2.5:
 +2 to +4 points in the stable phase, without the tokens that a decay costs); see `decay_weights`.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from modules.checkpoints.card import label
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
-from modules.checkpoints.source import Source
-from modules.checkpoints.start import ALWAYS, OF_LETTER
+from modules.checkpoints.source import ModelFolder
+from modules.checkpoints.start import differing_fields
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
 
 class MergedSource:
-    """The weighted average of models as a `Source`; all but the weights is that of the first model.
+    """The weighted average of models as a `ModelFolder`; all but the weights is that of the first model.
 
     Every tensor is summed in fp32 and rounded once to the dtype it has in the first model: router biases (they steer
     which experts are chosen, and belong to the averaged routers), `A_log`, `D` and `dt_bias` too.
@@ -37,7 +37,7 @@ class MergedSource:
         UserError: weights and models do not fit together, or the models are of different architectures.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], method: str) -> None:
+    def __init__(self, sources: Sequence[ModelFolder], weights: Sequence[float], method: str) -> None:
         self._sources, self._weights = sources, normalize(weights, len(sources))
         first = sources[0]
         for other in sources[1:]:
@@ -58,16 +58,16 @@ class MergedSource:
         kept = {key: value for key, value in first.facts.items() if key in ("config", "run")}
         self.facts: dict[str, Any] = {**kept, "merge": {"method": method, "models": models}}
 
-    def read(self, name: str) -> Tensor:
-        """Return the average of a tensor in the first model's dtype; see `Source.read`."""
-        total = torch.zeros(self.tensors[name].shape)
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return the average of a tensor in the first model's dtype; see `ModelFolder.read`."""
+        total = torch.zeros(self.tensors[name].shape)[rows or slice(None)]
         for source, weight in zip(self._sources, self._weights, strict=True):
             if weight:
-                total.add_(source.read(name).float(), alpha=weight)
+                total.add_(source.read(name, rows).float(), alpha=weight)
         return total.to(self.tensors[name].dtype)
 
     def read_quantized(self, name: str) -> QuantizedWeight:
-        """Nothing is quantised here; see `Source.read_quantized`."""
+        """Nothing is quantised here; see `ModelFolder.read_quantized`."""
         raise AssertionError(f"{name} is not quantised")
 
 
@@ -117,24 +117,21 @@ def decay_weights(steps: Sequence[int], factor: Callable[[int, int], float]) -> 
     return [share - following for share, following in pairwise([*shares, 0.0])]
 
 
-def check_same_network(first: Source, other: Source) -> None:
+def check_same_network(first: ModelFolder, other: ModelFolder) -> None:
     """Check that two models can be averaged.
 
     Raises:
         UserError: their networks differ in fields that change numbers; names these.
     """
-    patterns = ["hybrid_override_pattern", "num_nextn_predict_layers"]
-    if first.config.num_nextn_predict_layers:
-        patterns.append("mtp_hybrid_override_pattern")
-    letters = {letter for name in patterns for letter in str(getattr(first.config, name))}
-    used = [name for letter, names in OF_LETTER.items() if letter in letters for name in names]
-    pairs = {name: (getattr(first.config, name), getattr(other.config, name)) for name in (*ALWAYS, *patterns, *used)}
-    different = [f"{name} {one!r} and {another!r}" for name, (one, another) in pairs.items() if one != another]
+    names = differing_fields(first.config, other.config)
+    if first.config.num_nextn_predict_layers != other.config.num_nextn_predict_layers:
+        names.append("num_nextn_predict_layers")
+    different = [f"{name} {getattr(first.config, name)!r} and {getattr(other.config, name)!r}" for name in names]
     if different:
         raise UserError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
 
 
-def _different_tokenizers(sources: Sequence[Source]) -> list[str]:
+def _different_tokenizers(sources: Sequence[ModelFolder]) -> list[str]:
     """Return a note for each model whose tokenizer is another file than that of the first."""
     contents = []
     for source in sources:

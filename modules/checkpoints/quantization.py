@@ -5,7 +5,9 @@ fp32 scales of NVFP4 or their reciprocals, and in what their configuration says;
 `modules.checkpoints.layouts` has one per layout.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +28,8 @@ SCALES = frozenset({"scale", "input_scale"})
 """Fields of a `QuantizedWeight` that are one fp32 number."""
 ROUTER = ".gate.weight"
 """End of the names of routers, which are fp32 everywhere."""
+PREFIXES = ("backbone.", "model.")
+"""What a list of modules puts before names: as checkpoints do, or as memory has them."""
 
 
 class LayerQuantization(NamedTuple):
@@ -59,6 +63,14 @@ class Stored(NamedTuple):
     """Last part of the tensor's name, in the place of `weight`."""
     dtype: torch.dtype
     """Dtype on the disk."""
+
+
+FP8_PARTS = {
+    "codes": Stored("weight", torch.float8_e4m3fn),
+    "scale": Stored("weight_scale", torch.float32),
+    "input_scale": Stored("input_scale", torch.float32),
+}
+"""The tensors of a layer in FP8, in all layouts."""
 
 
 class Settings(NamedTuple):
@@ -184,3 +196,54 @@ def scaled_blocks(layout: Layout, format: WeightFormat, fields: Mapping[str, Ten
 
 def _turned(layout: Layout, format: WeightFormat, scale: Tensor) -> Tensor:
     return scale.reciprocal() if layout.reciprocal and format == "nvfp4" else scale
+
+
+class ModuleList:
+    """A list of modules as a configuration has it: names, wildcards, regular expressions.
+
+    Files name modules as the checkpoint does (`backbone.layers.0`) or as transformers and vLLM do in memory
+    (`model.layers.0`); the two are one here. Lists may have tens of thousands of names (each expert of each layer), so
+    names are looked up and only patterns are tried.
+
+    Args:
+        entries: names (a name stands for all modules below it, too), wildcards such as `mtp*` (as the engines read
+            Model Optimizer's: `mtp` and all below), or regular expressions that begin with `re:` and match from the
+            start (compressed-tensors).
+
+    Raises:
+        re.error: a regular expression is none.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._names: set[str] = set()
+        patterns: list[str] = []
+        for entry in entries:
+            if entry.startswith("re:"):
+                patterns.append(f"(?:{entry.removeprefix('re:')}).*")
+            elif any(sign in entry for sign in "*?["):
+                ends = (entry[:-1], entry[:-1] + ".*") if re.search(r"[^.]\*$", entry) else (entry,)
+                patterns += map(fnmatch.translate, ends)
+            else:
+                self._names.add(_bare(entry))
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
+
+    def __contains__(self, module: str) -> bool:
+        bare = _bare(module)
+        if any(name in self._names for name in _ancestors(bare)):
+            return True
+        return self._pattern is not None and any(
+            self._pattern.fullmatch(spelling) for spelling in (bare, *(prefix + bare for prefix in PREFIXES))
+        )
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield a name and those of the modules that it is in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -3,7 +3,6 @@
 What the tensors say decides; a configuration that says otherwise is refused, because engines would believe it.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from modules.checkpoints.names import STACKED, TensorInfo
 from modules.checkpoints.quantization import (
+    SCALES,
     LayerQuantization,
     Layout,
     Quantization,
@@ -20,8 +20,7 @@ from modules.checkpoints.quantization import (
     module_of,
     stored_tensors,
 )
-from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, read_entry, read_numbers
-from modules.checkpoints.values import check_finite
+from modules.checkpoints.safetensors import AGAIN, DTYPES, Entry, check_finite
 from modules.errors import UserError
 from modules.precision.blocks import BLOCK
 from modules.precision.quantized import WeightFormat
@@ -44,46 +43,36 @@ class StoredLayer(NamedTuple):
     parts: dict[str, tuple[str, Entry]]
     """Names and places of its tensors, by field of `QuantizedWeight`."""
 
-    def read(self) -> dict[str, Tensor]:
-        """Return its tensors as they are stored, by field.
+    def read(self, rows: slice | None = None) -> dict[str, Tensor]:
+        """Return its tensors as they are stored, by field; of codes and block scales some rows, or all.
 
         Raises:
-            UserError: a file ends too early, or a value is not finite or, being a scale, not positive.
+            UserError: a value is not finite or, being a scale, not positive.
         """
-        return {field: read_checked(*part, scale=field != "codes") for field, part in self.parts.items()}
+        return {
+            field: read_checked(*part, scale=field != "codes", rows=None if field in SCALES else rows)
+            for field, part in self.parts.items()
+        }
 
 
-def read_checked(name: str, entry: Entry, scale: bool) -> Tensor:
+def read_checked(name: str, entry: Entry, scale: bool, rows: slice | None = None) -> Tensor:
     """Read a tensor of a quantised layer; codes must be finite, scales of tensors positive, of blocks not negative.
 
     Raises:
-        UserError: they are not, or the file ends before the tensor does.
+        UserError: they are not.
     """
-    tensor = read_entry(entry)
+    tensor = entry.read(rows)
     if tensor.dtype == torch.uint8 or not tensor.numel():
         return tensor
     values = tensor.float()
     check_finite(values, name, entry.file)
-    least = 0.0 if tensor.numel() > 1 else torch.finfo(torch.float32).tiny
+    least = 0.0 if entry.info.dtype == torch.float8_e4m3fn else torch.finfo(torch.float32).tiny
     if scale and values.amin() < least:
         raise UserError(
             f"{entry.file}: tensor {name} holds a scale of {values.amin():g}, which is not positive; the model was "
             "saved broken: take another checkpoint of it"
         )
     return tensor
-
-
-def _read_scales(parts: Sequence[tuple[str, Entry]]) -> list[float]:
-    """Read scales of tensors.
-
-    Raises:
-        UserError: see `read_checked`.
-    """
-    scales = read_numbers([entry for _, entry in parts])
-    for scale, part in zip(scales, parts, strict=True):
-        if not torch.finfo(torch.float32).tiny <= scale < math.inf:
-            read_checked(*part, scale=True)  # says what is wrong with it
-    return scales
 
 
 def separate(entries: Entries, layout: Layout) -> tuple[dict[str, Entry], dict[str, StoredLayer], dict[str, Entry]]:
@@ -289,7 +278,8 @@ def fused_notes(layers: Mapping[str, StoredLayer], folder: object) -> list[str]:
     for (place, what, _), members in groups.items():
         fields = ["input_scale"] if STACKED.removesuffix(".") in place else ["scale", "input_scale"]
         for field in fields:
-            if len(set(_read_scales([layer.parts[field] for layer in members if field in layer.parts]))) > 1:
+            parts = [layer.parts[field] for layer in members if field in layer.parts]
+            if len({read_checked(*part, scale=True).item() for part in parts}) > 1:
                 different.setdefault(what, []).append(place)
                 break
     return [

@@ -8,19 +8,18 @@ from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints import folder
-from modules.checkpoints.defaults import GenerationDefaults
-from modules.checkpoints.fit import FitSource
-from modules.checkpoints.huggingface import CONFIG, HuggingFaceSource
+from modules.checkpoints.config import CONFIG, GenerationDefaults
+from modules.checkpoints.huggingface import HuggingFaceSource
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
+from modules.checkpoints.training_source import TrainingSource
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
-CHECKPOINTS = "checkpoints"
 INDEX = ".metadata"
 
 
-class Source(Protocol):
+class ModelFolder(Protocol):
     """A model on the disk."""
 
     path: Path
@@ -41,8 +40,12 @@ class Source(Protocol):
     quantization: Quantization | None
     """What of it is quantised; None: nothing is."""
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return a tensor on the CPU in the dtype it is stored in; of a quantised weight the numbers it means, in fp32.
+
+        Args:
+            name: a key of `tensors`.
+            rows: these along dimension 0; None: all.
 
         Raises:
             UserError: it cannot be read, or holds values that are not finite; names file, tensor and mend.
@@ -58,7 +61,7 @@ class Source(Protocol):
         ...
 
 
-def open_model(path: Path) -> Source:
+def open_model(path: Path) -> ModelFolder:
     """Open a MODEL; no tensor is read yet, but all are accounted for.
 
     Args:
@@ -72,23 +75,21 @@ def open_model(path: Path) -> Source:
         problem = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
     if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
-        return FitSource(path)
+        return TrainingSource(path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
-    if (path / CHECKPOINTS).is_dir():
-        return FitSource(_newest(path))
+    if (path / folder.CHECKPOINTS).is_dir():
+        return TrainingSource(_newest(path))
     raise UserError(
-        f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor {CHECKPOINTS}/ (a "
-        f"run's folder), nor {CONFIG} (a Hugging Face folder)"
+        f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor "
+        f"{folder.CHECKPOINTS}/ (a run's folder), nor {CONFIG} (a Hugging Face folder)"
     )
 
 
 def _newest(run: Path) -> Path:
     """Return the newest undamaged checkpoint of a run."""
-    damaged = []
-    for path in folder.checkpoints(run / CHECKPOINTS):
-        problem = folder.damage(path)
-        if problem is None:
-            return path
-        damaged.append(f"{path.name}: {problem}")
-    raise UserError(f"{run} has no complete checkpoint" + (f" ({'; '.join(damaged)})" if damaged else " yet"))
+    path, damaged = folder.newest(run / folder.CHECKPOINTS)
+    if path is None:
+        problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+        raise UserError(f"{run} has no complete checkpoint" + (f" ({problems})" if damaged else " yet"))
+    return path

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from modules.backbone.config import MIXERS, BackboneConfig
+from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_weights
 from modules.checkpoints.source import open_model
@@ -19,15 +19,14 @@ from modules.errors import UserError
 ALWAYS = ("vocab_size", "hidden_size", "hybrid_override_pattern", "tie_word_embeddings", "layer_norm_epsilon")
 OF_LETTER = {
     "M": ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "use_conv_bias"),
-    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    "-": ("intermediate_size",),
     "E": (
         *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size"),
         *("moe_shared_expert_intermediate_size", "routed_scaling_factor", "n_group", "topk_group", "norm_topk_prob"),
     ),
+    "*": ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "-": ("intermediate_size",),
 }
 """Fields that change numbers where a layer string has the letter; the others concern random weights, or speed."""
-MTP = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
 
 
 def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> list[str]:
@@ -65,21 +64,23 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
     return lines
 
 
+def differing_fields(one: BackboneConfig, other: BackboneConfig) -> list[str]:
+    """Return the fields that change numbers in which two networks differ, those of MTP blocks where both have one."""
+    fields, letters = [*ALWAYS], {*one.hybrid_override_pattern, *other.hybrid_override_pattern}
+    if one.num_nextn_predict_layers and other.num_nextn_predict_layers:
+        fields.append("mtp_hybrid_override_pattern")
+        letters |= {*one.mtp_hybrid_override_pattern, *other.mtp_hybrid_override_pattern}
+    fields += [name for letter, names in OF_LETTER.items() if letter in letters for name in names]
+    return [name for name in fields if getattr(one, name) != getattr(other, name)]
+
+
 def check_fits(run: BackboneConfig, model: BackboneConfig, path: Path) -> None:
     """Check that a network can take over a MODEL's weights.
 
     Raises:
         UserError: a field that changes numbers differs, or the run has an MTP block and the MODEL has none.
     """
-    letters = set(run.hybrid_override_pattern + model.hybrid_override_pattern)
-    fields: list[str] = [*ALWAYS]
-    with_mtp = run.num_nextn_predict_layers and model.num_nextn_predict_layers
-    if with_mtp:
-        fields += MTP
-        letters |= set(run.mtp_hybrid_override_pattern + model.mtp_hybrid_override_pattern)
-    fields += [name for letter in MIXERS if letter in letters for name in OF_LETTER[letter]]
-    different = [name for name in fields if getattr(run, name) != getattr(model, name)]
-    if different:
+    if different := differing_fields(run, model):
         listed = ", ".join(f"{name} {getattr(run, name)!r} (there {getattr(model, name)!r})" for name in different)
         raise UserError(f"model.init_from: {path} is of another network; set model.backbone as it is there: {listed}")
     if run.num_nextn_predict_layers and not model.num_nextn_predict_layers:

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from modules.backbone.initialization import local_part
+
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale all gradients in place so that their total 2-norm is at most `max_norm`.
@@ -28,23 +30,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norm = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = torch.where(
-            norm.isfinite(), factor, 1.0
-        )  # else what is not finite would look like zero, or all like NaN
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], factor)
+        factor = torch.where(norm.isfinite(), factor, 1.0)  # an infinite norm would make zeros of what is finite
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
     return norm
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:
     """Return the squared norm of gradients of one layout, summed over the mesh axes that shard them."""
-    square = torch.stack(torch._foreach_norm([_local(gradient) for gradient in gradients])).square().sum()
+    square = torch.stack(torch._foreach_norm([local_part(gradient) for gradient in gradients])).square().sum()
     first = gradients[0]
     if isinstance(first, DTensor):
         for axis, placement in enumerate(first.placements):
             if isinstance(placement, Shard) and first.device_mesh.size(axis) > 1:
                 dist.all_reduce(square, group=first.device_mesh.get_group(axis))
     return square
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.names import STACKED
-from modules.checkpoints.source import Source
+from modules.checkpoints.source import ModelFolder
 from modules.precision.quantized import QuantizedWeight, ScaleSearch, WeightFormat, quantize_weight, tensor_scale
 from modules.precision.scaling import tensor_amax
 from modules.ptq.calibration import Calibration
@@ -38,7 +38,7 @@ class WeightMaker:
     """
 
     def __init__(
-        self, source: Source, groups: Sequence[Group], calibration: Calibration | None, search: ScaleSearch
+        self, source: ModelFolder, groups: Sequence[Group], calibration: Calibration | None, search: ScaleSearch
     ) -> None:
         self._source, self._calibration = source, calibration
         self._search: ScaleSearch = search

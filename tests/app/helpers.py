@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from modules.checkpoints.reader import SafeReader
+from modules.checkpoints.training_source import SafeReader
 
 ROOT = Path(__file__).parent.parent.parent
 RUN_FILE = """\

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from modules.checkpoints.config import shown
-from modules.checkpoints.layouts.matching import ModuleList
 from modules.checkpoints.names import MTP, STACKED
 from modules.checkpoints.quantization import (
+    FP8_PARTS,
     LayerQuantization,
     Layout,
+    ModuleList,
     Quantization,
     Settings,
     Stored,
@@ -154,11 +155,7 @@ MODELOPT = Layout(
             "scale": Stored("weight_scale_2", torch.float32),
             "input_scale": Stored("input_scale", torch.float32),
         },
-        "fp8": {
-            "codes": Stored("weight", torch.float8_e4m3fn),
-            "scale": Stored("weight_scale", torch.float32),
-            "input_scale": Stored("input_scale", torch.float32),
-        },
+        "fp8": FP8_PARTS,
     },
     reciprocal=False,
     scalar=(),

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.checkpoints.export import write_quantized
 from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import open_model
 from modules.precision.quantized import quantize_weight, tensor_scale
 from tests.app.models import TEXTS
+from tests.modules.checkpoints.quantized_folders import write_quantized
 
 NVFP4, FP8 = LayerQuantization("nvfp4", True), LayerQuantization("fp8", True)
 SERVED = (

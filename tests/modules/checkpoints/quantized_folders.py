@@ -1,16 +1,19 @@
 """Quantised models on the disk for the tests, and a naive reading of their tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.export import convert, write_quantized
-from modules.checkpoints.quantization import LayerQuantization, LayoutName, may_be_quantized
-from modules.checkpoints.source import Source, open_model
+from modules.checkpoints import export
+from modules.checkpoints.export import convert
+from modules.checkpoints.folder import new_folder
+from modules.checkpoints.quantization import LayerQuantization, LayoutName, Quantization, may_be_quantized
+from modules.checkpoints.source import ModelFolder, open_model
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
 from tests.modules.checkpoints.folders import stored_tensors, write_hf_folder
 from tests.modules.helpers import make_network, tiny_config
@@ -41,7 +44,7 @@ def mixed(name: str) -> LayerQuantization | None:
     return W4A16 if "out_proj" in name else W4A4
 
 
-def choose(source: Source, choice: Choose) -> dict[str, LayerQuantization]:
+def choose(source: ModelFolder, choice: Choose) -> dict[str, LayerQuantization]:
     """The layers that `choice` quantises: of matrices, NVFP4 only where blocks divide the rows."""
     chosen = {}
     for name, info in source.tensors.items():
@@ -51,7 +54,7 @@ def choose(source: Source, choice: Choose) -> dict[str, LayerQuantization]:
     return chosen
 
 
-def make_weight(source: Source, name: str, layer: LayerQuantization) -> QuantizedWeight:
+def make_weight(source: ModelFolder, name: str, layer: LayerQuantization) -> QuantizedWeight:
     """Quantised as calibration would: q, k and v with one scale of the weight and of the inputs."""
     parent, _, last = name.removesuffix(".weight").rpartition(".")
     fused = [f"{parent}.{other}.weight" for other in ("q_proj", "k_proj", "v_proj")]
@@ -67,9 +70,26 @@ def make_weight(source: Source, name: str, layer: LayerQuantization) -> Quantize
     )
 
 
+def write_quantized(
+    source: ModelFolder,
+    quantized: Mapping[str, LayerQuantization],
+    kv_scales: Mapping[str, tuple[float, float]],
+    make: Callable[[str], QuantizedWeight],
+    output: Path,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    **options,
+) -> None:
+    """A whole folder, as the command `quantize` writes one; `about` is the report."""
+    layers = {name: quantized[name] for name in source.tensors if name in quantized}
+    with new_folder(output) as folder:
+        quantization = Quantization(layers, kv_scales)
+        written = export.write_quantized(source, folder, quantization, map(make, layers), **options)
+        export.finish(source, folder, output, written.tensors, written._replace(report=about))
+
+
 def write_quantized_folder(
     path: Path,
-    source: Source,
+    source: ModelFolder,
     choice: Choose = mixed,
     layout: LayoutName = "modelopt",
     kv: bool = True,
@@ -94,7 +114,7 @@ def write_quantized_folder(
     return path
 
 
-def make_source(path: Path, dtype: torch.dtype = torch.bfloat16, tokenizer: bool = False, **changes) -> Source:
+def make_source(path: Path, dtype: torch.dtype = torch.bfloat16, tokenizer: bool = False, **changes) -> ModelFolder:
     return open_model(write_hf_folder(path, make_network(config(**changes)), dtype, tokenizer=tokenizer))
 
 

@@ -10,8 +10,7 @@ import yaml
 
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints import config as module
-from modules.checkpoints.config import from_hugging_face, make_config, notes, to_hugging_face
-from modules.checkpoints.defaults import GenerationDefaults
+from modules.checkpoints.config import GenerationDefaults, from_hugging_face, make_config, notes, to_hugging_face
 from modules.checkpoints.start import check_fits
 from modules.errors import UserError
 from tests.modules.checkpoints.helpers import THEIRS

@@ -94,36 +94,39 @@ def test_pointer_instead_of_a_file(single):
 def test_bytes_after_the_end(single):
     with (single / "model.safetensors").open("ab") as stream:
         stream.write(b"12345678")
-    assert "where its header means" in message(single)
+    assert "file not fully covered" in of_header(message(single))
 
 
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        (lambda header: header[HEAD].update(shape=[64, 33]), f"gives tensor {HEAD} 8192 bytes, but F32 [64, 33] needs"),
-        (lambda header: header[HEAD].update(data_offsets=[0, 8192]), "at byte"),
-        (lambda header: header[HEAD].update(data_offsets=[8, 4]), f"gives tensor {HEAD} -4 bytes"),
-        (lambda header: header[HEAD].update(shape=[-64, -32]), f"damaged at tensor {HEAD}"),
-        (lambda header: header[HEAD].update(data_offsets="all"), f"damaged at tensor {HEAD}"),
-        (lambda header: header[HEAD].pop("dtype"), f"damaged at tensor {HEAD}"),
-        (lambda header: header.update({HEAD: 3}), f"damaged at tensor {HEAD}"),
-        (lambda header: header[HEAD].update(dtype=["F32"]), f"tensor {HEAD} has dtype ['F32'], but weights must be"),
-        (
-            lambda header: header[HEAD].update(dtype="F64"),
-            f"tensor {HEAD} has dtype F64, but weights must be F32",
-        ),
+        (lambda header: header[HEAD].update(shape=[64, 33]), "invalid shape, data type, or offset for tensor"),
+        (lambda header: header[HEAD].update(dtype="F64"), "invalid shape, data type, or offset for tensor"),
+        (lambda header: header[HEAD].update(data_offsets=[0, 8192]), "invalid offset for tensor `backbone."),
+        (lambda header: header[HEAD].update(data_offsets=[8, 4]), f"invalid offset for tensor `{HEAD}`"),
+        (lambda header: header[HEAD].update(shape=[-64, -32]), "integer `-64`"),
+        (lambda header: header[HEAD].update(data_offsets="all"), 'string "all"'),
+        (lambda header: header[HEAD].pop("dtype"), "missing field `dtype`"),
+        (lambda header: header.update({HEAD: 3}), "integer `3`"),
+        (lambda header: header[HEAD].update(dtype=["F32"]), "invalid type: sequence"),
     ],
 )
 def test_header_that_lies(single, change, answer):
     edit_header(single / "model.safetensors", change)
-    text = message(single)
-    assert text.startswith("PATH/model.safetensors: ")
-    assert answer in text
+    assert answer in of_header(message(single))
+
+
+def of_header(text: str) -> str:
+    """The library's words in the message on a header that it refuses."""
+    before, after = "PATH/model.safetensors is cut short or no safetensors file (", "); copy or download the file again"
+    assert text.startswith(before)
+    assert text.endswith(after)
+    return text[len(before) : -len(after)]
 
 
 def test_header_that_is_a_list(single):
     (single / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
-    assert message(single).startswith("PATH/model.safetensors: its header is damaged (no object)")
+    assert "invalid type: sequence" in of_header(message(single))
 
 
 def test_header_that_does_not_parse(single):
@@ -131,9 +134,9 @@ def test_header_that_does_not_parse(single):
     content = bytearray(file.read_bytes())
     content[20:24] = b"\xff\xff{{"
     file.write_bytes(content)
-    assert message(single).startswith("PATH/model.safetensors: its header is damaged")
+    assert "invalid UTF-8 in header" in of_header(message(single))
     file.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
-    assert message(single).startswith("PATH/model.safetensors: its header is damaged")
+    assert "invalid JSON in header" in of_header(message(single))
 
 
 def test_tensor_twice_in_a_header(single):
@@ -143,7 +146,7 @@ def test_tensor_twice_in_a_header(single):
     assert len(name) > len(HEAD) + 2
     padded = f'"{HEAD}"'.encode() + b" " * (len(name) - len(HEAD) - 2)
     file.write_bytes(content.replace(name, padded, 1))
-    assert f"tensor {HEAD} is there twice" in message(single)
+    assert "invalid offset for tensor" in of_header(message(single))
 
 
 def test_wrong_shape(single):

@@ -1,11 +1,13 @@
 """A checkpoint folder is complete or not there, whatever happens while it is written."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from modules.checkpoints import folder
+from modules.checkpoints.folder import new_folder
 from modules.errors import UserError
 
 
@@ -82,3 +84,43 @@ def test_a_name_without_a_step_is_refused(tmp_path):
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         folder.describe(tmp_path)
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path):
+    with new_folder(tmp_path / "deep" / "model") as partial:
+        (partial / "file").write_text("content")
+        assert not (tmp_path / "deep" / "model").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
+    assert (tmp_path / "deep" / "model" / "file").read_text() == "content"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    with new_folder(tmp_path / "model") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "model" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("bad"), KeyboardInterrupt()]
+)
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException):
+    def fail() -> None:
+        with new_folder(tmp_path / "model") as partial:
+            (partial / "file").touch()
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(error, OSError):
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / "model")
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for output, message in ((tmp_path, "holds files already"), (tmp_path / "file", "is a file")):
+        with pytest.raises(UserError, match=f"--output: .* {message}"), new_folder(output):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints.config import make_config, to_hugging_face
 from modules.checkpoints.load import load_model
+from modules.checkpoints.merge import MergedSource
 from modules.checkpoints.names import public_names, public_shapes
 from modules.checkpoints.source import open_model
 from modules.errors import UserError
 from modules.precision.linear import FormattedModule
 from tests.modules.checkpoints.helpers import public_tensors, write_fit_folder, write_shards
+from tests.modules.checkpoints.quantized_folders import make_source, write_quantized_folder
 from tests.modules.helpers import make_network, tiny_config
 
 ROOT = Path(__file__).parents[3]
@@ -132,6 +136,39 @@ def test_experts_of_a_folder_of_fit_in_any_order(network, tmp_path):
     expected = public_tensors(network)
     for name in sorted(expected, reverse=True):
         assert torch.equal(source.read(name), expected[name])
+
+
+@pytest.mark.parametrize("kind", ["plain", "modelopt", "compressed-tensors", "fit", "merge"])
+def test_rows_are_those_of_the_whole_tensor(tmp_path, kind):
+    if kind in ("modelopt", "compressed-tensors"):
+        source = open_model(write_quantized_folder(tmp_path / "q", make_source(tmp_path / "bf16"), layout=kind))
+    elif kind == "fit":
+        source = open_model(write_fit_folder(tmp_path / "step=00000001", make_network(tiny_config())))
+    else:
+        source = make_source(tmp_path / "bf16")
+        source = MergedSource([source, source], [1, 2], "A test.") if kind == "merge" else source
+    for name in source.tensors:
+        whole = source.read(name)
+        for rows in (slice(0), slice(1, 3), slice(len(whole) - 1, len(whole))):
+            assert torch.equal(source.read(name, rows), whole[rows]), (name, rows)
+
+
+@pytest.mark.parametrize("layout", [None, "modelopt"])
+def test_rows_of_other_ranks_are_not_read(tmp_path, layout):
+    """Row 5 is broken: to whom reads the first five all is well."""
+    path = tmp_path / "bf16"
+    source, name = make_source(path), "backbone.layers.0.mixer.in_proj.weight"
+    if layout is not None:
+        path = write_quantized_folder(tmp_path / "q", source, layout=layout)
+    tensors = load_file(path / "model.safetensors")
+    tensors[name].view(torch.uint8)[5] = 0x7F
+    if layout is None:
+        tensors[name][5] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+    broken = open_model(path)
+    assert broken.read(name, slice(0, 5)).isfinite().all()
+    with pytest.raises(UserError, match=f"tensor {re.escape(name)} holds"):
+        broken.read(name, slice(0, 6))
 
 
 LARGE = {

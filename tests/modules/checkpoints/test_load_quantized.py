@@ -13,7 +13,6 @@ from modules.backbone.attention import Attention
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.checkpoints.config import to_hugging_face
-from modules.checkpoints.export import write_quantized
 from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import LayerQuantization
 from modules.checkpoints.source import open_model
@@ -22,6 +21,7 @@ from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
 from modules.precision.served import serve
 from tests.modules.checkpoints.helpers import public_tensors, write_shards
+from tests.modules.checkpoints.quantized_folders import write_quantized
 from tests.modules.checkpoints.test_load import LARGE, MEASURE
 from tests.modules.helpers import build, dequantize_weight, make_module, make_network, tiny_config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modules.checkpoints.layouts.matching import ModuleList
+from modules.checkpoints.quantization import ModuleList
 from modules.checkpoints.source import open_model
 from modules.errors import UserError
 from tests.modules.checkpoints.quantized_folders import SHARDS, make_source, mixed, write_quantized_folder

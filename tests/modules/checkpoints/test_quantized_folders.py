@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modules.checkpoints.card_quantized import LOST_EXPERTS, LOST_SCALES, misreading
-from modules.checkpoints.export import export, write_quantized
+from modules.checkpoints.export import export
 from modules.checkpoints.layouts.compressed_tensors import COMPRESSED_TENSORS
 from modules.checkpoints.layouts.modelopt import MODELOPT
 from modules.checkpoints.load import load_model
@@ -34,6 +34,7 @@ from tests.modules.checkpoints.quantized_folders import (
     naive_nvfp4,
     raw_bytes,
     silent,
+    write_quantized,
     write_quantized_folder,
 )
 from tests.modules.helpers import dequantize_weight, make_network
@@ -258,16 +259,14 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, layout: Any):
     assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
 
 
-def test_reports_and_documents_travel_along(tmp_path: Path):
+def test_a_report_travels_along(tmp_path: Path):
     source = make_source(tmp_path / "bf16")
     settings = {"default": "nvfp4", "search": "mse", "model": "/mine/secret", "texts": "/mine/texts"}
     before = {"nll": 2.5, "perplexity": 8.25, "bits_per_byte": 1.5, "more": 1.0}
     quality = {"before": before, "after": before | {"perplexity": 8.5}, "kl": 0.0125, "top1_agreement": 0.975}
     report = {"settings": settings, "quality": quality}
-    path = write_quantized_folder(
-        tmp_path / "q", source, mixed, documents=lambda _: {"quantization_report.json": report, "more.json": {"a": 1}}
-    )
-    assert json.loads((path / "more.json").read_text()) == {"a": 1}
+    path = write_quantized_folder(tmp_path / "q", source, mixed, about=report)
+    assert json.loads((path / "quantization_report.json").read_text()) == report
     again, _ = change_layout(path, tmp_path / "again", "compressed-tensors")
     assert json.loads((again / "quantization_report.json").read_text()) == report
     for folder in (path, again):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.card_quantized import LOST_EXPERTS
-from modules.checkpoints.export import convert, write_quantized
+from modules.checkpoints.export import convert
 from modules.checkpoints.load import load_model
 from modules.checkpoints.quantization import LayerQuantization
-from modules.checkpoints.source import Source, open_model
+from modules.checkpoints.source import ModelFolder, open_model
 from modules.precision.linear import Linear
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
 from tests.modules.checkpoints.quantized_folders import (
@@ -27,6 +27,7 @@ from tests.modules.checkpoints.quantized_folders import (
     choose,
     make_source,
     mixed,
+    write_quantized,
     write_quantized_folder,
 )
 
@@ -56,7 +57,7 @@ def torn(name: str) -> LayerQuantization | None:
     return W4A16 if "layers.5.mixer.experts" in name or "latent" in name else None
 
 
-def write_calibrated(path: Path, source: Source) -> None:
+def write_calibrated(path: Path, source: ModelFolder) -> None:
     """NVFP4 for weights and inputs, whose scales are those of the inputs that the network sees."""
     network, largest = load_model(source.path, dtype="fp32").network, {}
     for name, module in network.named_modules():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from modules.checkpoints.reader import SafeReader
+from modules.checkpoints.training_source import SafeReader
 from modules.errors import UserError
 
 

@@ -1,7 +1,8 @@
-"""Files that the safetensors package reads, in a folder that is complete or not there."""
+"""Files that the safetensors package reads, and that are read through it."""
 
-import errno
 import json
+import re
+import sys
 import weakref
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from modules.checkpoints.names import TensorInfo
-from modules.checkpoints.writer import new_folder, parse_size, plan_shards, show_size, write_tensors
-from modules.errors import UserError
+from modules.checkpoints.safetensors import plan_shards, read_folder, show_size, write_tensors
 
 TENSORS = {
     "a": torch.randn(3, generator=torch.Generator().manual_seed(0)).bfloat16(),  # 6 bytes: what follows is not aligned
@@ -39,15 +39,8 @@ def read_back(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def test_tensors_are_read_in_order_and_lie_aligned(tmp_path: Path):
-    calls: list[str] = []
-
-    def read(name: str) -> Tensor:
-        calls.append(name)
-        return TENSORS[name]
-
-    write_tensors(tmp_path, infos(TENSORS), read, 10**9, lambda line: None)
-    assert calls == list(TENSORS)
+def test_tensors_lie_aligned(tmp_path: Path):
+    write_tensors(tmp_path, infos(TENSORS), iter(TENSORS.values()), 10**9, lambda line: None)
     content = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -58,7 +51,7 @@ def test_tensors_are_read_in_order_and_lie_aligned(tmp_path: Path):
 @pytest.mark.parametrize("limit", [10**9, 50, 16, 1])
 def test_the_safetensors_package_reads_the_same_bits(tmp_path: Path, limit: int):
     lines: list[str] = []
-    files = write_tensors(tmp_path, infos(TENSORS), TENSORS.__getitem__, limit, lines.append)
+    files = write_tensors(tmp_path, infos(TENSORS), iter(TENSORS.values()), limit, lines.append)
     found = read_back(tmp_path)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -70,7 +63,7 @@ def test_the_safetensors_package_reads_the_same_bits(tmp_path: Path, limit: int)
 
 
 def test_the_index_says_where_each_tensor_is(tmp_path: Path):
-    files = write_tensors(tmp_path, infos(TENSORS), TENSORS.__getitem__, 50, lambda line: None)
+    files = write_tensors(tmp_path, infos(TENSORS), iter(TENSORS.values()), 50, lambda line: None)
     assert files == [
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
@@ -88,7 +81,7 @@ def test_the_index_says_where_each_tensor_is(tmp_path: Path):
 
 
 def test_one_file_needs_no_index(tmp_path: Path):
-    assert write_tensors(tmp_path, infos(TENSORS), TENSORS.__getitem__, 10**9, print) == ["model.safetensors"]
+    assert write_tensors(tmp_path, infos(TENSORS), iter(TENSORS.values()), 10**9, print) == ["model.safetensors"]
 
 
 def test_shards_keep_to_the_limit_and_to_the_order():
@@ -106,29 +99,15 @@ def test_a_tensor_is_gone_when_the_next_is_read(tmp_path: Path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    write_tensors(tmp_path, infos(TENSORS), read, 10**9, print)
+    write_tensors(tmp_path, infos(TENSORS), map(read, TENSORS), 10**9, print)
     assert len(alive) == len(TENSORS)
 
 
 def test_another_dtype_is_rounded_to(tmp_path: Path):
     wanted = {"b": TensorInfo((4,), torch.bfloat16)}
     values = torch.tensor([1.0, 1.00390625, -3.3, 1e30])
-    write_tensors(tmp_path, wanted, lambda name: values, 10**9, print)
+    write_tensors(tmp_path, wanted, iter([values]), 10**9, print)
     assert torch.equal(read_back(tmp_path)["b"], values.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2 * 2**30), ("1.5KB", 1500), ("12", 12), ("7B", 7)],
-)
-def test_sizes(text: str, size: int):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "GB", "0.1"])
-def test_what_is_no_size(text: str):
-    with pytest.raises(UserError, match=r"--max_shard_size: .* is no size"):
-        parse_size(text)
 
 
 def test_sizes_for_people():
@@ -140,41 +119,31 @@ def test_sizes_for_people():
     ]
 
 
-def test_a_folder_appears_when_it_is_complete(tmp_path: Path):
-    with new_folder(tmp_path / "deep" / "model") as partial:
-        (partial / "file").write_text("content")
-        assert not (tmp_path / "deep" / "model").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
-    assert (tmp_path / "deep" / "model" / "file").read_text() == "content"
+@pytest.mark.parametrize("limit", [10**9, 50])
+def test_rows_and_tensors_are_read_back_in_any_order(tmp_path: Path, limit: int):
+    write_tensors(tmp_path, infos(TENSORS), iter(TENSORS.values()), limit, print)
+    entries = read_folder(tmp_path, quantized=True)
+    assert {name: entry.info for name, entry in entries.items()} == infos(TENSORS)
+    for name, tensor in [*TENSORS.items()][::-1]:
+        assert torch.equal(entries[name].read().flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+        if tensor.ndim:
+            for rows in (slice(0), slice(1, 3), slice(None)):
+                read = entries[name].read(rows)
+                assert read.shape == tensor[rows].shape
+                assert torch.equal(read.flatten().view(torch.uint8), tensor[rows].flatten().view(torch.uint8))
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path):
-    (tmp_path / "model").mkdir()
-    with new_folder(tmp_path / "model") as partial:
-        (partial / "file").touch()
-    assert (tmp_path / "model" / "file").exists()
+@pytest.mark.skipif(sys.platform != "linux", reason="what is in memory is read from /proc")
+def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path: Path):
+    """64 MiB in tensors of 1 MiB, each dropped when the next is read."""
+    tensors = {str(number): torch.full((2**18,), float(number)) for number in range(64)}
+    write_tensors(tmp_path, infos(tensors), iter(tensors.values()), 10**9, print)
 
+    def mapped() -> int:
+        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("bad"), KeyboardInterrupt()]
-)
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException):
-    def fail() -> None:
-        with new_folder(tmp_path / "model") as partial:
-            (partial / "file").touch()
-            raise error
-
-    with pytest.raises(type(error)) as caught:
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    if isinstance(error, OSError):
-        assert caught.value.errno == errno.ENOSPC
-        assert caught.value.filename == str(tmp_path / "model")
-
-
-def test_what_is_there_is_not_overwritten(tmp_path: Path):
-    (tmp_path / "file").touch()
-    for output, message in ((tmp_path, "holds files already"), (tmp_path / "file", "is a file")):
-        with pytest.raises(UserError, match=f"--output: .* {message}"), new_folder(output):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    entries, before, most = read_folder(tmp_path), mapped(), 0
+    for name in tensors:
+        assert entries[name].read().sum() == int(name) * 2**18
+        most = max(most, mapped())
+    assert most - before < 24

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modules.checkpoints.config import shown
-from modules.checkpoints.documents import read_json
+from modules.checkpoints.config import CONFIG, shown
+from modules.checkpoints.folder import read_json
 from modules.checkpoints.layouts import compressed_tensors, modelopt
 from modules.checkpoints.layouts.compressed_tensors import COMPRESSED_TENSORS
 from modules.checkpoints.layouts.modelopt import MODELOPT
@@ -38,7 +38,7 @@ def find_layout(folder: Path, raw: dict[str, Any]) -> Found | None:
     Raises:
         UserError: the quantisation is of a kind that cannot be read, or the two files are of different kinds.
     """
-    file, config = folder / modelopt.FILE, folder / "config.json"
+    file, config = folder / modelopt.FILE, folder / CONFIG
     separate = read_json(file) if file.exists() else None
     inner = raw.get(KEY)
     if inner is None:
