@@ -53,7 +53,7 @@ class Speed(StepCallback):
             length: int = trainer.datamodule.sequence_length  # type: ignore[attr-defined]
             self.flops_per_token = training_flops_per_token(config, length, depths)
             network = pl_module.built_network
-            shares = format_shares(network, config.num_experts_per_tok, config.n_routed_experts, depths)
+            shares = format_shares(network, depths)
             self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
             self._peak = combine(shares, self.peaks)
         self._phases = PhaseClock(CudaClock() if device.type == "cuda" else HostClock())

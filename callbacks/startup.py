@@ -44,9 +44,8 @@ def rows(trainer: Trainer, module: LightningModule) -> list[tuple[str, str]]:
     table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
     table += [("weights", line) for line in getattr(module, "initial_weights", [])]
     if isinstance(module, StageModule):
-        config, depths = module.backbone_config, getattr(module, "mtp_depths", 0)
-        experts = config.num_experts_per_tok, config.n_routed_experts
-        lines = precision_lines(module.precision_table, module.built_network, *experts, depths, by_module=False)
+        depths = getattr(module, "mtp_depths", 0)
+        lines = precision_lines(module.precision_table, module.built_network, depths, by_module=False)
         table += [("precision", line) for line in lines]
     count = sum(parameter.numel() for parameter in module.parameters())
     return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]

@@ -1,30 +1,12 @@
 """The FLOPs of a token, part by part, with the format each part computes in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from app.planning.text import align, prefix, with_prefix
 from modules.backbone.config import BackboneConfig
-from modules.backbone.flops import MTP, FlopCount, decode_flops, matmul_flops, recomputed_flops
+from modules.backbone.flops import MTP, decode_flops, matmul_flops, mixers_of, recomputed_flops
+from modules.backbone.mixer import FlopCount, Mixer
 from modules.precision.formats import COMPUTE_DTYPE
-
-_MODULES = {
-    ("M", "in_proj"): "Mamba-2 projections",
-    ("M", "out_proj"): "Mamba-2 projections",
-    ("*", "q_proj"): "attention projections",
-    ("*", "k_proj"): "attention projections",
-    ("*", "v_proj"): "attention projections",
-    ("*", "o_proj"): "attention projections",
-    ("-", "up_proj"): "MLP",
-    ("-", "down_proj"): "MLP",
-    ("E", "experts"): "MoE routed experts",
-    ("E", "shared_experts"): "MoE shared expert",
-    ("E", "fc1_latent_proj"): "MoE latent projections",
-    ("E", "fc2_latent_proj"): "MoE latent projections",
-}
-"""(letter of the layer, module in its mixer) -> part."""
-
-_RESULTS_OF = {"Mamba-2 scan": ("M", "in_proj"), "attention scores": ("*", "q_proj")}
-"""Products without weights, and the module whose results they multiply."""
 
 _FULL_PRECISION = ("MoE router",)
 
@@ -40,7 +22,7 @@ def flop_lines(
 
     Args:
         config: the network.
-        precision: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
+        precision: (module name, format, deciding pattern) of each module, of `assign_formats`.
         sequence_length: positions in a row.
         mtp_depths: MTP depths that are trained.
         checkpointing: whether the layers' activations are recomputed.
@@ -79,16 +61,17 @@ def flop_lines(
 
 def part_formats(config: BackboneConfig, precision: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     """Return the formats that each part of `matmul_flops` computes in, e.g. `bf16` or `bf16, fp32`."""
+    mixers = mixers_of(config)
     formats: dict[str, dict[str, None]] = {}
     for name, chosen, _ in precision:
-        for part, format_name in _parts_of(name, chosen, config):
+        for part, format_name in _parts_of(name, chosen, config, mixers):
             formats.setdefault(part, {})[format_name] = None
     for where in ("", MTP):
         formats |= {where + part: {"fp32": None} for part in _FULL_PRECISION}
     return {part: ", ".join(chosen) for part, chosen in formats.items()}
 
 
-def _parts_of(name: str, chosen: str, config: BackboneConfig) -> list[tuple[str, str]]:
+def _parts_of(name: str, chosen: str, config: BackboneConfig, mixers: Mapping[str, Mixer]) -> list[tuple[str, str]]:
     """Return (part, format) of what a module's format decides."""
     match name.split("."):
         case ["lm_head"]:
@@ -98,8 +81,10 @@ def _parts_of(name: str, chosen: str, config: BackboneConfig) -> list[tuple[str,
         case [first, *_, index, "mixer", inner] | [first, *_, index, "mixer", inner, "up_proj" | "down_proj"]:
             where = MTP if first == "mtp" else ""
             letters = config.mtp_hybrid_override_pattern if first == "mtp" else config.hybrid_override_pattern
-            key = (letters[int(index)], inner)
-            results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])
-            weightless = [(where + part, results) for part, module in _RESULTS_OF.items() if module == key]
-            return [(where + _MODULES[key], chosen), *weightless]
+            mixer = mixers[letters[int(index)]]
+            parts = [(where + mixer.PARTS[inner], chosen)]
+            if inner in mixer.WEIGHTLESS:
+                results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])
+                parts.append((where + mixer.WEIGHTLESS[inner], results))
+            return parts
     return []

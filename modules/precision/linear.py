@@ -2,11 +2,9 @@
 
 Master weights stay fp32; a module casts its weight and its input to its format and returns its result in it. So the
 forward pass of one process, of FSDP2 (which gathers weights in the same dtype) and of every stage is the same, without
-autocast. In a quantised format they are cast to bf16, and a backend quantises them on the way into each product.
+autocast. Operands of a quantised format are cast to bf16; how they are multiplied is the module's `Product`.
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +12,25 @@ from torch import Tensor, nn
 
 from modules.ops import native
 from modules.ops.cross_entropy import linear_cross_entropy
-from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
-from modules.precision.scheme import Scheme
-
-if TYPE_CHECKING:
-    from modules.precision.served import Served
+from modules.precision.scheme import PlainProduct, Product
 
 
 class FormattedModule(nn.Module):
     """A module with an fp32 master `weight` whose computation runs in `format`."""
 
     format: Format = "fp32"
-    """Name of the format; set by `recipe.apply`."""
-    scheme: Scheme | None = None
-    """How its products are quantised; None: they are not. Set by `recipe.apply`, on `Linear` and `GroupedLinear`."""
-    served: "Served | None" = None
-    """How it multiplies by a weight that a checkpoint holds quantised; None: it holds a plain one. Set by `serve`."""
+    """Name of the format; set by `recipe.assign_formats`."""
+    product: Product = PlainProduct()
+    """How `Linear` and `GroupedLinear` multiply; set by `recipe.assign_formats` and `quantized_product.install`."""
+    writes_residual: bool = False
+    """Whether its results are added to the residual stream: the initial weight is smaller then."""
+    weight: nn.Parameter
+
+    @property
+    def active(self) -> int:
+        """Number of its weights that a token is multiplied by."""
+        return self.weight.numel()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -52,13 +52,7 @@ class Linear(FormattedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
-        dtype, scheme = self.compute_dtype, self.scheme
-        if self.served is not None:
-            return self.served.linear(x.to(dtype), self.weight)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if scheme is None or scheme.products.plain:
-            return F.linear(x, weight)
-        return scheme.backend.linear(x, weight, scheme)
+        return self.product.linear(x.to(self.compute_dtype), self.weight)
 
 
 class GroupedLinear(FormattedModule):
@@ -68,21 +62,22 @@ class GroupedLinear(FormattedModule):
         experts: E.
         in_features: I.
         out_features: O.
+        top_k: K, how many of them a token passes.
     """
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, experts: int, in_features: int, out_features: int, top_k: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.top_k = top_k
+
+    @property
+    def active(self) -> int:
+        """See `FormattedModule`."""
+        return self.weight.numel() * self.top_k // len(self.weight)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
-        dtype, scheme = self.compute_dtype, self.scheme
-        if self.served is not None:
-            return self.served.grouped_linear(x.to(dtype), self.weight, offsets)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if scheme is None or scheme.products.plain:
-            return grouped_linear(x, weight, offsets)
-        return scheme.backend.grouped_linear(x, weight, offsets, scheme)
+        return self.product.grouped_linear(x.to(self.compute_dtype), self.weight, offsets)
 
 
 class Embedding(FormattedModule):
@@ -96,6 +91,11 @@ class Embedding(FormattedModule):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    @property
+    def active(self) -> int:
+        """See `FormattedModule`: it multiplies nothing."""
+        return 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up int64 [...] ids; returns [..., D] in the compute dtype."""
@@ -126,9 +126,7 @@ class Head(Linear):
         dtype = self.compute_dtype
         if labels is None or token_weights is None:
             few = x.to(dtype)
-            if self.served is not None:
-                return self.served.linear(few, self.weight[:vocabulary]).float()
-            if native.applies(few, self.weight):
+            if isinstance(self.product, PlainProduct) and native.applies(few, self.weight):
                 return native.few_rows_linear(few, self.weight[:vocabulary])
-            return F.linear(few, self.weight[:vocabulary].to(dtype)).float()
+            return self.product.linear(few, self.weight[:vocabulary]).float()
         return linear_cross_entropy(x.to(dtype), self.weight.to(dtype), labels, token_weights)

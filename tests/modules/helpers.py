@@ -15,7 +15,7 @@ from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from modules.precision.quantized import QuantizedWeight, gemm_values
-from modules.precision.recipe import PrecisionConfig, apply
+from modules.precision.recipe import PrecisionConfig, assign_formats
 from modules.pretraining import Pretraining
 
 FP32 = PrecisionConfig(recipe="fp32")
@@ -52,7 +52,7 @@ def tiny_config(**changes) -> BackboneConfig:
 def make_network(config: BackboneConfig, recipe=FP32, seed: int = 0) -> Network:
     """A materialised network whose norms, skips, biases and router biases all differ from their neutral start."""
     network = Network(config)
-    apply(recipe, network)
+    assign_formats(recipe, network)
     initialize(network, seed)
     perturb(network, seed)
     return network

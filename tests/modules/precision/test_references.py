@@ -6,6 +6,7 @@
 import pytest
 import torch
 
+from modules.ops.native.quantization import Options
 from modules.precision import e2m1, nvfp4
 from tests.modules.precision.vectors import make
 
@@ -45,7 +46,7 @@ def assert_few_ties(mine, theirs, count, name):
 @pytest.mark.parametrize("case", TRANSFORMER_ENGINE)
 @pytest.mark.parametrize("name", INPUTS)
 def test_transformer_engine(name, case):
-    ours = nvfp4.quantize(VECTORS[name], **TRANSFORMER_ENGINE[case])
+    ours = nvfp4.quantize(VECTORS[name], Options(**TRANSFORMER_ENGINE[case]))
     assert torch.equal(ours.scales.view(torch.uint8), VECTORS[f"{name}/{case}/scales"].view(torch.uint8))
     differing, theirs = differing_codes(ours, e2m1.unpack(VECTORS[f"{name}/{case}/codes"]))
     if case == "te_hadamard" and VECTORS[name].dtype == torch.float32:
@@ -105,5 +106,5 @@ def test_torchao_reads_our_bytes():
 
     x = torch.randn(64, 128)
     ours = nvfp4.quantize(x)
-    theirs = NVFP4Tensor(e2m1.pack(ours.codes), ours.scales, 16, torch.float32, per_tensor_scale=1 / ours.encode_scale)
+    theirs = NVFP4Tensor(e2m1.pack(ours.codes), ours.scales, 16, torch.float32, per_tensor_scale=1 / ours.inverse_scale)
     torch.testing.assert_close(theirs.dequantize(torch.float32), nvfp4.dequantize(ours), rtol=1e-6, atol=0)
