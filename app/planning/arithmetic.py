@@ -1,12 +1,18 @@
 """The FLOPs of a token, part by part, with the format each part computes in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from app.planning.text import align, prefix, with_prefix
+from modules.backbone.attention import Attention
 from modules.backbone.config import BackboneConfig
-from modules.backbone.flops import MTP, decode_flops, matmul_flops, mixers_of, recomputed_flops
+from modules.backbone.flops import MTP, decode_flops, matmul_flops, recomputed_flops
+from modules.backbone.latent_moe import LatentMoE
+from modules.backbone.mamba import Mamba2
 from modules.backbone.mixer import FlopCount, Mixer
+from modules.backbone.mlp import MLP
 from modules.precision.formats import COMPUTE_DTYPE
+
+_MIXERS: dict[str, type[Mixer]] = {"M": Mamba2, "*": Attention, "-": MLP, "E": LatentMoE}
 
 _FULL_PRECISION = ("MoE router",)
 
@@ -61,17 +67,16 @@ def flop_lines(
 
 def part_formats(config: BackboneConfig, precision: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     """Return the formats that each part of `matmul_flops` computes in, e.g. `bf16` or `bf16, fp32`."""
-    mixers = mixers_of(config)
     formats: dict[str, dict[str, None]] = {}
     for name, chosen, _ in precision:
-        for part, format_name in _parts_of(name, chosen, config, mixers):
+        for part, format_name in _parts_of(name, chosen, config):
             formats.setdefault(part, {})[format_name] = None
     for where in ("", MTP):
         formats |= {where + part: {"fp32": None} for part in _FULL_PRECISION}
     return {part: ", ".join(chosen) for part, chosen in formats.items()}
 
 
-def _parts_of(name: str, chosen: str, config: BackboneConfig, mixers: Mapping[str, Mixer]) -> list[tuple[str, str]]:
+def _parts_of(name: str, chosen: str, config: BackboneConfig) -> list[tuple[str, str]]:
     """Return (part, format) of what a module's format decides."""
     match name.split("."):
         case ["lm_head"]:
@@ -81,7 +86,7 @@ def _parts_of(name: str, chosen: str, config: BackboneConfig, mixers: Mapping[st
         case [first, *_, index, "mixer", inner] | [first, *_, index, "mixer", inner, "up_proj" | "down_proj"]:
             where = MTP if first == "mtp" else ""
             letters = config.mtp_hybrid_override_pattern if first == "mtp" else config.hybrid_override_pattern
-            mixer = mixers[letters[int(index)]]
+            mixer = _MIXERS[letters[int(index)]]
             parts = [(where + mixer.PARTS[inner], chosen)]
             if inner in mixer.WEIGHTLESS:
                 results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])

@@ -48,19 +48,10 @@ class Attention(Mixer):
         out = attention(query, key, value, documents) if state is None else state.attend(query, key, value)
         return self.o_proj(out.flatten(-2))
 
-    @property
-    def last(self) -> Linear:
-        """See `Mixer`."""
-        return self.o_proj
-
-    def weightless_flops(self, length: int) -> FlopCount:
+    def weightless_flops(self, length: int, context: int | None) -> FlopCount:
         """See `Mixer`: scores and their product with the values; the backward pass computes the scores again."""
-        product = 2 * length * length * self.o_proj.weight.shape[1]
+        product = 2 * length * (context or length) * self.o_proj.weight.shape[1]
         return FlopCount(2 * product, 5 * product)
-
-    def weightless_decode_flops(self, context: int) -> int:
-        """See `Mixer`."""
-        return 2 * 2 * context * self.o_proj.weight.shape[1]
 
 
 def _rounded(x: Tensor, scale: float) -> Tensor:

@@ -7,16 +7,15 @@ scan, the head or what begins with MTP.
 Shapes: T positions, D hidden, V vocabulary, M MTP depths.
 """
 
-from collections.abc import Mapping
+from collections import Counter
 
 import torch
-from torch import nn
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.layer import Layer
 from modules.backbone.mixer import FlopCount, Mixer
 from modules.backbone.router import Router
-from modules.precision.linear import FormattedModule
+from modules.precision.linear import FormattedModule, Linear
 
 MTP = "MTP "
 """Prefix of the parts that the MTP block adds, at all depths together."""
@@ -34,15 +33,12 @@ def matmul_flops(config: BackboneConfig, sequence_length: int, mtp_depths: int) 
         FLOPs of one row (not of one token: these are exact) by part, in the order they run; the parts of the MTP block
         begin with `MTP`. The head computes its gradients in the forward pass; they count as backward here.
     """
-    mixers, counts = mixers_of(config), {}
-    for letter in config.hybrid_override_pattern:
-        _add(counts, _training(mixers[letter], sequence_length))
+    counts = _layers(config, config.hybrid_override_pattern, sequence_length)
     head = FlopCount.of_products(sequence_length * config.hidden_size * config.vocab_size)
     if not mtp_depths:
         return counts | {"head": head}
     block = {"eh_proj": FlopCount.of_products(sequence_length * 2 * config.hidden_size**2)}
-    for letter in config.mtp_hybrid_override_pattern:
-        _add(block, _training(mixers[letter], sequence_length))
+    block |= _layers(config, config.mtp_hybrid_override_pattern, sequence_length)
     counts |= {MTP + part: count * mtp_depths for part, count in block.items()}
     return counts | {"head": head, MTP + "head": head * mtp_depths}
 
@@ -63,15 +59,9 @@ def decode_flops(config: BackboneConfig, context: int) -> dict[str, int]:
     Returns:
         FLOPs by part; the parts are those of `matmul_flops`.
     """
-    mixers = mixers_of(config)
-    decoded: dict[str, int] = {}
-    for letter in config.hybrid_override_pattern:
-        mixer = mixers[letter]
-        once = {part: 2 * weights for part, weights in _weights(mixer).items()}
-        once |= dict.fromkeys(mixer.WEIGHTLESS.values(), mixer.weightless_decode_flops(context))
-        for part, flops in once.items():
-            decoded[part] = decoded.get(part, 0) + flops
-    return decoded | {"head": 2 * config.hidden_size * config.vocab_size}
+    counts = _layers(config, config.hybrid_override_pattern, 1, context)
+    head = {"head": 2 * config.hidden_size * config.vocab_size}
+    return {part: count.forward for part, count in counts.items()} | head
 
 
 def recomputed_flops(config: BackboneConfig, sequence_length: int, mtp_depths: int) -> int:
@@ -80,42 +70,30 @@ def recomputed_flops(config: BackboneConfig, sequence_length: int, mtp_depths: i
     Recomputation stops at the last tensor that the backward pass needs (early stop of the non-reentrant
     `torch.utils.checkpoint`): a last projection needs its input, so its own product does not run again.
     """
-    mixers, again = mixers_of(config), 0
-    for letter in config.hybrid_override_pattern + mtp_depths * config.mtp_hybrid_override_pattern:
-        last = mixers[letter].last
-        again += sum(count.forward for count in _training(mixers[letter], sequence_length).values())
-        again -= 0 if last is None else 2 * sequence_length * last.active
+    letters = config.hybrid_override_pattern + mtp_depths * config.mtp_hybrid_override_pattern
+    again = sum(count.forward for count in _layers(config, letters, sequence_length).values())
+    for letter, copies in Counter(letters).items():
+        ends = [part for part in _mixer(config, letter).modules() if isinstance(part, Linear) and part.writes_residual]
+        last = ends[-1].active if ends else 0  # without one the layer ends with the sum of its experts
+        again -= copies * 2 * sequence_length * last
     return again
 
 
-def mixers_of(config: BackboneConfig) -> dict[str, Mixer]:
-    """Return a mixer of each kind that a network has, by its letter; on the meta device."""
-    mtp = config.mtp_hybrid_override_pattern if config.num_nextn_predict_layers else ""
+def _mixer(config: BackboneConfig, letter: str) -> Mixer:
+    """Return the mixer of a letter on the meta device."""
     with torch.device("meta"):
-        return {letter: Layer(config, letter).mixer for letter in {*config.hybrid_override_pattern, *mtp}}
+        return Layer(config, letter).mixer
 
 
-def _weights(mixer: Mixer) -> dict[str, int]:
-    """Return the number of weights that a token is multiplied by, part by part."""
-    children, weights = dict(mixer.named_children()), {}
-    for child, part in mixer.PARTS.items():
-        if child in children:
-            weights[part] = weights.get(part, 0) + _active(children[child])
-    return weights
-
-
-def _active(module: nn.Module) -> int:
-    if isinstance(module, Router):
-        return module.weight.numel()
-    return sum(part.active for part in module.modules() if isinstance(part, FormattedModule))
-
-
-def _training(mixer: Mixer, length: int) -> dict[str, FlopCount]:
-    """Return the parts of one layer over a row."""
-    counts = {part: FlopCount.of_products(length * weights) for part, weights in _weights(mixer).items()}
-    return counts | dict.fromkeys(mixer.WEIGHTLESS.values(), mixer.weightless_flops(length))
-
-
-def _add(counts: dict[str, FlopCount], more: Mapping[str, FlopCount]) -> None:
-    for part, count in more.items():
-        counts[part] = counts.get(part, FlopCount()) + count
+def _layers(config: BackboneConfig, letters: str, length: int, context: int | None = None) -> dict[str, FlopCount]:
+    """Return the parts of the layers of a layer string over a row; for `context` see `Mixer.weightless_flops`."""
+    counts: dict[str, FlopCount] = {}
+    for letter, copies in Counter(letters).items():
+        mixer = _mixer(config, letter)
+        children = dict(mixer.named_children())
+        for name in filter(children.__contains__, mixer.PARTS):
+            products = [part for part in children[name].modules() if isinstance(part, FormattedModule | Router)]
+            count = FlopCount.of_products(length * sum(part.active for part in products)) * copies
+            counts[mixer.PARTS[name]] = counts.get(mixer.PARTS[name], FlopCount()) + count
+        counts |= dict.fromkeys(mixer.WEIGHTLESS.values(), mixer.weightless_flops(length, context) * copies)
+    return counts

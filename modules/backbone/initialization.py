@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from modules.backbone.config import BackboneConfig
 from modules.backbone.mamba import CausalConvolution, Mamba2
 from modules.backbone.model import Network
-from modules.backbone.normalization import GatedGroupRMSNorm, RMSNorm
+from modules.backbone.normalization import RMSNorm
 from modules.precision.linear import FormattedModule, GroupedLinear
 
 
@@ -59,7 +59,7 @@ def _draw(owner: nn.Module, name: str, shape: torch.Size, seed: int, config: Bac
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     values = torch.empty(shape)
-    if isinstance(owner, RMSNorm | GatedGroupRMSNorm):
+    if isinstance(owner, RMSNorm):
         return values.fill_(1)
     if isinstance(owner, Mamba2 | CausalConvolution):
         return owner.fill(name.rpartition(".")[2], values, generator)

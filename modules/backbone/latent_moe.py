@@ -74,8 +74,3 @@ class LatentMoE(Mixer):
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, routing
-
-    @property
-    def last(self) -> Linear | None:
-        """See `Mixer`; the combination of the experts where neither shared expert nor latent follows it."""
-        return self.fc2_latent_proj if self.shared_experts is None else self.shared_experts.last

@@ -101,21 +101,14 @@ class Mamba2(Mixer):
         dt = values.uniform_(math.log(least), math.log(most), generator=generator).exp_().clamp_(min=floor)
         return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
 
-    @property
-    def last(self) -> Linear:
-        """See `Mixer`."""
-        return self.out_proj
-
-    def weightless_flops(self, length: int) -> FlopCount:
-        """See `Mixer`; the products are those of `modules/ops/chunked_scan.py`, in their order."""
+    def weightless_flops(self, length: int, context: int | None) -> FlopCount:
+        """See `Mixer`; in training the products of `modules/ops/chunked_scan.py`, in their order."""
+        inner, states = self.sizes[0], self.state_size
+        if context is not None:
+            return FlopCount(length * 2 * 2 * inner * states)  # h += dt x B^T, y = h C
         chunk = min(self.chunk_size, length)
-        rows, inner, states = -(-length // chunk) * chunk, self.sizes[0], self.state_size
+        rows = -(-length // chunk) * chunk
         products = rows * states * chunk * self.groups  # C B^T, once per group
         products += rows * chunk * inner  # its product with dt x, per head
-        products += rows * states * inner  # what a chunk adds to the state
-        products += rows * states * inner  # what the state before a chunk gives
+        products += 2 * rows * states * inner  # what a chunk adds to the state, and what the state before gives
         return FlopCount.of_products(products)
-
-    def weightless_decode_flops(self, context: int) -> int:
-        """See `Mixer`: h += dt x B^T, y = h C."""
-        return 2 * 2 * self.sizes[0] * self.state_size

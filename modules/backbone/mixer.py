@@ -5,8 +5,6 @@ from typing import ClassVar
 
 from torch import nn
 
-from modules.precision.linear import Linear
-
 
 @dataclass(frozen=True)
 class FlopCount:
@@ -42,15 +40,11 @@ class Mixer(nn.Module):
     WEIGHTLESS: ClassVar[dict[str, str]] = {}
     """What products without weights are called there, by the child whose results they multiply."""
 
-    @property
-    def last(self) -> Linear | None:
-        """The projection that ends it; None: something else does."""
-        raise NotImplementedError
+    def weightless_flops(self, length: int, context: int | None) -> FlopCount:
+        """Count products without weights.
 
-    def weightless_flops(self, length: int) -> FlopCount:
-        """Count a training pass of the products without weights over a row of T positions."""
+        Args:
+            length: positions T of a row.
+            context: positions that the last of them looks at, those cached included; None: a training pass.
+        """
         return FlopCount()
-
-    def weightless_decode_flops(self, context: int) -> int:
-        """Count them for one more token, behind the cached ones, that brings the positions to `context`."""
-        return 0

@@ -55,8 +55,3 @@ class MLP(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
         return self.down_proj(squared_relu(self.up_proj(x)))
-
-    @property
-    def last(self) -> Linear:
-        """See `Mixer`."""
-        return self.down_proj

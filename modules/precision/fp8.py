@@ -6,7 +6,6 @@ NaN stays NaN, and where S is made for the tensor itself all of the tensor becom
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +14,6 @@ from modules.ops.native import quantization as native
 from modules.precision.scaling import broadcast_scale
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-class FP8(NamedTuple):
-    """A quantised tensor: `codes / inverse_scale`."""
-
-    codes: Tensor
-    """float8_e4m3fn or float8_e5m2, shape of the tensor."""
-    inverse_scale: Tensor
-    """S: fp32 scalar, or one per leading index."""
 
 
 def inverse_scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -39,8 +29,8 @@ def clipping_bound(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def quantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> FP8:
-    """Quantise a tensor of any floating dtype, rounding to the nearest (ties to even).
+def quantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Return the codes of a tensor of any floating dtype, rounding to the nearest (ties to even).
 
     Args:
         x: [...].
@@ -49,12 +39,7 @@ def quantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8
     """
     largest = torch.finfo(dtype).max
     scaled = x.float() * broadcast_scale(inverse_scale, x.ndim)
-    return FP8(scaled.clamp(-largest, largest).to(dtype), inverse_scale)
-
-
-def dequantize(quantized: FP8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers of a quantised tensor."""
-    return (quantized.codes.float() / broadcast_scale(quantized.inverse_scale, quantized.codes.ndim)).to(dtype)
+    return scaled.clamp(-largest, largest).to(dtype)
 
 
 @torch.no_grad()
@@ -62,7 +47,7 @@ def quantize_dequantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = t
     """Return what is left of `x` after `quantize`, in the dtype of `x`."""
     if native.applies(x):
         return native.fp8(x, inverse_scale, dtype)
-    return dequantize(quantize(x, inverse_scale, dtype), x.dtype)
+    return (quantize(x, inverse_scale, dtype).float() / broadcast_scale(inverse_scale, x.ndim)).to(x.dtype)
 
 
 @torch.no_grad()
@@ -70,4 +55,4 @@ def gemm_operand(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.fl
     """Return (bf16 values of the codes, exact; fp32 1/S): what a matrix product takes, and multiplies after."""
     if native.applies(x):
         return native.fp8(x, inverse_scale, dtype, unscaled=True), inverse_scale.reciprocal()
-    return quantize(x, inverse_scale, dtype).codes.bfloat16(), inverse_scale.reciprocal()
+    return quantize(x, inverse_scale, dtype).bfloat16(), inverse_scale.reciprocal()

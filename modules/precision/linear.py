@@ -25,12 +25,14 @@ class FormattedModule(nn.Module):
     """How `Linear` and `GroupedLinear` multiply; set by `recipe.assign_formats` and `quantized_product.install`."""
     writes_residual: bool = False
     """Whether its results are added to the residual stream: the initial weight is smaller then."""
+    active_share: float = 1.0
+    """Share of its weights that a token is multiplied by."""
     weight: nn.Parameter
 
     @property
     def active(self) -> int:
         """Number of its weights that a token is multiplied by."""
-        return self.weight.numel()
+        return round(self.weight.numel() * self.active_share)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -68,12 +70,7 @@ class GroupedLinear(FormattedModule):
     def __init__(self, experts: int, in_features: int, out_features: int, top_k: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
-        self.top_k = top_k
-
-    @property
-    def active(self) -> int:
-        """See `FormattedModule`."""
-        return self.weight.numel() * self.top_k // len(self.weight)
+        self.active_share = top_k / experts
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
@@ -88,14 +85,11 @@ class Embedding(FormattedModule):
         hidden_size: D.
     """
 
+    active_share = 0.0
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-
-    @property
-    def active(self) -> int:
-        """See `FormattedModule`: it multiplies nothing."""
-        return 0
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up int64 [...] ids; returns [..., D] in the compute dtype."""

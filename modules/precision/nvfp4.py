@@ -96,20 +96,15 @@ class _Request:
         if options.inverse_scale is not None:
             self.inverse_scale = options.inverse_scale.float()
             self.amax = e2m1.MAX * options.bound / options.inverse_scale
-            return
-        self.amax = (
-            largest_magnitude(x, options.axis, options.hadamard, options.stacked)
-            if options.amax is None
-            else options.amax.detach().float()
-        )
-        self.inverse_scale = inverse_scale_of(self.amax, options.bound)
-
-    def run_native(
-        self, kind: torch.dtype | None, *, search: bool = False, unscaled: bool = False, keep_scales: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what `native.quantize` does."""
-        given = self.x, self.options, self.inverse_scale, self.amax, self.bits
-        return native.quantize(*given, kind=kind, search=search, unscaled=unscaled, keep_scales=keep_scales)
+        else:
+            self.amax = (
+                largest_magnitude(x, options.axis, options.hadamard, options.stacked)
+                if options.amax is None
+                else options.amax.detach().float()
+            )
+            self.inverse_scale = inverse_scale_of(self.amax, options.bound)
+        self.given = x, options, self.inverse_scale, self.amax, self.bits
+        """What `native.quantize` takes first."""
 
     def run_portable(self) -> tuple[Tensor, Tensor]:
         """Return (E2M1 numbers [..., R, K/16, 16], scales [..., R, K/16]), transposed where the axis is -2."""
@@ -141,20 +136,10 @@ def quantize(x: Tensor, options: Options = _DEFAULT) -> NVFP4:
     """
     request = _Request(x, options)
     if request.native:
-        codes, scales = request.run_native(torch.uint8, keep_scales=True)
-        assert codes is not None
-        assert scales is not None
+        codes, scales = native.quantize(*request.given, kind=torch.uint8, keep_scales=True)
         return NVFP4(codes.transpose(request.options.axis, -1), scales.to(torch.float8_e4m3fn), request.inverse_scale)
     values, scales = request.run_portable()
     return NVFP4(e2m1.encode(values).flatten(-2), scales, request.inverse_scale)
-
-
-@torch.no_grad()
-def dequantize(quantized: NVFP4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers [..., K] of a quantised tensor."""
-    values = e2m1.decode(quantized.codes).unflatten(-1, (-1, BLOCK))
-    scales = quantized.scales.float() / broadcast_scale(quantized.inverse_scale, quantized.scales.ndim)
-    return (values * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 @torch.no_grad()
@@ -170,17 +155,17 @@ def quantize_dequantize(x: Tensor, options: Options = _DEFAULT) -> Tensor:
     """
     request = _Request(x, options)
     if request.native:
-        out, _ = request.run_native(x.dtype)
-        assert out is not None
-        return out
+        return native.quantize(*request.given, kind=x.dtype)[0]
     values, scales = request.run_portable()
     factors = scales.float() / broadcast_scale(request.inverse_scale, scales.ndim)
     return (values * factors.unsqueeze(-1)).flatten(-2).to(x.dtype).transpose(request.options.axis, -1)
 
 
 @torch.no_grad()
-def gemm_operand(x: Tensor, options: Options = _DEFAULT) -> tuple[Tensor, Tensor]:
-    """Return (values, 1/S) as a matrix product takes them: numbers times block scales, and what it multiplies after.
+def gemm_operand(
+    x: Tensor, options: Options = _DEFAULT, with_bound: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (values, 1/S, bound): what a matrix product takes (numbers times block scales), and multiplies after.
 
     The values have six significant bits at most, so bf16 holds them exactly, and a bf16 product with fp32 sums adds up
     the very terms that the hardware does. What is left of `x` is `values / S`.
@@ -188,49 +173,29 @@ def gemm_operand(x: Tensor, options: Options = _DEFAULT) -> tuple[Tensor, Tensor
     Args:
         x: [..., R, K].
         options: see `Options`.
+        with_bound: whether to work out the bound.
 
     Returns:
-        bf16 like `x`, and fp32: a scalar, or of the shape of leading axes.
-
-    Raises:
-        UserError: if the axis of the blocks is not divisible by 16.
-    """
-    values, _, scale = _gemm_operand(_Request(x, options), keep_scales=False)
-    return values, scale
-
-
-@torch.no_grad()
-def gemm_operand_and_bound(x: Tensor, options: Options = _DEFAULT) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `gemm_operand` does, and the magnitude beyond which a number of `x` is clipped, not just rounded.
-
-    Args:
-        x: [..., R, K].
-        options: see `Options`.
-
-    Returns:
-        bf16 like `x`; fp32: a scalar, or of the shape of leading axes; fp32 like `x`: `CLIPPED` at the scale of each
-        number's block, infinity where that is 0 (nothing is left there).
+        bf16 like `x`; fp32: a scalar, or of the shape of leading axes; fp32 like `x` or None: the magnitude beyond
+        which a number is clipped, and not just rounded. That is `CLIPPED` at the scale of the number's block, infinity
+        where that is 0 (nothing is left there).
 
     Raises:
         UserError: if the axis of the blocks is not divisible by 16.
     """
     request = _Request(x, options)
-    values, scales, scale = _gemm_operand(request, keep_scales=True)
-    assert scales is not None
-    bound = torch.where(scales == 0, math.inf, scales * (CLIPPED * broadcast_scale(scale, scales.ndim)))
-    return values, scale, bound.repeat_interleave(BLOCK, -1).transpose(request.options.axis, -1)
-
-
-def _gemm_operand(request: _Request, keep_scales: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return (values, fp32 block scales [..., R, K/16], transposed where the axis is -2, or None; 1/S)."""
     decode = request.inverse_scale.reciprocal()
     if request.native:
-        out, scales = request.run_native(torch.bfloat16, unscaled=True, keep_scales=keep_scales)
-        assert out is not None
-        return out, scales, decode
-    values, scales = request.run_portable()
-    products = (values * scales.float().unsqueeze(-1)).flatten(-2).bfloat16()
-    return products.transpose(request.options.axis, -1), scales.float(), decode
+        kind = torch.bfloat16
+        values, scales = native.quantize(*request.given, kind=kind, unscaled=True, keep_scales=with_bound)
+    else:
+        numbers, rounded = request.run_portable()
+        scales = rounded.float()
+        values = (numbers * scales.unsqueeze(-1)).flatten(-2).bfloat16().transpose(options.axis, -1)
+    if not with_bound:
+        return values, decode, None
+    bound = torch.where(scales == 0, math.inf, scales * (CLIPPED * broadcast_scale(decode, scales.ndim)))
+    return values, decode, bound.repeat_interleave(BLOCK, -1).transpose(options.axis, -1)
 
 
 @torch.no_grad()
@@ -251,8 +216,7 @@ def mse_scales(x: Tensor, options: Options = _DEFAULT) -> Tensor:
     """
     request = _Request(x, options)
     if request.native:
-        _, scales = request.run_native(None, search=True, keep_scales=True)
-        assert scales is not None
+        _, scales = native.quantize(*request.given, kind=None, search=True, keep_scales=True)
         return scales.to(torch.float8_e4m3fn)
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     return search_scales(blocks, broadcast_scale(request.inverse_scale, blocks.ndim - 1))

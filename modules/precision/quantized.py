@@ -8,7 +8,6 @@ rarely by up to 3e-4.
 Shapes: O out-features, I in-features.
 """
 
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -94,10 +93,9 @@ def quantize_weight(
     scale = tensor_scale(tensor_amax(weight) if amax is None else amax.float(), format, four_over_six)
     inverse_scale = scale.reciprocal()
     if format == "fp8":
-        return QuantizedWeight(format, fp8.quantize(weight, inverse_scale).codes, None, scale, input_scale)
-    options = Options(inverse_scale=inverse_scale, four_over_six="mse" if four_over_six else None)
-    if search == "mse":
-        options = replace(options, scales=nvfp4.mse_scales(weight, options))
+        return QuantizedWeight(format, fp8.quantize(weight, inverse_scale), None, scale, input_scale)
+    scales = nvfp4.mse_scales(weight, Options(inverse_scale=inverse_scale)) if search == "mse" else None
+    options = Options(inverse_scale=inverse_scale, scales=scales, four_over_six="mse" if four_over_six else None)
     codes, scales, _ = nvfp4.quantize(weight, options)
     return QuantizedWeight(format, e2m1.pack(codes), scales, scale, input_scale)
 

@@ -92,13 +92,11 @@ def install(module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight]) 
     kinds: set[tuple[WeightFormat, bool]] = set()
     scales: list[Tensor] = []
     input_scales: list[Tensor] = []
-    stack = values if len(shape) == 3 else values[None]
-    for place, weight in zip(stack, weights, strict=True):
+    for place, weight in zip(values.view(-1, *shape[-2:]), weights, strict=True):
         place.copy_(gemm_values(weight))
-        kinds.add((weight.format, weight.input_scale is not None))
+        kinds.add((weight.format, weight.input_scale is None))
         scales.append(weight.scale)
-        if weight.input_scale is not None:
-            input_scales.append(weight.input_scale)
+        input_scales += [] if weight.input_scale is None else [weight.input_scale]
     assert len(kinds) == 1, kinds
     chosen = next(iter(kinds))[0]
     inputs = torch.stack(input_scales).to(device) if input_scales else None

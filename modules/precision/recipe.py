@@ -193,7 +193,11 @@ def assign_formats(config: PrecisionConfig, network: nn.Module, device_type: str
         module = modules[row.name]
         module.format, module.product = row.format, PlainProduct()
         if row.format in QUANTIZED:
-            _check_kind(row, module)
+            if isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear):
+                raise UserError(
+                    f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
+                    f"{row.pattern!r} says; put a rule for it before that one"
+                )
             products = Products.all_in(row.format)
             stages = [products for _, products in _stages(config.switches, row.name, products)]
             chosen = choose(config.backend, row.name, stages, arithmetic, module.weight.shape, device_type)
@@ -275,11 +279,3 @@ def _tail(names: Sequence[str], share: float) -> set[str]:
     count = max(layers.values(), default=-1) + 1
     first = count - math.ceil(round(share * count, 6))  # 0.15 x 20 is a little more than 3
     return {name for name, layer in layers.items() if layer >= first}
-
-
-def _check_kind(row: Assignment, module: FormattedModule) -> None:
-    if row.format in QUANTIZED and (isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear)):
-        raise UserError(
-            f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
-            f"{row.pattern!r} says; put a rule for it before that one"
-        )

@@ -22,6 +22,8 @@ FOUR_OVER_SIX_MAX = 256.0
 """Largest block scale that S is made for with four-over-six: 1.5 times it is still an E4M3 number."""
 CHOICES = ("maximum", "mse", "mae", "search", "given")
 """How a block comes to its scale, in the order of quantization.c."""
+_NOTHING = torch.empty(0)
+"""Its address is 0."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, None: 3}
 """What is written for every number: what it stands for, in a dtype, or its code (uint8), or nothing."""
 
@@ -91,6 +93,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, status
 
 
+def _library() -> ctypes.CDLL:
+    library, _ = load()
+    assert library is not None
+    return library
+
+
 def applies(x: Tensor) -> bool:
     """Return whether the functions below take this tensor."""
     return (
@@ -131,12 +139,10 @@ def amax(x: Tensor, *, axis: int = -1, hadamard: bool = False, stacked: bool = F
     Returns:
         fp32 scalar, or [E].
     """
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
     job = _job(x, axis, hadamard)
     strips = torch.empty(job.matrices, (job.rows + BLOCK - 1) // BLOCK)
-    library.superbolt_amax(ctypes.byref(job), strips.data_ptr())
+    _library().superbolt_amax(ctypes.byref(job), strips.data_ptr())
     return strips.view(len(x), -1).amax(1) if stacked else strips.amax()
 
 
@@ -151,7 +157,7 @@ def quantize(
     search: bool = False,
     unscaled: bool = False,
     keep_scales: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Round a tensor to NVFP4.
 
     Args:
@@ -166,18 +172,16 @@ def quantize(
         keep_scales: return the scales.
 
     Returns:
-        (numbers or codes laid out as `x`, or None; fp32 scales [..., R, K/16], or [..., K, R/16] where the axis is -2,
-        or None).
+        (numbers or codes laid out as `x`; fp32 scales [..., R, K/16], or [..., K, R/16] where the axis is -2): empty
+        where they were not asked for.
     """
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
     inverse_scale, largest = inverse_scale.contiguous(), largest.expand_as(inverse_scale).contiguous()
     job = _job(x, options.axis, options.hadamard)
-    out = None if kind is None else torch.empty_like(x, dtype=kind)
+    out = _NOTHING if kind is None else torch.empty_like(x, dtype=kind)
     blocks, lanes = (job.rows, job.columns) if options.axis == -2 else (job.columns, job.rows)
     leading = (*x.shape[:-2], lanes) if x.ndim > 1 else ()
-    scales = torch.empty(*leading, blocks // BLOCK) if keep_scales else None
+    scales = torch.empty(*leading, blocks // BLOCK) if keep_scales else _NOTHING
     bits = None if bits is None else bits.contiguous()
     given = None if options.scales is None else options.scales.float().contiguous()
     choice = "search" if search else "given" if given is not None else options.four_over_six or "maximum"
@@ -185,21 +189,20 @@ def quantize(
     job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
     job.tiles, job.choice, job.denominator = options.tiles, CHOICES.index(choice), 6 * options.bound
     job.kind, job.unscaled = KINDS[kind], unscaled
-    for name, tensor in (("bits", bits), ("given", given), ("out", out), ("scales", scales)):
-        setattr(job, name, None if tensor is None else tensor.data_ptr())
-    library.superbolt_quantize(ctypes.byref(job))
+    job.out, job.scales = out.data_ptr(), scales.data_ptr()
+    job.bits = None if bits is None else bits.data_ptr()
+    job.given = None if given is None else given.data_ptr()
+    _library().superbolt_quantize(ctypes.byref(job))
     return out, scales
 
 
 def _map(function: str, x: Tensor, axis: int, hadamard: bool) -> Tensor:
     """Return what a function of the library makes of a tensor, in its dtype."""
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     job = _job(x, axis, hadamard)
     job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
-    getattr(library, function)(ctypes.byref(job))
+    getattr(_library(), function)(ctypes.byref(job))
     return out
 
 
@@ -232,13 +235,11 @@ def fp8(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype, unscaled: bool = F
         dtype: float8_e4m3fn or float8_e5m2.
         unscaled: return the numbers of FP8 themselves instead, in bf16, which holds them exactly.
     """
-    library, _ = load()
-    assert library is not None
     x, inverse_scale = x.detach().contiguous(), inverse_scale.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16 if unscaled else None)
     job = _job(x, -2, hadamard=False)
     job.out, job.kind, job.unscaled = out.data_ptr(), KINDS[out.dtype], unscaled
     job.inverse_scale = inverse_scale.data_ptr()
     job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
-    library.superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
+    _library().superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
     return out

@@ -204,11 +204,8 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
             axis=axis,
             hadamard=hadamard,
         )
-        if arithmetic.observer is None:
-            operand = Operand(*nvfp4.gemm_operand(x, options))
-        else:
-            values, scale, bound = nvfp4.gemm_operand_and_bound(x, options)
-            operand = Operand(values, scale)
+        values, scale, bound = nvfp4.gemm_operand(x, options, arithmetic.observer is not None)
+        operand = Operand(values, scale)
     elif chosen == "mxfp8":
         operand = Operand(mxfp8.quantize_dequantize(x, axis=axis), _one(x))
     elif chosen == "fp8":

@@ -8,11 +8,10 @@ from torch import Tensor
 from modules.ops.native.quantization import Options
 from modules.precision import e2m1, fp8, mxfp8, nvfp4
 from modules.precision.backends import EMULATED
-from modules.precision.hadamard import hadamard_matrix
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.scaling import tensor_amax
 from modules.precision.scheme import Arithmetic, Products, Scheme
-from tests.modules.helpers import assert_close
+from tests.modules.helpers import assert_close, dequantize_nvfp4, hadamard_matrix
 
 BLOCKS = {"nvfp4": 16, "mxfp8": 32, "fp8": 1, "bf16": 1}
 ROUNDED_ONCE = 2**-8
@@ -46,12 +45,13 @@ def left_of(x: Tensor, chosen: str, kind: str = "x", tiles: bool = False, hadama
     if chosen == "nvfp4":
         if hadamard:
             x = (x.float().unflatten(-1, (-1, 16)) @ hadamard_matrix()).flatten(-2).bfloat16()
-        return nvfp4.dequantize(nvfp4.quantize(x, Options(tiles=tiles))).double()
+        return dequantize_nvfp4(nvfp4.quantize(x, Options(tiles=tiles))).double()
     if chosen == "mxfp8":
         return mxfp8.dequantize(mxfp8.quantize(x)).double()
     if chosen == "fp8":
         kind = torch.float8_e5m2 if kind == "g" else torch.float8_e4m3fn
-        return fp8.dequantize(fp8.quantize(x, fp8.inverse_scale_of(tensor_amax(x), kind), kind)).double()
+        scale = fp8.inverse_scale_of(tensor_amax(x), kind)
+        return (fp8.quantize(x, scale, kind).float() / scale).double()
     return x.double()
 
 

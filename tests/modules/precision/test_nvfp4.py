@@ -6,6 +6,7 @@ import torch
 from modules.errors import UserError
 from modules.ops.native.quantization import Options
 from modules.precision import e2m1, fp8, mxfp8, nvfp4
+from tests.modules.helpers import dequantize_nvfp4
 
 TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6])
 
@@ -38,7 +39,7 @@ def test_the_grid_is_kept():
     quantized = nvfp4.quantize(grid)
     assert packed(quantized) == [16, 50, 84, 118, 152, 186, 220, 254]
     assert scale_bytes(quantized) == [126]
-    left = nvfp4.dequantize(quantized)
+    left = dequantize_nvfp4(quantized)
     assert torch.equal(left, grid)
     assert torch.equal(left.signbit(), grid.signbit())
 
@@ -67,7 +68,7 @@ def test_known_matrix():
     assert relative_error(x) == pytest.approx(0.0108428, abs=1e-7)
     frozen = nvfp4.quantize(x, Options(amax=torch.tensor(1.0)))
     assert scale_bytes(frozen) == [[126, 126], [126, 126]]
-    assert nvfp4.dequantize(frozen).abs().max() == 1
+    assert dequantize_nvfp4(frozen).abs().max() == 1
     assert nvfp4.quantize(torch.full((16,), 2688.0)).inverse_scale == 1
 
 
@@ -84,8 +85,8 @@ def test_all_ways_out_say_the_same():
         x = torch.randn(48, 64)
         quantized = nvfp4.quantize(x, Options(**options))
         left = nvfp4.quantize_dequantize(x, Options(**options))
-        assert torch.equal(nvfp4.dequantize(quantized).transpose(options.get("axis", -1), -1), left)
-        values, decode = nvfp4.gemm_operand(x, Options(**options))
+        assert torch.equal(dequantize_nvfp4(quantized).transpose(options.get("axis", -1), -1), left)
+        values, decode, _ = nvfp4.gemm_operand(x, Options(**options))
         assert values.dtype == torch.bfloat16
         torch.testing.assert_close(values.float() * decode, left, rtol=3e-7, atol=0)
         exact = e2m1.decode(quantized.codes) * quantized.scales.float().repeat_interleave(16, -1)
@@ -115,7 +116,7 @@ def test_blocks_that_are_small_beside_the_largest():
     x = torch.cat((torch.full((16,), 100.0), torch.full((16,), 1e-7), torch.zeros(16)))
     quantized = nvfp4.quantize(x)
     assert scale_bytes(quantized)[1:] == [0, 0]
-    left = nvfp4.dequantize(quantized)
+    left = dequantize_nvfp4(quantized)
     assert left[:16].tolist() == pytest.approx([100] * 16)
     assert torch.equal(left[16:], torch.zeros(32))
 
@@ -140,7 +141,7 @@ def test_nan_is_not_hidden(dtype):
     expected = torch.zeros(32, 32, dtype=torch.bool)
     expected[3, :16] = True
     assert torch.equal(frozen.isnan(), expected)
-    values, _ = nvfp4.gemm_operand(x, Options(amax=torch.tensor(5.0)))
+    values, *_ = nvfp4.gemm_operand(x, Options(amax=torch.tensor(5.0)))
     assert torch.equal(values.isnan(), expected)
     assert nvfp4.quantize(x).scales.float().isnan().all()
     tile = nvfp4.quantize_dequantize(x, Options(amax=torch.tensor(5.0), tiles=True)).isnan()
@@ -270,7 +271,7 @@ def test_given_scales_are_taken():
     quantized = nvfp4.quantize(x, Options(amax=torch.tensor(4.0), scales=scales))
     assert torch.equal(quantized.scales.float(), scales.float())
     step = scales.float() / (2688 / 4)
-    torch.testing.assert_close(nvfp4.dequantize(quantized), e2m1.round_nearest(x / step) * step)
+    torch.testing.assert_close(dequantize_nvfp4(quantized), e2m1.round_nearest(x / step) * step)
 
 
 def test_a_zero_block_keeps_its_scale_in_a_search():
