@@ -45,7 +45,7 @@ class CausalConvolution(nn.Module):
         return causal_convolution(x, weight, self.bias, documents)
 
     def fill(self, name: str, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw initial values of weight or bias: fp32, in place."""
+        """Return fp32 initial values of weight or bias, written over `values`."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         return values.uniform_(-bound, bound, generator=generator)
 
@@ -92,7 +92,7 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(y.flatten(-2), gate))
 
     def fill(self, name: str, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw initial values of `A_log`, `D` or `dt_bias`: fp32, in place."""
+        """Return fp32 initial values of `A_log`, `D` or `dt_bias`; overwrites `values`, which gives the shape."""
         if name == "D":
             return values.fill_(1)
         if name == "A_log":
