@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.model import Network
@@ -223,3 +224,19 @@ def test_transformer_engine_computes_experts(engine: Engine) -> None:
         assert_close(theirs, ours, 2**-7, name)
     assert engine.recipes == [("MXFP8BlockScaling", {})]
     assert engine.rows == [[32, 0, 64]]
+
+
+def test_products_in_bf16_are_plain_whatever_the_backend() -> None:
+    """After a switch to bf16; other people's kernels have no such product."""
+    generator = torch.Generator().manual_seed(0)
+    x, offsets = torch.randn(6, 32, generator=generator), torch.tensor([4, 6], dtype=torch.int32)
+    linear, grouped = Linear(32, 16), GroupedLinear(2, 32, 16)
+    for module in (linear, grouped):
+        module.weight.data.normal_(generator=generator)
+        module.format, module.product = "nvfp4", Scheme(uniform("bf16"), Arithmetic(), TorchAO())
+    low = x.bfloat16()
+    assert torch.equal(linear(x), F.linear(low, linear.weight.bfloat16()))
+    expected = [
+        F.linear(rows, weight.bfloat16()) for rows, weight in zip((low[:4], low[4:]), grouped.weight, strict=True)
+    ]
+    torch.testing.assert_close(grouped(x, offsets), torch.cat(expected))
