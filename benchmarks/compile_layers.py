@@ -32,7 +32,7 @@ from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, parameter_groups
 from modules.optim.clipping import clip_gradients
-from modules.precision.recipe import PrecisionConfig, apply
+from modules.precision.recipe import PrecisionConfig, assign_formats
 
 ROWS, LENGTH = 4, 512
 COLUMNS = (
@@ -72,7 +72,7 @@ def build(config: BackboneConfig, number_format: str, kinds: str) -> Network:
     """Return a network compiled and laid out as `StageModule.configure_model` does."""
     with torch.device("meta"):
         network = Network(config)
-    apply(PrecisionConfig(recipe=number_format), network)  # type: ignore[arg-type]
+    assign_formats(PrecisionConfig(recipe=number_format), network)  # type: ignore[arg-type]
     for layer in network.modules():
         if isinstance(layer, Layer) and layer.letter in kinds:
             layer.compile()

@@ -29,16 +29,17 @@ from benchmarks.nvfp4_sides import COMPILED, OURS, PLAIN, PORTABLE, SIDES, compi
 from benchmarks.side import Side, start_together, timed
 from benchmarks.training_step import models
 from modules.ops.native import quantization
+from modules.ops.native.quantization import Options
 from modules.precision import nvfp4
 
 PARTS = ["quantiser", "linear", "step"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-USES: dict[str, nvfp4.Options] = {
-    "weight, 16x16": {"tiles": True},
-    "gradient, stochastic": {"rounding": "stochastic"},
-    "activation, transform along tokens": {"axis": -2, "hadamard": True},
-    "gradient, transform along tokens, stochastic": {"axis": -2, "hadamard": True, "rounding": "stochastic"},
-    "four over six": {"four_over_six": "mse"},
+USES = {
+    "weight, 16x16": Options(tiles=True),
+    "gradient, stochastic": Options(rounding="stochastic"),
+    "activation, transform along tokens": Options(axis=-2, hadamard=True),
+    "gradient, transform along tokens, stochastic": Options(axis=-2, hadamard=True, rounding="stochastic"),
+    "four over six": Options(four_over_six="mse"),
 }
 """What training and calibration ask for beside rounding an activation to the nearest."""
 NUMBERS_A_TURN = 2**22
@@ -57,8 +58,8 @@ class Request(NamedTuple):
 def functions_of(side: str) -> dict[str, Function]:
     """Return what a side can be asked for; "" is rounding to the nearest."""
     if side in (OURS, PORTABLE):
-        every: dict[str, nvfp4.Options] = {"": {}, **USES}
-        return {use: functools.partial(nvfp4.quantize_dequantize, **options) for use, options in every.items()}
+        every = {"": Options(), **USES}
+        return {use: functools.partial(nvfp4.quantize_dequantize, options=options) for use, options in every.items()}
     if side == PLAIN:
         return {"": torch.clone}
     return {"": torch.compile(torchao_leaves, dynamic=False) if side == COMPILED else torchao_leaves}

@@ -70,7 +70,7 @@ def layer_of(side: str, kind: str, weight: Tensor) -> nn.Module:
     layer.weight, layer.format = nn.Parameter(weight), "bf16"
     if side in (OURS, PORTABLE):
         products, tiles = KINDS[kind]
-        layer.format, layer.scheme = "nvfp4", Scheme(products, Arithmetic(two_dimensional_weights=tiles), EMULATED)
+        layer.format, layer.product = "nvfp4", Scheme(products, Arithmetic(two_dimensional_weights=tiles), EMULATED)
     return layer
 
 

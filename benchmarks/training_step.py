@@ -35,7 +35,7 @@ from modules.batch import PackedBatch, count_targets, next_token_labels
 from modules.objectives.next_token import next_token_loss
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
-from modules.precision.recipe import PrecisionConfig, apply
+from modules.precision.recipe import PrecisionConfig, assign_formats
 
 CONFIG = BackboneConfig(
     vocab_size=8192,
@@ -75,7 +75,7 @@ def models() -> dict[str, tuple[BackboneConfig, int]]:
 def our_network(precision: PrecisionConfig, config: BackboneConfig) -> Network:
     """Return our network with its initial weights, which computes by a recipe."""
     network = Network(config)
-    apply(precision, network)
+    assign_formats(precision, network)
     initialize(network, seed=0)
     return network
 

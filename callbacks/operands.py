@@ -39,7 +39,7 @@ class OperandSums:
 
     @torch.no_grad()
     def add(self, scheme: Scheme, operand: str, before: Tensor, after: Tensor, bound: Tensor) -> None:
-        """Add an operand; an `Observer` of the schemes' arithmetic."""
+        """Add an operand; an `OperandObserver` of the schemes' arithmetic."""
         self.sums[self._places[scheme] + OPERANDS.index(operand)] += operand_sums(before, after, bound)
 
     def metrics(self, sums: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -48,7 +48,7 @@ class OperandSums:
 
 
 def operand_sums(before: Tensor, after: Tensor, bound: Tensor) -> Tensor:
-    """Return fp64 [5] of an operand, for arguments as an `Observer` gets them.
+    """Return fp64 [5] of an operand, for arguments as an `OperandObserver` gets them.
 
     In this order: elements that are not zero; those of them that have become zero; those that were clipped, beyond
     `bound`; the sum of the squares; the sum of the squared errors.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.precision.formats import COMPUTE_DTYPE, Format
+from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
 from modules.precision.linear import FormattedModule
 from modules.precision.table import work_shares
 
@@ -87,7 +87,7 @@ def measure_peak(device: torch.device, number_format: Format, size: int) -> floa
     return 2 * size**3 / fastest
 
 
-def format_shares(network: nn.Module, top_k: int, experts: int, mtp_depths: int) -> dict[Format, float]:
+def format_shares(network: nn.Module, mtp_depths: int) -> dict[Format, float]:
     """Return the share of each format in the FLOPs of the layers that have one.
 
     Quantised formats count as bf16: emulation multiplies in it, and where hardware does not, a speed is told against
@@ -96,15 +96,13 @@ def format_shares(network: nn.Module, top_k: int, experts: int, mtp_depths: int)
 
     Args:
         network: with the precision recipe applied.
-        top_k: K, experts per token; 0 without experts.
-        experts: E.
         mtp_depths: M.
     """
     shares: dict[Format, float] = {}
-    for name, share in work_shares(network, top_k, experts, mtp_depths).items():
+    for name, share in work_shares(network, mtp_depths).items():
         module = network.get_submodule(name)
         assert isinstance(module, FormattedModule)
-        chosen: Format = "bf16" if module.scheme is not None else module.format
+        chosen: Format = "bf16" if module.format in QUANTIZED else module.format
         shares[chosen] = shares.get(chosen, 0.0) + share
     return {number_format: part for number_format, part in shares.items() if part}
 

@@ -54,7 +54,7 @@ class Speed(StepCallback):
         module = stage(pl_module)
         config, depths = module.backbone_config, module.mtp_depths
         self.flops_per_token = training_flops_per_token(config, data(trainer).sequence_length, depths)
-        shares = format_shares(module.built_network, config.num_experts_per_tok, config.n_routed_experts, depths)
+        shares = format_shares(module.built_network, depths)
         self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
         self._peak = combine(shares, self.peaks)
         self._phases = PhaseClock(CudaClock() if device.type == "cuda" else HostClock())

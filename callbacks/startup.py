@@ -45,9 +45,7 @@ def rows(trainer: Trainer, module: StageModule) -> list[tuple[str, str]]:
     ]
     table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
     table += [("weights", line) for line in module.initial_weights]
-    config, network = module.backbone_config, module.built_network
-    experts = config.num_experts_per_tok, config.n_routed_experts
-    lines = precision_lines(module.precision_table, network, *experts, module.mtp_depths, by_module=False)
+    lines = precision_lines(module.precision_table, module.built_network, module.mtp_depths, by_module=False)
     table += [("precision", line) for line in lines]
     count = sum(parameter.numel() for parameter in module.parameters())
     return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]

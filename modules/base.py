@@ -34,7 +34,7 @@ from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
 from modules.optim.spikes import SpikeGuardConfig, StepGuard
-from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, apply
+from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, assign_formats
 
 
 class StageStrategy(Protocol):
@@ -189,7 +189,7 @@ class StageModule(LightningModule):
         """
         with torch.device("meta"):
             network = Network(self.backbone_config)
-        self.precision_table = apply(self.precision, network, device_type)
+        self.precision_table = assign_formats(self.precision, network, device_type)
         if self.activation_checkpointing:
             network.checkpoint_activations()
         return network

@@ -53,12 +53,10 @@ def plan(
     kind = "cuda" if (accelerator or _accelerator(run.config.trainer.accelerator)) == "gpu" else "cpu"
     network, depths = module.build_network(kind), module.mtp_depths
     length_of_run = run_lines(module, data)
-    backbone = network.config
-    experts = backbone.num_experts_per_tok, backbone.n_routed_experts
     checkpointing = module.activation_checkpointing
     sections = {
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
-        "Precision": precision_lines(module.precision_table, network, *experts, depths, by_module=True),
+        "Precision": precision_lines(module.precision_table, network, depths, by_module=True),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
         "Memory of a device": assumed + memory_lines(module, rows, length, accumulation, count, kind),
         "Run": length_of_run,

@@ -3,28 +3,16 @@
 from collections.abc import Sequence
 
 from app.planning.text import align, prefix, with_prefix
+from modules.backbone.attention import Attention
 from modules.backbone.config import BackboneConfig
-from modules.backbone.flops import MTP, FlopCount, decode_flops, matmul_flops, recomputed_flops
+from modules.backbone.flops import MTP, decode_flops, matmul_flops, recomputed_flops
+from modules.backbone.latent_moe import LatentMoE
+from modules.backbone.mamba import Mamba2
+from modules.backbone.mixer import FlopCount, Mixer
+from modules.backbone.mlp import MLP
 from modules.precision.formats import COMPUTE_DTYPE
 
-_MODULES = {
-    ("M", "in_proj"): "Mamba-2 projections",
-    ("M", "out_proj"): "Mamba-2 projections",
-    ("*", "q_proj"): "attention projections",
-    ("*", "k_proj"): "attention projections",
-    ("*", "v_proj"): "attention projections",
-    ("*", "o_proj"): "attention projections",
-    ("-", "up_proj"): "MLP",
-    ("-", "down_proj"): "MLP",
-    ("E", "experts"): "MoE routed experts",
-    ("E", "shared_experts"): "MoE shared expert",
-    ("E", "fc1_latent_proj"): "MoE latent projections",
-    ("E", "fc2_latent_proj"): "MoE latent projections",
-}
-"""(letter of the layer, module in its mixer) -> part."""
-
-_RESULTS_OF = {"Mamba-2 scan": ("M", "in_proj"), "attention scores": ("*", "q_proj")}
-"""Products without weights, and the module whose results they multiply."""
+_MIXERS: dict[str, type[Mixer]] = {"M": Mamba2, "*": Attention, "-": MLP, "E": LatentMoE}
 
 _FULL_PRECISION = ("MoE router",)
 
@@ -40,7 +28,7 @@ def flop_lines(
 
     Args:
         config: the network.
-        precision: (module name, format, deciding pattern) of each module, from `modules.precision.recipe.apply`.
+        precision: (module name, format, deciding pattern) of each module, of `assign_formats`.
         sequence_length: positions in a row.
         mtp_depths: MTP depths that are trained.
         checkpointing: whether the layers' activations are recomputed.
@@ -98,8 +86,10 @@ def _parts_of(name: str, chosen: str, config: BackboneConfig) -> list[tuple[str,
         case [first, *_, index, "mixer", inner] | [first, *_, index, "mixer", inner, "up_proj" | "down_proj"]:
             where = MTP if first == "mtp" else ""
             letters = config.mtp_hybrid_override_pattern if first == "mtp" else config.hybrid_override_pattern
-            key = (letters[int(index)], inner)
-            results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])
-            weightless = [(where + part, results) for part, module in _RESULTS_OF.items() if module == key]
-            return [(where + _MODULES[key], chosen), *weightless]
+            mixer = _MIXERS[letters[int(index)]]
+            parts = [(where + mixer.PARTS[inner], chosen)]
+            if inner in mixer.WEIGHTLESS:
+                results = next(name for name, dtype in COMPUTE_DTYPE.items() if dtype == COMPUTE_DTYPE[chosen])
+                parts.append((where + mixer.WEIGHTLESS[inner], results))
+            return parts
     return []

@@ -4,18 +4,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from app.planning.text import align
-from modules.backbone.config import BackboneConfig
+from modules.backbone.config import MIXERS, BackboneConfig
+from modules.backbone.latent_moe import LatentMoE
 from modules.backbone.model import Network
+from modules.precision.linear import GroupedLinear
 
-MIXER_PARTS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
-MIXTURE_PARTS = {
-    "experts": "MoE routed experts",
-    "shared_experts": "MoE shared expert",
-    "fc1_latent_proj": "MoE latent projections",
-    "fc2_latent_proj": "MoE latent projections",
-    "gate": "MoE router",
-}
-PARTS = (*MIXER_PARTS.values(), *dict.fromkeys(MIXTURE_PARTS.values()), "norms", "embedding", "head", "MTP")
+PARTS = (
+    *("Mamba-2", "attention", "MLP"),
+    *("MoE routed experts", "MoE shared expert", "MoE latent projections", "MoE router"),
+    *("norms", "embedding", "head", "MTP"),
+)
+"""In the order to print."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +50,17 @@ def count_parts(network: Network) -> dict[str, Count]:
     Returns:
         A `Count` per part of `PARTS` that occurs; a weight that embedding and head share counts once, as embedding.
     """
-    config = network.config
     counts: dict[str, Count] = {}
     for name, parameter in network.named_parameters():
-        part, size = _part(name, config), parameter.numel()
-        active = size * config.num_experts_per_tok // config.n_routed_experts if ".mixer.experts." in name else size
+        part, owner, size = _part(name, network), network.get_submodule(name.rpartition(".")[0]), parameter.numel()
+        active = owner.active if isinstance(owner, GroupedLinear) else size
         counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
     for name, buffer in network.named_buffers():
-        counts[_part(name, config)] += Count(biases=buffer.numel())
+        counts[_part(name, network)] += Count(biases=buffer.numel())
     return {part: counts[part] for part in PARTS if part in counts}
 
 
-def _part(name: str, config: BackboneConfig) -> str:
+def _part(name: str, network: Network) -> str:
     """Return the part of `PARTS` that a parameter or buffer belongs to, by its full name."""
     match name.split("."):
         case ["mtp", *_]:
@@ -72,18 +70,18 @@ def _part(name: str, config: BackboneConfig) -> str:
         case ["backbone", "embeddings", *_]:
             return "embedding"
         case ["backbone", "layers", index, "mixer", inner, *_]:
-            letter = config.hybrid_override_pattern[int(index)]
-            return MIXTURE_PARTS[inner] if letter == "E" else MIXER_PARTS[letter]
+            letter = network.config.hybrid_override_pattern[int(index)]
+            return LatentMoE.PARTS[inner] if letter == "E" else MIXERS[letter]
         case _:
             return "norms"
 
 
 def _copies(config: BackboneConfig) -> Counter[str]:
     """Return how often each part occurs."""
-    letters = Counter(config.hybrid_override_pattern)
-    copies = Counter({"norms": letters.total() + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
-    copies.update({part: letters[letter] for letter, part in MIXER_PARTS.items()})
-    copies.update({part: letters["E"] for part in set(MIXTURE_PARTS.values())})
+    letters = config.hybrid_override_pattern
+    copies = Counter({"norms": len(letters) + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
+    for letter in letters:
+        copies.update(set(LatentMoE.PARTS.values()) if letter == "E" else [MIXERS[letter]])
     return copies
 
 

@@ -99,92 +99,58 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         """Check every field against its range and the fields it depends on."""
-        _check(self.vocab_size > 0, "vocab_size", self.vocab_size, "must be positive")
-        _check(self.hidden_size > 0, "hidden_size", self.hidden_size, "must be positive")
-        _check(self.layer_norm_epsilon > 0, "layer_norm_epsilon", self.layer_norm_epsilon, "must be positive")
-        _check(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be positive")
-        _check(
-            self.num_nextn_predict_layers in (0, 1),
-            "num_nextn_predict_layers",
-            self.num_nextn_predict_layers,
-            "must be 0 or 1 (one block shared by all depths; the number of depths is model.mtp_depths)",
-        )
+        for key in ("vocab_size", "hidden_size", "layer_norm_epsilon", "initializer_range"):
+            self._check(key, getattr(self, key) > 0, "must be positive")
+        depths = "one block shared by all depths; the number of depths is model.mtp_depths"
+        self._check("num_nextn_predict_layers", self.num_nextn_predict_layers in (0, 1), f"must be 0 or 1 ({depths})")
         patterns = {"hybrid_override_pattern": self.hybrid_override_pattern}
         if self.num_nextn_predict_layers:
             patterns["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
         for key, pattern in patterns.items():
-            unknown = sorted(set(pattern) - set(MIXERS))
-            _check(bool(pattern) and not unknown, key, pattern, f"must be one or more of the letters {''.join(MIXERS)}")
+            known = bool(pattern) and set(pattern) <= set(MIXERS)
+            self._check(key, known, f"must be one or more of the letters {''.join(MIXERS)}")
         letters = "".join(patterns.values())
         for letter in dict.fromkeys(letters):
-            for name in _NEEDED[letter]:
-                value = getattr(self, name)
-                _check(value > 0, name, value, f"must be positive for the {MIXERS[letter]} layers of the layer string")
+            for key in _NEEDED[letter]:
+                mend = f"must be positive for the {MIXERS[letter]} layers of the layer string"
+                self._check(key, getattr(self, key) > 0, mend)
         if "M" in letters:
             self._check_mamba()
         if "*" in letters:
-            self._check_attention()
+            groups, heads = self.num_key_value_heads, self.num_attention_heads
+            self._check("num_key_value_heads", heads % groups == 0, f"must divide num_attention_heads ({heads})")
         if "E" in letters:
             self._check_moe()
 
     def _check_mamba(self) -> None:
-        _check(
-            self.mamba_num_heads % self.n_groups == 0,
-            "n_groups",
-            self.n_groups,
-            f"must divide mamba_num_heads ({self.mamba_num_heads})",
-        )
-        _check(self.conv_kernel >= 1, "conv_kernel", self.conv_kernel, "must be at least 1")
-        _check(self.chunk_size >= 1, "chunk_size", self.chunk_size, "must be at least 1")
-        _check(
-            0 < self.time_step_min <= self.time_step_max,
-            "time_step_min",
-            self.time_step_min,
-            f"must be positive and at most time_step_max ({self.time_step_max})",
-        )
-        _check(self.time_step_floor > 0, "time_step_floor", self.time_step_floor, "must be positive")
-
-    def _check_attention(self) -> None:
-        _check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            f"must divide num_attention_heads ({self.num_attention_heads})",
-        )
+        heads, most = self.mamba_num_heads, self.time_step_max
+        self._check("n_groups", heads % self.n_groups == 0, f"must divide mamba_num_heads ({heads})")
+        self._check("conv_kernel", self.conv_kernel >= 1, "must be at least 1")
+        self._check("chunk_size", self.chunk_size >= 1, "must be at least 1")
+        ordered = 0 < self.time_step_min <= most
+        self._check("time_step_min", ordered, f"must be positive and at most time_step_max ({most})")
+        self._check("time_step_floor", self.time_step_floor > 0, "must be positive")
 
     def _check_moe(self) -> None:
-        experts = self.n_routed_experts
-        _check(
-            1 <= self.n_group <= experts and experts % self.n_group == 0,
-            "n_group",
-            self.n_group,
-            f"must divide n_routed_experts ({experts})",
-        )
-        _check(
-            1 <= self.topk_group <= self.n_group,
-            "topk_group",
-            self.topk_group,
-            f"must be between 1 and n_group ({self.n_group})",
-        )
-        selectable = experts // self.n_group * self.topk_group
-        _check(
-            self.num_experts_per_tok <= selectable,
+        experts, groups = self.n_routed_experts, self.n_group
+        divides = 1 <= groups <= experts and experts % groups == 0
+        self._check("n_group", divides, f"must divide n_routed_experts ({experts})")
+        self._check("topk_group", 1 <= self.topk_group <= groups, f"must be between 1 and n_group ({groups})")
+        selectable = experts // groups * self.topk_group
+        self._check(
             "num_experts_per_tok",
-            self.num_experts_per_tok,
+            self.num_experts_per_tok <= selectable,
             f"must be at most the {selectable} experts a token may choose from (n_routed_experts, n_group, topk_group)",
         )
-        _check(
-            self.moe_latent_size is None or self.moe_latent_size > 0,
-            "moe_latent_size",
-            self.moe_latent_size,
-            "must be positive, or null for experts on the full width",
+        latent, shared = self.moe_latent_size, "moe_shared_expert_intermediate_size"
+        self._check(
+            "moe_latent_size", latent is None or latent > 0, "must be positive, or null for experts on the full width"
         )
-        _check(
-            self.moe_shared_expert_intermediate_size >= 0,
-            "moe_shared_expert_intermediate_size",
-            self.moe_shared_expert_intermediate_size,
-            "must be positive, or 0 for no shared expert",
-        )
+        self._check(shared, getattr(self, shared) >= 0, "must be positive, or 0 for no shared expert")
+
+    def _check(self, key: str, holds: bool, mend: str) -> None:
+        if not holds:
+            raise UserError(f"model.backbone.{key}: {getattr(self, key)!r} {mend}")
 
     @property
     def mamba_inner_size(self) -> int:
@@ -200,8 +166,3 @@ class BackboneConfig:
     def expert_size(self) -> int:
         """Width the routed experts read and write: L, or D without a latent."""
         return self.hidden_size if self.moe_latent_size is None else self.moe_latent_size
-
-
-def _check(holds: bool, key: str, value: object, mend: str) -> None:
-    if not holds:
-        raise UserError(f"model.backbone.{key}: {value!r} {mend}")

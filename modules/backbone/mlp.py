@@ -1,13 +1,14 @@
 """The dense MLP with squared ReLU, used as a layer and as the shared expert."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from modules.backbone.mixer import Mixer
 from modules.precision.linear import Linear
 
 
@@ -35,7 +36,7 @@ class _SquaredReLU(Function):
         return torch.mul(grad, positive).mul_(2)
 
 
-class MLP(nn.Module):
+class MLP(Mixer):
     """`down(relu(up(x)) ** 2)`.
 
     Args:
@@ -43,10 +44,13 @@ class MLP(nn.Module):
         intermediate_size: hidden width.
     """
 
+    PARTS: ClassVar = dict.fromkeys(("up_proj", "down_proj"), "MLP")
+
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.down_proj.writes_residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""

@@ -22,6 +22,7 @@ from modules.backbone.mamba import Mamba2
 from modules.backbone.mlp import MLP
 from modules.ops import native
 from modules.precision.linear import Embedding, FormattedModule
+from modules.precision.scheme import PlainProduct
 
 _MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
@@ -84,7 +85,7 @@ class NativeLayers:
         return (
             state_dtype == torch.float32
             and len({part.format for part in formatted}) == 1
-            and all(part.scheme is None and part.served is None for part in formatted)
+            and all(isinstance(part.product, PlainProduct) for part in formatted)
             and all(part.kv_scales is None for part in parts if isinstance(part, Attention))
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(

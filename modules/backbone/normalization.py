@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.epsilon).to(x.dtype)
 
 
-class GatedGroupRMSNorm(nn.Module):
+class GatedGroupRMSNorm(RMSNorm):
     """RMSNorm of `x * silu(gate)` within groups of channels (norm_before_gate = False in mamba-ssm's terms).
 
     Args:
@@ -37,12 +37,10 @@ class GatedGroupRMSNorm(nn.Module):
     """
 
     def __init__(self, size: int, groups: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        super().__init__(size, epsilon)
         self.groups = groups
-        self.epsilon = epsilon
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise [..., size] gated by [..., size]; returns the dtype of `x`."""
         return _GatedNorm.apply(x, gate, self.weight, self.groups, self.epsilon)
 

@@ -41,6 +41,8 @@ class Router(nn.Module):
         self.groups, self.top_groups = config.n_group, config.topk_group
         self.normalize = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.active = self.weight.numel()
+        """Number of weights that a token is multiplied by."""
         self.register_buffer(
             "e_score_correction_bias",
             torch.empty(config.n_routed_experts, dtype=torch.float32, device=self.weight.device),

@@ -1,8 +1,8 @@
 """A network from a MODEL: built on the meta device, filled tensor by tensor, so that the peak is model plus one tensor.
 
 What is fp32 always (norms, router, A_log, D, dt_bias, convolution) is so in memory whatever the file holds. Quantised
-weights are run as they are served (`modules.precision.served`, in bf16 memory), or loaded dequantised where a dtype is
-asked for.
+weights are run as they are served (`modules.precision.quantized_product`, in bf16 memory), or loaded dequantised where
+a dtype is asked for.
 """
 
 from collections import Counter
@@ -19,9 +19,10 @@ from modules.backbone.model import Network
 from modules.checkpoints.names import EMBEDDING, HEAD, public_names
 from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
+from modules.precision import quantized_product
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
-from modules.precision.served import serve
+from modules.precision.scheme import PlainProduct
 
 DTYPES: dict[str, Format | None] = {"auto": None, "fp32": "fp32", "bf16": "bf16"}
 
@@ -63,7 +64,7 @@ def load_model(path: Path | str, dtype: str = "auto", device: torch.device | str
     network.eval().requires_grad_(False)
     load_weights(network, source, leave=quantized)
     for parameter, names in quantized.items():
-        serve(_owner(network, parameter), map(source.read_quantized, names))
+        quantized_product.install(_owner(network, parameter), map(source.read_quantized, names))
     if source.quantization is not None and dtype == "auto":
         for name, scales in source.quantization.kv_scales.items():
             cast(Attention, network.get_submodule(name)).kv_scales = scales
@@ -148,7 +149,7 @@ def _describe(network: Network, source: ModelFolder, quantized: dict[str, list[s
         what = f"{layer.format.upper()} weights{' and inputs' if layer.inputs else ''}"
         kinds[f"{what}, {'by scaled_mm' if codes else 'emulated'}"] += 1
     modules = [module for module in network.modules() if isinstance(module, FormattedModule)]
-    plain = " and ".join(sorted({module.format for module in modules if module.served is None}))
+    plain = " and ".join(sorted({module.format for module in modules if isinstance(module.product, PlainProduct)}))
     parts = [*(f"{kind} (modules: {count})" for kind, count in kinds.items()), f"{plain} (the rest)"]
     cached = "; keys and values in FP8" if source.quantization.kv_scales else ""
     return f"{source.path}: runs as it is served: {'; '.join(parts)}{cached}"

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.ops.native.quantization import BLOCK, E4M3_MAX
 from modules.precision import e2m1
 
-BLOCK = 16
-E4M3_MAX = 448.0
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -30,23 +29,23 @@ def maxima(blocks: Tensor, tiles: bool) -> Tensor:
     return _over_tiles(amax, "amax") if tiles else amax
 
 
-def round_blocks(blocks: Tensor, scales: Tensor, encode: Tensor, bits: Tensor | None) -> Tensor:
+def round_blocks(blocks: Tensor, scales: Tensor, inverse_scale: Tensor, bits: Tensor | None) -> Tensor:
     """Divide blocks by their scales and round to E2M1.
 
     Args:
         blocks: fp32 [..., K/16, 16].
         scales: float8_e4m3fn [..., K/16].
-        encode: fp32 S, broadcasts with `scales`.
+        inverse_scale: fp32 S, broadcasts with `scales`.
         bits: uint8 like `blocks` to round stochastically; None: to the nearest.
     """
-    factor = (scales.float() * encode.reciprocal()).reciprocal().clamp(max=FLOAT32_MAX)
+    factor = (scales.float() * inverse_scale.reciprocal()).reciprocal().clamp(max=FLOAT32_MAX)
     scaled = blocks * factor.unsqueeze(-1)
     return e2m1.round_nearest(scaled) if bits is None else e2m1.round_stochastic(scaled, bits)
 
 
 def four_over_six(
     blocks: Tensor,
-    encode: Tensor,
+    inverse_scale: Tensor,
     amax: Tensor,
     bound: float,
     tiles: bool,
@@ -60,8 +59,8 @@ def four_over_six(
 
     Args:
         blocks: fp32 [..., K/16, 16].
-        encode: fp32 S, broadcasts with scales.
-        amax: fp32 largest magnitude of S, like `encode`.
+        inverse_scale: fp32 S, broadcasts with scales.
+        amax: fp32 largest magnitude of S, like `inverse_scale`.
         bound: largest block scale that S was made for.
         tiles: decide for 16x16 tiles.
         bits: uint8 like `blocks`, or None.
@@ -70,11 +69,11 @@ def four_over_six(
     Returns:
         (E2M1 numbers, scales) like `round_blocks` and its arguments.
     """
-    six = maxima(blocks, tiles) / 6 * encode
+    six = maxima(blocks, tiles) / 6 * inverse_scale
     candidates = []
     for factor in (1.0, 1.5):
         scales = block_scales(six * factor)
-        values = round_blocks(blocks, scales, encode, bits)
+        values = round_blocks(blocks, scales, inverse_scale, bits)
         scaled = values * scales.float().unsqueeze(-1) * amax.unsqueeze(-1) / (e2m1.MAX * bound)
         error = _sum_in_order(scaled - blocks, kind)
         candidates.append((values, scales, _over_tiles(error, "sum") if tiles else error))
@@ -84,14 +83,14 @@ def four_over_six(
     return torch.where(better.unsqueeze(-1), others, values), chosen
 
 
-def search_scales(blocks: Tensor, encode: Tensor) -> Tensor:
+def search_scales(blocks: Tensor, inverse_scale: Tensor) -> Tensor:
     """Return the scales with the smallest squared errors among all E4M3 numbers, those of the maxima among equals."""
 
     def error(scales: Tensor) -> Tensor:
-        values = round_blocks(blocks, scales, encode, None)
-        return _sum_in_order(values * (scales.float() / encode).unsqueeze(-1) - blocks, "mse")
+        values = round_blocks(blocks, scales, inverse_scale, None)
+        return _sum_in_order(values * (scales.float() / inverse_scale).unsqueeze(-1) - blocks, "mse")
 
-    best = block_scales(maxima(blocks, tiles=False) * (encode * (1 / 6))).view(torch.uint8)
+    best = block_scales(maxima(blocks, tiles=False) * (inverse_scale * (1 / 6))).view(torch.uint8)
     least = error(best.view(torch.float8_e4m3fn))
     for byte in range(1, 127):
         candidate = torch.full_like(best, byte)

@@ -1,33 +1,23 @@
 """FP8 with one fp32 scale a tensor: E4M3 (largest 448), or E5M2 (57344) for gradients.
 
-The scale maps the largest magnitude onto the format's largest number. A tensor of zeros, or one that holds an
-infinity, has scale 1 (as in Transformer Engine); infinities and numbers beyond a frozen `amax` saturate. A NaN stays
-NaN, and where `amax` is taken from the tensor all of the tensor becomes NaN with it.
+S maps the largest magnitude onto the format's largest number. That of a tensor of zeros, or of one that holds an
+infinity, is 1 (as in Transformer Engine); infinities and numbers beyond the magnitude that S was made for saturate. A
+NaN stays NaN, and where S is made for the tensor itself all of the tensor becomes NaN with it.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modules.ops.native import quantization as native
-from modules.precision.scaling import broadcast_scale, tensor_amax
+from modules.precision.scaling import broadcast_scale
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-class FP8(NamedTuple):
-    """A quantised tensor: `codes / encode_scale`."""
-
-    codes: Tensor
-    """float8_e4m3fn or float8_e5m2, shape of the tensor."""
-    encode_scale: Tensor
-    """fp32 scalar, or one per leading index."""
-
-
-def encode_scale(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """Return the fp32 factor that maps `amax` onto the largest number of `dtype`; 1 for 0 and infinity."""
+def inverse_scale_of(amax: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Return S, the fp32 factor that maps `amax` onto the largest number of `dtype`; 1 for 0 and infinity."""
     scale = (torch.full_like(amax, torch.finfo(dtype).max) / amax).clamp(max=FLOAT32_MAX)
     return torch.where((amax == 0) | amax.isinf(), torch.ones_like(scale), scale)
 
@@ -39,66 +29,30 @@ def clipping_bound(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def quantize(
-    x: Tensor,
-    *,
-    amax: Tensor | None = None,
-    encode: Tensor | None = None,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    stacked: bool = False,
-) -> FP8:
-    """Quantise a tensor of any floating dtype, rounding to the nearest (ties to even).
+def quantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Return the codes of a tensor of any floating dtype, rounding to the nearest (ties to even).
 
     Args:
         x: [...].
-        amax: fp32 largest magnitude, a scalar or one per leading index; None: that of `x`.
-        encode: fp32 scale itself instead of that of `amax`, a scalar or one per leading index.
+        inverse_scale: fp32 S, a scalar or one per leading index.
         dtype: float8_e4m3fn or float8_e5m2.
-        stacked: without `amax`, take one per leading index ([E, O, I]: per expert).
     """
-    scale = _scale_of(x, amax, encode, dtype, stacked)
     largest = torch.finfo(dtype).max
-    return FP8((x.float() * broadcast_scale(scale, x.ndim)).clamp(-largest, largest).to(dtype), scale)
-
-
-def dequantize(quantized: FP8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers of a quantised tensor."""
-    return (quantized.codes.float() / broadcast_scale(quantized.encode_scale, quantized.codes.ndim)).to(dtype)
+    scaled = x.float() * broadcast_scale(inverse_scale, x.ndim)
+    return scaled.clamp(-largest, largest).to(dtype)
 
 
 @torch.no_grad()
-def quantize_dequantize(
-    x: Tensor,
-    *,
-    amax: Tensor | None = None,
-    encode: Tensor | None = None,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    stacked: bool = False,
-) -> Tensor:
+def quantize_dequantize(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
     """Return what is left of `x` after `quantize`, in the dtype of `x`."""
     if native.applies(x):
-        return native.fp8(x, _scale_of(x, amax, encode, dtype, stacked), dtype)
-    return dequantize(quantize(x, amax=amax, encode=encode, dtype=dtype, stacked=stacked), x.dtype)
+        return native.fp8(x, inverse_scale, dtype)
+    return (quantize(x, inverse_scale, dtype).float() / broadcast_scale(inverse_scale, x.ndim)).to(x.dtype)
 
 
 @torch.no_grad()
-def gemm_operand(
-    x: Tensor,
-    *,
-    amax: Tensor | None = None,
-    encode: Tensor | None = None,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    stacked: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return (bf16 values of the codes, exact; fp32 scale): what a matrix product takes, and multiplies after."""
+def gemm_operand(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """Return (bf16 values of the codes, exact; fp32 1/S): what a matrix product takes, and multiplies after."""
     if native.applies(x):
-        encode = _scale_of(x, amax, encode, dtype, stacked)
-        return native.fp8(x, encode, dtype, unscaled=True), encode.reciprocal()
-    codes, encode = quantize(x, amax=amax, encode=encode, dtype=dtype, stacked=stacked)
-    return codes.bfloat16(), encode.reciprocal()
-
-
-def _scale_of(x: Tensor, amax: Tensor | None, encode: Tensor | None, dtype: torch.dtype, stacked: bool) -> Tensor:
-    if encode is not None:
-        return encode
-    return encode_scale(tensor_amax(x, stacked) if amax is None else amax.float(), dtype)
+        return native.fp8(x, inverse_scale, dtype, unscaled=True), inverse_scale.reciprocal()
+    return quantize(x, inverse_scale, dtype).bfloat16(), inverse_scale.reciprocal()

@@ -13,19 +13,11 @@ from modules.ops.native import quantization as native
 
 BLOCK = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-"""The fixed random signs."""
-
-
-def hadamard_matrix(device: torch.device | str | None = None) -> Tensor:
-    """Return fp32 [16, 16]: diag(SIGNS) H16 / 4 with Sylvester's H16; its transpose is its inverse."""
-    matrix = torch.ones(1, 1, device=device)
-    for _ in range(4):
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return torch.tensor(SIGNS, device=device).unsqueeze(1) * matrix / 4
+"""The fixed random signs s."""
 
 
 def rotate(x: Tensor, axis: int = -1) -> Tensor:
-    """Multiply every 16 numbers along an axis by `hadamard_matrix()` from the right.
+    """Multiply every 16 numbers along an axis by diag(s) H / 4, with Sylvester's H, from the right.
 
     Sums are fp32, in the order of the fast transform, and the result is rounded to the dtype of `x` (bf16 as a rule, as
     the hardware path does before it quantises).

@@ -2,11 +2,11 @@
 
 Master weights stay fp32; a module casts its weight and its input to its format and returns its result in it. So the
 forward pass of one process, of FSDP2 (which gathers weights in the same dtype) and of every stage is the same, without
-autocast. In a quantised format they are cast to bf16, and a backend quantises them on the way into each product.
+autocast. Operands of a quantised format are cast to bf16; how they are multiplied is the module's `Product`.
 Shapes: E experts, R rows, I in-features, O out-features, V vocabulary, D hidden.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,27 @@ from modules.ops.chunked_head import (
     chunked_loss,
     token_log_probabilities,
 )
-from modules.ops.experts import grouped_linear
 from modules.precision.formats import COMPUTE_DTYPE, Format
-from modules.precision.scheme import Scheme
-
-if TYPE_CHECKING:
-    from modules.precision.served import Served
+from modules.precision.scheme import PlainProduct, Product
 
 
 class FormattedModule(nn.Module):
     """A module with an fp32 master `weight` whose computation runs in `format`."""
 
     format: Format = "fp32"
-    """Name of the format; set by `recipe.apply`."""
-    scheme: Scheme | None = None
-    """How its products are quantised; None: they are not. Set by `recipe.apply`, on `Linear` and `GroupedLinear`."""
-    served: "Served | None" = None
-    """How it multiplies by a weight that a checkpoint holds quantised; None: it holds a plain one. Set by `serve`."""
+    """Name of the format; set by `recipe.assign_formats`."""
+    product: Product = PlainProduct()
+    """How `Linear` and `GroupedLinear` multiply; set by `recipe.assign_formats` and `quantized_product.install`."""
+    writes_residual: bool = False
+    """Whether its results are added to the residual stream: the initial weight is smaller then."""
+    active_share: float = 1.0
+    """Share of its weights that a token is multiplied by."""
+    weight: nn.Parameter
+
+    @property
+    def active(self) -> int:
+        """Number of its weights that a token is multiplied by."""
+        return round(self.weight.numel() * self.active_share)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -57,13 +61,7 @@ class Linear(FormattedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
-        dtype, scheme = self.compute_dtype, self.scheme
-        if self.served is not None:
-            return self.served.linear(x.to(dtype), self.weight)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if scheme is None or scheme.products.plain:
-            return F.linear(x, weight)
-        return scheme.backend.linear(x, weight, scheme)
+        return self.product.linear(x.to(self.compute_dtype), self.weight)
 
 
 class GroupedLinear(FormattedModule):
@@ -73,21 +71,17 @@ class GroupedLinear(FormattedModule):
         experts: E.
         in_features: I.
         out_features: O.
+        top_k: K, how many of them a token passes.
     """
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, experts: int, in_features: int, out_features: int, top_k: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.active_share = top_k / experts
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
-        dtype, scheme = self.compute_dtype, self.scheme
-        if self.served is not None:
-            return self.served.grouped_linear(x.to(dtype), self.weight, offsets)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if scheme is None or scheme.products.plain:
-            return grouped_linear(x, weight, offsets)
-        return scheme.backend.grouped_linear(x, weight, offsets, scheme)
+        return self.product.grouped_linear(x.to(self.compute_dtype), self.weight, offsets)
 
 
 class Embedding(FormattedModule):
@@ -97,6 +91,8 @@ class Embedding(FormattedModule):
         vocab_size: V.
         hidden_size: D.
     """
+
+    active_share = 0.0
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -133,8 +129,6 @@ class Head(Linear):
         Under FSDP2 the weight must be gathered: by calling the module instead, or by `ShardedStrategy.lend`.
         """
         few = x.to(self.compute_dtype)
-        if self.served is not None:
-            return self.served.linear(few, self.weight[:vocabulary]).float()
-        if native.applies(few, self.weight):
+        if isinstance(self.product, PlainProduct) and native.applies(few, self.weight):
             return native.few_rows_linear(few, self.weight[:vocabulary])
-        return F.linear(few, self.weight[:vocabulary].to(few.dtype)).float()
+        return self.product.linear(few, self.weight[:vocabulary]).float()

@@ -21,12 +21,13 @@ Shapes: [..., R, K], blocks of 16 along K. E: experts of a stack [E, O, I].
 """
 
 import math
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from modules.ops.native import quantization as native
+from modules.ops.native.quantization import Options
 from modules.precision import e2m1
 from modules.precision.blocks import (
     BLOCK,
@@ -47,8 +48,6 @@ CLIPPED = 7.0
 A scale that was rounded down takes the block's largest magnitude to 6.4 at most; one below 2^-6, where E4M3 numbers are
 far apart, to 9.
 """
-FOUR_OVER_SIX_MAX = 256.0
-"""Largest block scale that S is made for with four-over-six: 1.5 times it is still an E4M3 number."""
 
 
 class NVFP4(NamedTuple):
@@ -58,41 +57,12 @@ class NVFP4(NamedTuple):
     """uint8 [..., K], E2M1 codes 0 to 15; `e2m1.pack` stores two in a byte."""
     scales: Tensor
     """float8_e4m3fn [..., K/16]. The scale of a 16x16 tile stands in each of its rows, as matrix products want it."""
-    encode_scale: Tensor
+    inverse_scale: Tensor
     """S: fp32 scalar, or of the shape of leading axes. Checkpoints store S (compressed-tensors) or 1/S (Model
     Optimizer)."""
 
 
-class Options(TypedDict, total=False):
-    """How to quantise; every key may be left out."""
-
-    amax: Tensor | None
-    """fp32 largest magnitude (of the rotated tensor with `hadamard`): a scalar, or of the shape of leading axes of the
-    tensor (per expert, per row). None: taken from the tensor."""
-    encode: Tensor | None
-    """fp32 S itself instead of that of `amax`, of a shape that `amax` may have."""
-    stacked: bool
-    """Without `amax`, take one for each leading index ([E, O, I]: per expert)."""
-    tiles: bool
-    """One scale for each 16x16 tile of the last two axes instead of each 16 numbers; rows that fill no whole tile make
-    a smaller one. Then quantising and transposing may be exchanged."""
-    rounding: Literal["nearest", "stochastic"]
-    """To the nearest (ties to even), the default, or unbiased with random bits of `generator`."""
-    generator: torch.Generator | None
-    """On the device of the tensor; None: torch's global one."""
-    four_over_six: Literal["mse", "mae"] | None
-    """Map a block's (tile's) largest magnitude onto 4 instead of 6 where that makes the sum of squared, or absolute,
-    errors smaller."""
-    scales: Tensor | None
-    """float8_e4m3fn [..., K/16] to take instead of those of the maxima."""
-    axis: int
-    """Along which blocks lie: -1 (K), the default, or -2 (R), as in the transposed tensor. `quantize` then returns the
-    transposed tensor; values are laid out as the tensor is, either way."""
-    hadamard: bool
-    """Rotate every 16 numbers along the axis first (`hadamard.rotate`); they stay rotated."""
-
-
-def encode_scale(amax: Tensor, bound: float = E4M3_MAX) -> Tensor:
+def inverse_scale_of(amax: Tensor, bound: float = E4M3_MAX) -> Tensor:
     """Return S for fp32 largest magnitudes."""
     scale = (torch.full_like(amax, e2m1.MAX * bound) / amax).clamp(max=FLOAT32_MAX)
     return torch.where((amax == 0) | (scale == 0), torch.ones_like(scale), scale)
@@ -113,81 +83,48 @@ def random_bits(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return words.view(torch.uint8)[: x.numel()].view(x.shape)
 
 
+_DEFAULT = Options()
+
+
 class _Request:
     """A tensor with its options, S found and random bits drawn: what both ways of rounding start from."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        *,
-        amax: Tensor | None = None,
-        encode: Tensor | None = None,
-        stacked: bool = False,
-        tiles: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
-        generator: torch.Generator | None = None,
-        four_over_six: Literal["mse", "mae"] | None = None,
-        scales: Tensor | None = None,
-        axis: int = -1,
-        hadamard: bool = False,
-    ) -> None:
-        check_blocks(x.shape[axis], BLOCK, "NVFP4")
-        self.x, self.axis, self.tiles, self.hadamard = x, axis, tiles, hadamard
-        self.four_over_six: Literal["mse", "mae"] | None = four_over_six
-        self.scales = scales
-        self.native = native.applies(x)
-        self.bits = random_bits(x, generator) if rounding == "stochastic" else None
-        self.bound = FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX
-        if encode is not None:
-            self.amax = e2m1.MAX * self.bound / encode
-        elif amax is not None:
-            self.amax = amax.detach().float()
+    def __init__(self, x: Tensor, options: Options) -> None:
+        check_blocks(x.shape[options.axis], BLOCK, "NVFP4")
+        self.x, self.options, self.native = x, options, native.applies(x)
+        self.bits = random_bits(x, options.generator) if options.rounding == "stochastic" else None
+        if options.inverse_scale is not None:
+            self.inverse_scale = options.inverse_scale.float()
+            self.amax = e2m1.MAX * options.bound / options.inverse_scale
         else:
-            self.amax = largest_magnitude(x, axis, hadamard, stacked)
-        self.encode = encode_scale(self.amax, self.bound) if encode is None else encode.float()
-
-    def run_native(
-        self,
-        kind: torch.dtype | None,
-        choice: native.Choice | None = None,
-        unscaled: bool = False,
-        keep_scales: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what `native.quantize` does."""
-        given = None if self.scales is None else self.scales.float()
-        return native.quantize(
-            self.x,
-            self.encode,
-            self.amax,
-            kind=kind,
-            choice=choice or ("given" if given is not None else self.four_over_six or "maximum"),
-            bound=self.bound,
-            axis=self.axis,
-            hadamard=self.hadamard,
-            tiles=self.tiles,
-            bits=self.bits,
-            given=given,
-            unscaled=unscaled,
-            keep_scales=keep_scales,
-        )
+            self.amax = (
+                largest_magnitude(x, options.axis, options.hadamard, options.stacked)
+                if options.amax is None
+                else options.amax.detach().float()
+            )
+            self.inverse_scale = inverse_scale_of(self.amax, options.bound)
+        self.given = x, options, self.inverse_scale, self.amax, self.bits
+        """What `native.quantize` takes first."""
 
     def run_portable(self) -> tuple[Tensor, Tensor]:
         """Return (E2M1 numbers [..., R, K/16, 16], scales [..., R, K/16]), transposed where the axis is -2."""
-        turned = (rotate(self.x, self.axis) if self.hadamard else self.x).transpose(self.axis, -1)
+        options = self.options
+        turned = (rotate(self.x, options.axis) if options.hadamard else self.x).transpose(options.axis, -1)
         blocks = turned.float().unflatten(-1, (-1, BLOCK))
-        encode = broadcast_scale(self.encode, blocks.ndim - 1)
-        bits = None if self.bits is None else self.bits.transpose(self.axis, -1).unflatten(-1, (-1, BLOCK))
-        if self.scales is not None:
-            return round_blocks(blocks, self.scales, encode, bits), self.scales
-        if self.four_over_six is not None:
+        inverse_scale = broadcast_scale(self.inverse_scale, blocks.ndim - 1)
+        bits = None if self.bits is None else self.bits.transpose(options.axis, -1).unflatten(-1, (-1, BLOCK))
+        if options.scales is not None:
+            return round_blocks(blocks, options.scales, inverse_scale, bits), options.scales
+        if options.four_over_six is not None:
             amax = broadcast_scale(self.amax, blocks.ndim - 1)
-            return four_over_six(blocks, encode, amax, self.bound, self.tiles, bits, self.four_over_six)
-        scales = block_scales(maxima(blocks, self.tiles) * (encode * (1 / 6)))
-        return round_blocks(blocks, scales, encode, bits), scales
+            bound, kind = options.bound, options.four_over_six
+            return four_over_six(blocks, inverse_scale, amax, bound, options.tiles, bits, kind)
+        scales = block_scales(maxima(blocks, options.tiles) * (inverse_scale * (1 / 6)))
+        return round_blocks(blocks, scales, inverse_scale, bits), scales
 
 
 @torch.no_grad()
-def quantize(x: Tensor, **options: Unpack[Options]) -> NVFP4:
+def quantize(x: Tensor, options: Options = _DEFAULT) -> NVFP4:
     """Quantise a tensor of any floating dtype.
 
     Args:
@@ -197,26 +134,16 @@ def quantize(x: Tensor, **options: Unpack[Options]) -> NVFP4:
     Raises:
         UserError: if the axis of the blocks is not divisible by 16.
     """
-    request = _Request(x, **options)
+    request = _Request(x, options)
     if request.native:
-        codes, scales = request.run_native(kind=torch.uint8, keep_scales=True)
-        assert codes is not None
-        assert scales is not None
-        return NVFP4(codes.transpose(request.axis, -1), scales.to(torch.float8_e4m3fn), request.encode)
+        codes, scales = native.quantize(*request.given, kind=torch.uint8, keep_scales=True)
+        return NVFP4(codes.transpose(request.options.axis, -1), scales.to(torch.float8_e4m3fn), request.inverse_scale)
     values, scales = request.run_portable()
-    return NVFP4(e2m1.encode(values).flatten(-2), scales, request.encode)
+    return NVFP4(e2m1.encode(values).flatten(-2), scales, request.inverse_scale)
 
 
 @torch.no_grad()
-def dequantize(quantized: NVFP4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers [..., K] of a quantised tensor."""
-    values = e2m1.decode(quantized.codes).unflatten(-1, (-1, BLOCK))
-    scales = quantized.scales.float() / broadcast_scale(quantized.encode_scale, quantized.scales.ndim)
-    return (values * scales.unsqueeze(-1)).flatten(-2).to(dtype)
-
-
-@torch.no_grad()
-def quantize_dequantize(x: Tensor, **options: Unpack[Options]) -> Tensor:
+def quantize_dequantize(x: Tensor, options: Options = _DEFAULT) -> Tensor:
     """Return what is left of `x` after `quantize`, in the dtype of `x`.
 
     Args:
@@ -226,19 +153,19 @@ def quantize_dequantize(x: Tensor, **options: Unpack[Options]) -> Tensor:
     Raises:
         UserError: if the axis of the blocks is not divisible by 16.
     """
-    request = _Request(x, **options)
+    request = _Request(x, options)
     if request.native:
-        out, _ = request.run_native(kind=x.dtype)
-        assert out is not None
-        return out
+        return native.quantize(*request.given, kind=x.dtype)[0]
     values, scales = request.run_portable()
-    factors = scales.float() / broadcast_scale(request.encode, scales.ndim)
-    return (values * factors.unsqueeze(-1)).flatten(-2).to(x.dtype).transpose(request.axis, -1)
+    factors = scales.float() / broadcast_scale(request.inverse_scale, scales.ndim)
+    return (values * factors.unsqueeze(-1)).flatten(-2).to(x.dtype).transpose(request.options.axis, -1)
 
 
 @torch.no_grad()
-def gemm_operand(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]:
-    """Return (values, 1/S) as a matrix product takes them: numbers times block scales, and what it multiplies after.
+def gemm_operand(
+    x: Tensor, options: Options = _DEFAULT, with_bound: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (values, 1/S, bound): what a matrix product takes (numbers times block scales), and multiplies after.
 
     The values have six significant bits at most, so bf16 holds them exactly, and a bf16 product with fp32 sums adds up
     the very terms that the hardware does. What is left of `x` is `values / S`.
@@ -246,73 +173,50 @@ def gemm_operand(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]
     Args:
         x: [..., R, K].
         options: see `Options`.
+        with_bound: whether to work out the bound.
 
     Returns:
-        bf16 like `x`, and fp32: a scalar, or of the shape of leading axes.
+        bf16 like `x`; fp32: a scalar, or of the shape of leading axes; fp32 like `x` or None: the magnitude beyond
+        which a number is clipped, and not just rounded. That is `CLIPPED` at the scale of the number's block, infinity
+        where that is 0 (nothing is left there).
 
     Raises:
         UserError: if the axis of the blocks is not divisible by 16.
     """
-    values, _, scale = _gemm_operand(_Request(x, **options), keep_scales=False)
-    return values, scale
-
-
-@torch.no_grad()
-def gemm_operand_and_bound(x: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `gemm_operand` does, and the magnitude beyond which a number of `x` is clipped, not just rounded.
-
-    Args:
-        x: [..., R, K].
-        options: see `Options`.
-
-    Returns:
-        bf16 like `x`; fp32: a scalar, or of the shape of leading axes; fp32 like `x`: `CLIPPED` at the scale of each
-        number's block, infinity where that is 0 (nothing is left there).
-
-    Raises:
-        UserError: if the axis of the blocks is not divisible by 16.
-    """
-    request = _Request(x, **options)
-    values, scales, scale = _gemm_operand(request, keep_scales=True)
-    assert scales is not None
-    bound = torch.where(scales == 0, math.inf, scales * (CLIPPED * broadcast_scale(scale, scales.ndim)))
-    return values, scale, bound.repeat_interleave(BLOCK, -1).transpose(request.axis, -1)
-
-
-def _gemm_operand(request: _Request, keep_scales: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return (values, fp32 block scales [..., R, K/16], transposed where the axis is -2, or None; 1/S)."""
-    decode = request.encode.reciprocal()
+    request = _Request(x, options)
+    decode = request.inverse_scale.reciprocal()
     if request.native:
-        out, scales = request.run_native(kind=torch.bfloat16, unscaled=True, keep_scales=keep_scales)
-        assert out is not None
-        return out, scales, decode
-    values, scales = request.run_portable()
-    products = (values * scales.float().unsqueeze(-1)).flatten(-2).bfloat16()
-    return products.transpose(request.axis, -1), scales.float(), decode
+        kind = torch.bfloat16
+        values, scales = native.quantize(*request.given, kind=kind, unscaled=True, keep_scales=with_bound)
+    else:
+        numbers, rounded = request.run_portable()
+        scales = rounded.float()
+        values = (numbers * scales.unsqueeze(-1)).flatten(-2).bfloat16().transpose(options.axis, -1)
+    if not with_bound:
+        return values, decode, None
+    bound = torch.where(scales == 0, math.inf, scales * (CLIPPED * broadcast_scale(decode, scales.ndim)))
+    return values, decode, bound.repeat_interleave(BLOCK, -1).transpose(options.axis, -1)
 
 
 @torch.no_grad()
-def mse_scales(x: Tensor, *, amax: Tensor | None = None, encode: Tensor | None = None, stacked: bool = False) -> Tensor:
+def mse_scales(x: Tensor, options: Options = _DEFAULT) -> Tensor:
     """Search the block scales with the smallest squared errors among all positive E4M3 numbers.
 
     A block keeps the scale of its maximum unless another is better; of equals, the smallest.
 
     Args:
         x: [..., K].
-        amax: see `Options`.
-        encode: see `Options`.
-        stacked: see `Options`.
+        options: of them those that say what S is.
 
     Returns:
-        float8_e4m3fn [..., K/16], for `quantize(..., scales=)` with the same `amax` or `encode`.
+        float8_e4m3fn [..., K/16], for `quantize` with `scales` and the same S.
 
     Raises:
         UserError: if K is not divisible by 16.
     """
-    request = _Request(x, amax=amax, encode=encode, stacked=stacked)
+    request = _Request(x, options)
     if request.native:
-        _, scales = request.run_native(kind=None, choice="search", keep_scales=True)
-        assert scales is not None
+        _, scales = native.quantize(*request.given, kind=None, search=True, keep_scales=True)
         return scales.to(torch.float8_e4m3fn)
     blocks = x.float().unflatten(-1, (-1, BLOCK))
-    return search_scales(blocks, broadcast_scale(request.encode, blocks.ndim - 1))
+    return search_scales(blocks, broadcast_scale(request.inverse_scale, blocks.ndim - 1))

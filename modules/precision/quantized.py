@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from modules.ops.native.quantization import BLOCK, E4M3_MAX, FOUR_OVER_SIX_MAX, Options
 from modules.precision import e2m1, fp8, nvfp4
-from modules.precision.blocks import BLOCK, E4M3_MAX
 from modules.precision.scaling import tensor_amax
 
 WeightFormat = Literal["nvfp4", "fp8"]
@@ -52,7 +52,7 @@ def tensor_scale(amax: Tensor, format: WeightFormat, four_over_six: bool = False
         format: of the codes.
         four_over_six: whether scales are chosen for it, which leaves block scales up to 256.
     """
-    largest = E4M3_MAX if format == "fp8" else e2m1.MAX * (nvfp4.FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX)
+    largest = E4M3_MAX if format == "fp8" else e2m1.MAX * (FOUR_OVER_SIX_MAX if four_over_six else E4M3_MAX)
     step = 1 << _DROPPED_BITS
     quotient = (amax.float() / largest).clamp(min=_LEAST)
     bits = torch.where(amax > 0, quotient, 1.0).view(torch.int32)
@@ -91,13 +91,12 @@ def quantize_weight(
     """
     four_over_six = format == "nvfp4" and search == "four_over_six"
     scale = tensor_scale(tensor_amax(weight) if amax is None else amax.float(), format, four_over_six)
-    encode = scale.reciprocal()
+    inverse_scale = scale.reciprocal()
     if format == "fp8":
-        return QuantizedWeight(format, fp8.quantize(weight, encode=encode).codes, None, scale, input_scale)
-    scales = nvfp4.mse_scales(weight, encode=encode) if search == "mse" else None
-    codes, scales, _ = nvfp4.quantize(
-        weight, encode=encode, scales=scales, four_over_six="mse" if four_over_six else None
-    )
+        return QuantizedWeight(format, fp8.quantize(weight, inverse_scale), None, scale, input_scale)
+    scales = nvfp4.mse_scales(weight, Options(inverse_scale=inverse_scale)) if search == "mse" else None
+    options = Options(inverse_scale=inverse_scale, scales=scales, four_over_six="mse" if four_over_six else None)
+    codes, scales, _ = nvfp4.quantize(weight, options)
     return QuantizedWeight(format, e2m1.pack(codes), scales, scale, input_scale)
 
 

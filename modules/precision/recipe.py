@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from modules.errors import UserError
 from modules.precision.backends import BackendName, choose
 from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
-from modules.precision.scheme import Arithmetic, Products, Scheme
+from modules.precision.scheme import Arithmetic, PlainProduct, Products, Scheme
 
 RecipeName = Literal["super", "bf16", "fp32"]
 Part = Literal["all", "forward", "backward"]
@@ -160,7 +160,7 @@ class Assignment(NamedTuple):
     """Pattern of the rule that decided, or `TAIL`."""
 
 
-def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu") -> list[Assignment]:
+def assign_formats(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu") -> list[Assignment]:
     """Set the format of every module of `network` that has one. Call it before sharding and weight loading.
 
     Args:
@@ -191,14 +191,17 @@ def apply(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu")
     arithmetic = Arithmetic(config.stochastic_rounding, config.hadamard, config.two_dimensional_weights)
     for row in table:
         module = modules[row.name]
-        module.format, module.scheme = row.format, None
+        module.format, module.product = row.format, PlainProduct()
         if row.format in QUANTIZED:
-            _check_kind(row, module)
+            if isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear):
+                raise UserError(
+                    f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
+                    f"{row.pattern!r} says; put a rule for it before that one"
+                )
             products = Products.all_in(row.format)
             stages = [products for _, products in _stages(config.switches, row.name, products)]
-            weight = cast(Tensor, module.weight)
-            chosen = choose(config.backend, row.name, stages, arithmetic, weight.shape, device_type)
-            module.scheme = Scheme(products, arithmetic, *chosen)
+            chosen = choose(config.backend, row.name, stages, arithmetic, module.weight.shape, device_type)
+            module.product = Scheme(products, arithmetic, *chosen)
     return table
 
 
@@ -206,7 +209,7 @@ class FormatSchedule:
     """Carries out the format switches of a run, and seeds its random rounding.
 
     Args:
-        config: the recipe that `apply` was called with.
+        config: the recipe that `assign_formats` was called with.
         network: the network.
     """
 
@@ -239,9 +242,9 @@ class FormatSchedule:
 def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:
     """Return the schemes of the modules to which the recipe gave a quantised format, by module name."""
     return {
-        name: module.scheme
+        name: module.product
         for name, module in network.named_modules()
-        if isinstance(module, FormattedModule) and module.scheme is not None
+        if isinstance(module, FormattedModule) and isinstance(module.product, Scheme)
     }
 
 
@@ -276,11 +279,3 @@ def _tail(names: Sequence[str], share: float) -> set[str]:
     count = max(layers.values(), default=-1) + 1
     first = count - math.ceil(round(share * count, 6))  # 0.15 x 20 is a little more than 3
     return {name for name, layer in layers.items() if layer >= first}
-
-
-def _check_kind(row: Assignment, module: FormattedModule) -> None:
-    if row.format in QUANTIZED and (isinstance(module, Head) or not isinstance(module, Linear | GroupedLinear)):
-        raise UserError(
-            f"model.precision: {row.name} computes in fp32 or bf16 only, not in {row.format} as pattern "
-            f"{row.pattern!r} says; put a rule for it before that one"
-        )

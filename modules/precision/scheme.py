@@ -1,11 +1,40 @@
-"""What a quantised module knows: the format of each of its three products, and the arithmetic that a network shares."""
+"""How a module multiplies: plainly, or in quantised formats as it is trained in them.
+
+The third way, by the quantised weight of a checkpoint, stands in `quantized_product.py`.
+"""
 
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from modules.ops.experts import grouped_linear
 from modules.precision.formats import QUANTIZED, Format
+
+
+class Product(Protocol):
+    """Multiplies inputs by the weight of a module; the module casts them to its compute dtype, which results have."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Map [..., I] by [O, I], in the dtype that the module holds it in, to [..., O]."""
+        ...
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], by [E, O, I] to [R, O]."""
+        ...
+
+
+class PlainProduct:
+    """Multiplies by the weight in the dtype of the inputs."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Product`."""
+        return F.linear(x, weight.to(x.dtype))
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """See `Product`."""
+        return grouped_linear(x, weight.to(x.dtype), offsets)
 
 
 class Products(NamedTuple):
@@ -34,7 +63,7 @@ class Products(NamedTuple):
         return not any(chosen in QUANTIZED for chosen in self)
 
 
-class Observer(Protocol):
+class OperandObserver(Protocol):
     """Looks at the operands of quantised products."""
 
     def __call__(self, scheme: "Scheme", operand: str, before: Tensor, after: Tensor, bound: Tensor) -> None:
@@ -66,7 +95,7 @@ class Arithmetic:
     ) -> None:
         self.stochastic_rounding, self.hadamard = stochastic_rounding, hadamard
         self.two_dimensional_weights = two_dimensional_weights
-        self.observer: Observer | None = None
+        self.observer: OperandObserver | None = None
         """Is shown every operand that the emulated backend quantises; None: nobody."""
         self._seed = 0
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -127,7 +156,7 @@ class Backend(Protocol):
 
 
 class Scheme:
-    """How a module computes.
+    """Multiplies as a recipe says: a backend quantises both operands on their way into each product.
 
     Args:
         products: format of each product, as the recipe says; format switches change `products`.
@@ -141,3 +170,16 @@ class Scheme:
     ) -> None:
         self.planned = self.products = products
         self.arithmetic, self.backend, self.refused = arithmetic, backend, refused or {}
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Product`."""
+        if self.products.plain:
+            return F.linear(x, weight.to(x.dtype))
+        return self.backend.linear(x, weight.to(x.dtype), self)
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """See `Product`."""
+        weight = weight.to(x.dtype)
+        if self.products.plain:
+            return grouped_linear(x, weight, offsets)
+        return self.backend.grouped_linear(x, weight, offsets, self)

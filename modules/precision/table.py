@@ -5,11 +5,10 @@ Most surprising numbers come from a format that nobody looked at.
 
 import re
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
 
-from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head
+from modules.precision.linear import FormattedModule, Head
 from modules.precision.recipe import Assignment, quantized_schemes
 
 _NUMBERS = ("modules", "FLOPs")
@@ -18,25 +17,21 @@ _NUMBERS = ("modules", "FLOPs")
 def precision_lines(
     table: Sequence[Assignment],
     network: nn.Module,
-    top_k: int,
-    experts: int,
     mtp_depths: int,
     by_module: bool,
 ) -> list[str]:
     """Return the table and what is to be known beside it.
 
     Args:
-        table: from `recipe.apply`.
+        table: from `recipe.assign_formats`.
         network: the network it was applied to.
-        top_k: K, experts per token; 0 without experts.
-        experts: E.
         mtp_depths: M.
         by_module: a row for each kind of module instead of each pattern of the recipe.
     """
-    work = work_shares(network, top_k, experts, mtp_depths)
+    work, schemes = work_shares(network, mtp_depths), quantized_schemes(network)
     groups: dict[tuple[str, ...], list[float]] = {}
     for row in table:
-        scheme = cast(FormattedModule, network.get_submodule(row.name)).scheme
+        scheme = schemes.get(row.name)
         products = (row.format,) * 3 if scheme is None else scheme.products
         backend = "torch" if scheme is None else scheme.backend.name
         name = re.sub(r"\.\d+", ".*", row.name)
@@ -50,7 +45,7 @@ def precision_lines(
     ]
     refused = {
         f"{scheme.planned.fprop} not by {name}: {reason}": None
-        for scheme in quantized_schemes(network).values()
+        for scheme in schemes.values()
         for name, reason in scheme.refused.items()
     }
     return [
@@ -73,29 +68,21 @@ def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def work_shares(network: nn.Module, top_k: int, experts: int, mtp_depths: int) -> dict[str, float]:
+def work_shares(network: nn.Module, mtp_depths: int) -> dict[str, float]:
     """Return the share of each module in the FLOPs of the modules that have a format.
 
-    A product's FLOPs are proportional to the weights that a token meets: those of an expert count K / E, those of the
-    MTP block once for each depth, those of the head once more for each depth.
+    A product's FLOPs are proportional to the weights that a token is multiplied by: those of the MTP block count once
+    for each depth, those of the head once more for each depth.
 
     Args:
         network: built of modules that have a format.
-        top_k: K, experts per token; 0 without experts.
-        experts: E.
         mtp_depths: M.
     """
-    work: dict[str, float] = {}
+    work: dict[str, int] = {}
     for name, module in network.named_modules():
-        if not isinstance(module, FormattedModule):
-            continue
-        active = 0.0 if isinstance(module, Embedding) else module.weight.numel()  # pyright: ignore[reportCallIssue]
-        if isinstance(module, GroupedLinear):
-            active *= top_k / experts
         if isinstance(module, Head):
-            active *= 1 + mtp_depths
-        elif name.startswith("mtp."):
-            active *= mtp_depths
-        work[name] = active
+            work[name] = module.active * (1 + mtp_depths)
+        elif isinstance(module, FormattedModule):
+            work[name] = module.active * (mtp_depths if name.startswith("mtp.") else 1)
     total = sum(work.values())
     return {name: active / total for name, active in work.items()}

@@ -50,7 +50,7 @@ class Rule(NamedTuple):
     """What becomes of the layers that match."""
 
 
-class Layer(NamedTuple):
+class LinearGroup(NamedTuple):
     """A linear layer, or the stacked experts' layers of one kind."""
 
     module: str
@@ -66,7 +66,7 @@ class Group(NamedTuple):
 
     name: str
     """Shell pattern that matches the module names of its layers, and no others."""
-    layers: tuple[Layer, ...]
+    layers: tuple[LinearGroup, ...]
     """The layers."""
 
     @property
@@ -97,11 +97,11 @@ def find_groups(config: BackboneConfig) -> list[Group]:
     for name, place in public_names(config).items():
         weights.setdefault(place.parameter.removesuffix(".weight"), []).append(name)
     shapes = public_shapes(config)
-    groups: dict[str, list[Layer]] = {}
+    groups: dict[str, list[LinearGroup]] = {}
     for name, module in network.named_modules():
         if isinstance(module, Linear | GroupedLinear) and not isinstance(module, Head):
             rows, columns = shapes[weights[name][0]]
-            groups.setdefault(_group_name(name), []).append(Layer(name, tuple(weights[name]), (rows, columns)))
+            groups.setdefault(_group_name(name), []).append(LinearGroup(name, tuple(weights[name]), (rows, columns)))
     return [Group(name, tuple(layers)) for name, layers in groups.items()]
 
 
@@ -177,7 +177,7 @@ def _decide(group: Group, default: Choice | None, rules: Sequence[Rule]) -> Deci
     return first[1] if group.fits_blocks or first[1].choice == "bf16" else Decision("bf16", WIDTH)
 
 
-def _matches(rule: Rule, layer: Layer) -> bool:
+def _matches(rule: Rule, layer: LinearGroup) -> bool:
     return _reaches(rule.pattern, layer.module)
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modules.errors import UserError
+
 _SLACK = 1e-9
 """Share of the largest conceivable loss within which a bound does not count as worse: sums are rounded."""
 
@@ -78,7 +80,7 @@ def choose(groups: Sequence[Sequence[Option]], budget: int) -> list[int]:
         UserError: even the cheapest options cost more than the budget.
     """
     if sum(min(option.cost for option in options) for options in groups) > budget:
-        raise ValueError("the budget is less than what the cheapest options cost")
+        raise UserError("the budget is less than what the cheapest options cost")
     order = sorted(range(len(groups)), key=lambda index: -max(option.cost for option in groups[index]))
     rest = [_Relaxation([groups[index] for index in order[place:]]) for place in range(len(order) + 1)]
     costs, losses = np.zeros(1, dtype=np.int64), np.zeros(1)

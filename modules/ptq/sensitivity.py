@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from modules.backbone.model import Network
 from modules.ops.documents import DocumentLayout
+from modules.precision import quantized_product
 from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.quantized import QuantizedWeight
-from modules.precision.served import served
 from modules.ptq.calibration import pack
 from modules.ptq.layers import Choice, Group
 
@@ -71,7 +71,7 @@ def measure(
                 with ExitStack() as stack:
                     for part in group.layers:
                         module = cast(Linear | GroupedLinear, network.get_submodule(part.module))
-                        stack.enter_context(served(module, _made(make, part.weights, choice)))
+                        stack.enter_context(quantized_product.temporarily(module, _made(make, part.weights, choice)))
                     changed[group.name, choice] = finish(number)
         if changed:
             totals = _divergences(network, original, list(changed.values()))

@@ -14,7 +14,7 @@ from benchmarks.nvfp4_sides import OURS, PLAIN, PORTABLE, TORCHAO
 from modules.ops.native import quantization
 from modules.precision import nvfp4
 from modules.precision.linear import GroupedLinear, Linear
-from tests.modules.helpers import tiny_config
+from tests.modules.helpers import dequantize_nvfp4, tiny_config
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_layers_of_all_sides_agree(portable):
 def test_our_layer_is_differentiated_straight_through_its_rounding():
     case = nvfp4_linears.Case(OURS, "", 64)
     x, weight = (tensor.detach().double().requires_grad_() for tensor in (case.x, case.layer.weight))
-    left = [nvfp4.dequantize(nvfp4.quantize(tensor.detach().bfloat16())).double() for tensor in (x, weight)]
+    left = [dequantize_nvfp4(nvfp4.quantize(tensor.detach().bfloat16())).double() for tensor in (x, weight)]
     y = F.linear(*(t + (rounded - t).detach() for t, rounded in zip((x, weight), left, strict=True)))
     exact = [y, *torch.autograd.grad(y, (x, weight), case.gradient.double())]
     for name, mine, wanted in zip(("y", "dx", "dW"), outcomes(OURS), exact, strict=True):

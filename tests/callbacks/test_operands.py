@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from callbacks.operands import OPERANDS, OperandSums, operand_metrics, operand_sums
 from modules.precision.linear import Linear
-from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply, quantized_schemes
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats, quantized_schemes
 
 STEP = 2.0**-9
 """Smallest number of E4M3, hence the smallest scale of a block."""
@@ -44,7 +44,7 @@ def seen_by(module: nn.Module, x: Tensor, grad: Tensor | None = None) -> tuple[O
 
 def quantized(module: nn.Module, chosen: str, **changes) -> nn.Module:
     rules = [PrecisionRule(pattern="*", format=chosen)]
-    apply(PrecisionConfig(recipe=None, rules=rules, bf16_tail=0, **changes), module)
+    assign_formats(PrecisionConfig(recipe=None, rules=rules, bf16_tail=0, **changes), module)
     return module
 
 

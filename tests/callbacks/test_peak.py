@@ -9,7 +9,7 @@ import callbacks.peak
 from callbacks.peak import Peak, combine, find_peak, format_shares, measure_peak
 from modules.backbone.flops import MTP, matmul_flops
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats
 from tests.modules.helpers import tiny_config
 
 CUDA = torch.device("cuda", 0)
@@ -65,19 +65,19 @@ def test_the_shares_of_the_formats_are_those_of_their_flops():
     config = tiny_config()
     network = Network(config)
     rules = [PrecisionRule(pattern="lm_head", format="fp32"), PrecisionRule(pattern="*.experts.*", format="fp32")]
-    apply(PrecisionConfig(recipe="super", rules=rules), network)
+    assign_formats(PrecisionConfig(recipe="super", rules=rules), network)
     counts = {part: count.total for part, count in matmul_flops(config, 16, 2).items()}
     no_format = ("scan", "scores", "router", "combine")
     counts = {part: count for part, count in counts.items() if not part.endswith(no_format)}
     fp32 = sum(count for part, count in counts.items() if part.removeprefix(MTP) in ("head", "MoE routed experts"))
-    shares = format_shares(network, config.num_experts_per_tok, config.n_routed_experts, mtp_depths=2)
+    shares = format_shares(network, mtp_depths=2)
     assert shares["fp32"] == pytest.approx(fp32 / sum(counts.values()))
     assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_one_format_has_the_whole_share():
     network = Network(tiny_config(num_nextn_predict_layers=0))
-    assert format_shares(network, 2, 8, 0) == {"fp32": 1.0}
+    assert format_shares(network, 0) == {"fp32": 1.0}
 
 
 def test_mixed_formats_take_the_time_of_their_parts():

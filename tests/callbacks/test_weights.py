@@ -16,6 +16,7 @@ from callbacks.weights import (
     product_weights,
     split_gradient,
 )
+from modules.ops.native.quantization import Options
 from modules.precision.nvfp4 import quantize_dequantize
 from tests.modules.helpers import make_network, tiny_config
 
@@ -86,7 +87,7 @@ def test_nvfp4_leaves_nothing_of_a_decayed_channel_beside_others() -> None:
     """What the constant is derived from."""
     tile = torch.ones(16, 16)
     tile[3], tile[5] = DECAYED, DECAYED * 1.01
-    left = quantize_dequantize(tile, tiles=True)
+    left = quantize_dequantize(tile, Options(tiles=True))
     assert not left[3].any()
     assert left[5].all()
 

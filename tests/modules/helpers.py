@@ -19,8 +19,11 @@ from modules.backbone.model import Network
 from modules.batch import PackedBatch, Progress, Window, count_targets, next_token_labels
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
+from modules.precision import e2m1, nvfp4
+from modules.precision.hadamard import SIGNS
 from modules.precision.quantized import QuantizedWeight, gemm_values
-from modules.precision.recipe import PrecisionConfig, apply
+from modules.precision.recipe import PrecisionConfig, assign_formats
+from modules.precision.scaling import broadcast_scale
 from modules.pretraining import Pretraining
 
 FP32 = PrecisionConfig(recipe="fp32")
@@ -57,7 +60,7 @@ def tiny_config(**changes) -> BackboneConfig:
 def make_network(config: BackboneConfig, recipe=FP32, seed: int = 0) -> Network:
     """A materialised network whose norms, skips, biases and router biases all differ from their neutral start."""
     network = Network(config)
-    apply(recipe, network)
+    assign_formats(recipe, network)
     initialize(network, seed)
     perturb(network, seed)
     return network
@@ -266,3 +269,18 @@ def network_state(module: Pretraining) -> dict[str, Tensor]:
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:
     """The fp32 numbers [O, I] that a quantised weight means."""
     return gemm_values(weight).float() * weight.scale
+
+
+def dequantize_nvfp4(quantized: nvfp4.NVFP4) -> Tensor:
+    """The fp32 numbers [..., K] of a quantised tensor."""
+    values = e2m1.decode(quantized.codes).unflatten(-1, (-1, nvfp4.BLOCK))
+    scales = quantized.scales.float() / broadcast_scale(quantized.inverse_scale, quantized.scales.ndim)
+    return (values * scales.unsqueeze(-1)).flatten(-2)
+
+
+def hadamard_matrix() -> Tensor:
+    """fp32 [16, 16]: diag(SIGNS) H / 4 with Sylvester's H; its transpose is its inverse."""
+    matrix = torch.ones(1, 1)
+    for _ in range(4):
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return torch.tensor(SIGNS).unsqueeze(1) * matrix / 4

@@ -22,7 +22,7 @@ from modules.backbone.model import Network
 from modules.batch import Window
 from modules.ops import kernels
 from modules.ops.documents import document_boundaries
-from modules.precision.recipe import PrecisionConfig, apply
+from modules.precision.recipe import PrecisionConfig, assign_formats
 from modules.pretraining import Pretraining
 from tests.modules.helpers import (
     BF16,
@@ -82,7 +82,7 @@ def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretr
         data.batches = [batch.map(mode.from_tensor) for batch in data.batches]
         module = make_module(precision=recipe, **module_changes)
         module.network = Network(module.backbone_config)
-        apply(recipe, module.network)
+        assign_formats(recipe, module.network)
         if module.activation_checkpointing:
             module.network.checkpoint_activations()
         fit(module, data, strategy=FakeStrategy(), log_every_n_steps=1000)

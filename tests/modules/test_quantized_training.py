@@ -79,7 +79,7 @@ def test_formats_switch_at_their_tokens() -> None:
     equal = [first == second for first, second in zip(plain, other, strict=True)]
     assert equal[:2] == [True, True]
     assert not equal[2]
-    scheme = module.built_network.get_submodule("backbone.layers.0.mixer.in_proj").scheme
+    scheme = module.built_network.get_submodule("backbone.layers.0.mixer.in_proj").product
     assert tuple(scheme.products) == ("bf16", "nvfp4", "nvfp4")
 
 
@@ -93,7 +93,7 @@ def test_a_loaded_checkpoint_has_the_formats_of_its_tokens() -> None:
     """`validate` loads a checkpoint and trains nothing."""
     switched = PrecisionConfig(bf16_tail=0, switches=[FormatSwitch(at_tokens=TOKENS)])
     module, _ = train(switched, batches=2, window=1)
-    scheme = module.built_network.get_submodule("backbone.layers.0.mixer.in_proj").scheme
+    scheme = module.built_network.get_submodule("backbone.layers.0.mixer.in_proj").product
     for step, chosen in ((0, "nvfp4"), (1, "bf16")):
         module.data.progress = Progress(steps=step, tokens=step * TOKENS, samples=step)
         module.on_validation_start()

@@ -5,6 +5,7 @@ Bit for bit what the portable ones in `modules/precision` compute, which take th
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +17,50 @@ from modules.ops.native.library import load_library
 SOURCE = Path(__file__).parent / "quantization.c"
 COMPILE = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 BLOCK = 16
-Choice = Literal["maximum", "mse", "mae", "search", "given"]
-CHOICES: tuple[Choice, ...] = ("maximum", "mse", "mae", "search", "given")
+E4M3_MAX = 448.0
+FOUR_OVER_SIX_MAX = 256.0
+"""Largest block scale that S is made for with four-over-six: 1.5 times it is still an E4M3 number."""
+CHOICES = ("maximum", "mse", "mae", "search", "given")
 """How a block comes to its scale, in the order of quantization.c."""
+_NOTHING = torch.empty(0)
+"""Its address is 0."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, None: 3}
 """What is written for every number: what it stands for, in a dtype, or its code (uint8), or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to quantise to NVFP4, in C and in portable torch (`modules/precision/nvfp4.py`, where S is explained)."""
+
+    amax: Tensor | None = None
+    """fp32 largest magnitude (of the rotated tensor with `hadamard`): a scalar, or of the shape of leading axes of the
+    tensor (per expert, per row; not of R where axis is -2). None: taken from the tensor."""
+    inverse_scale: Tensor | None = None
+    """fp32 S itself instead of that of `amax`, of a shape that `amax` may have."""
+    stacked: bool = False
+    """Without `amax`, take one for each leading index ([E, O, I]: per expert)."""
+    tiles: bool = False
+    """One scale for each 16x16 tile of the last two axes instead of each 16 numbers; rows that fill no whole tile make
+    a smaller one. Then quantising and transposing may be exchanged."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """To the nearest (ties to even), or unbiased with random bits of `generator`."""
+    generator: torch.Generator | None = None
+    """On the device of the tensor; None: torch's global one."""
+    four_over_six: Literal["mse", "mae"] | None = None
+    """Map a block's (tile's) largest magnitude onto 4 instead of 6 where that makes the sum of squared, or absolute,
+    errors smaller."""
+    scales: Tensor | None = None
+    """float8_e4m3fn [..., K/16] to take instead of those of the maxima."""
+    axis: int = -1
+    """Along which blocks lie: -1 (K), or -2 (R), as in the transposed tensor. `nvfp4.quantize` then returns the
+    transposed tensor; values are laid out as the tensor is, either way."""
+    hadamard: bool = False
+    """Rotate every 16 numbers along the axis first (`hadamard.rotate`); they stay rotated."""
+
+    @property
+    def bound(self) -> float:
+        """Largest block scale that S is made for."""
+        return FOUR_OVER_SIX_MAX if self.four_over_six else E4M3_MAX
 
 
 class Job(ctypes.Structure):
@@ -32,7 +72,7 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("along_rows", "hadamard", "tiles", "choice")),
         ("denominator", ctypes.c_float),
         ("rows_per_scale", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("encode", "amax", "bits", "given", "out")),
+        *((name, ctypes.c_void_p) for name in ("inverse_scale", "amax", "bits", "given", "out")),
         *((name, ctypes.c_int64) for name in ("kind", "unscaled")),
         ("scales", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
@@ -51,6 +91,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         for function in ("quantize", "rotate", "mxfp8", "amax", "fp8"):
             getattr(library, f"superbolt_{function}").restype = None
     return library, status
+
+
+def _library() -> ctypes.CDLL:
+    library, _ = load()
+    assert library is not None
+    return library
 
 
 def applies(x: Tensor) -> bool:
@@ -93,82 +139,70 @@ def amax(x: Tensor, *, axis: int = -1, hadamard: bool = False, stacked: bool = F
     Returns:
         fp32 scalar, or [E].
     """
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
     job = _job(x, axis, hadamard)
     strips = torch.empty(job.matrices, (job.rows + BLOCK - 1) // BLOCK)
-    library.superbolt_amax(ctypes.byref(job), strips.data_ptr())
+    _library().superbolt_amax(ctypes.byref(job), strips.data_ptr())
     return strips.view(len(x), -1).amax(1) if stacked else strips.amax()
 
 
 def quantize(
     x: Tensor,
-    encode: Tensor,
+    options: Options,
+    inverse_scale: Tensor,
     largest: Tensor,
+    bits: Tensor | None,
     *,
     kind: torch.dtype | None,
-    choice: Choice = "maximum",
-    bound: float = 448.0,
-    axis: int = -1,
-    hadamard: bool = False,
-    tiles: bool = False,
-    bits: Tensor | None = None,
-    given: Tensor | None = None,
+    search: bool = False,
     unscaled: bool = False,
     keep_scales: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Round a tensor to NVFP4.
 
     Args:
         x: [..., R, K], fp32 or bf16.
-        encode: fp32 S, a scalar or of the shape of leading axes of `x` (not of R where axis is -2).
-        largest: fp32 largest magnitude that S belongs to, like `encode`.
+        options: of them the layout, and how a block comes to its scale.
+        inverse_scale: fp32 S, a scalar or of the shape of leading axes of `x` (not of R where the axis is -2).
+        largest: fp32 largest magnitude that S belongs to, like `inverse_scale`.
+        bits: uint8 like `x`: round stochastically; None: to the nearest.
         kind: what to return of every number, see KINDS.
-        choice: how a block comes to its scale; "mse" and "mae" are four-over-six.
-        bound: largest block scale S was made for.
-        axis: along which blocks lie: -1 or -2.
-        hadamard: transform blocks first.
-        tiles: one scale for 16 neighbouring blocks.
-        bits: uint8 like `x`: round stochastically.
-        given: fp32 scales, laid out as those returned, for choice "given".
+        search: take the block scales with the smallest squared errors.
         unscaled: leave S out of the numbers returned.
         keep_scales: return the scales.
 
     Returns:
-        (numbers or codes laid out as `x`, or None; fp32 scales [..., R, K/16], or [..., K, R/16] where axis is -2, or
-        None).
+        (numbers or codes laid out as `x`; fp32 scales [..., R, K/16], or [..., K, R/16] where the axis is -2): empty
+        where they were not asked for.
     """
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
-    encode, largest = encode.contiguous(), largest.expand_as(encode).contiguous()
-    job = _job(x, axis, hadamard)
-    out = None if kind is None else torch.empty_like(x, dtype=kind)
-    blocks, lanes = (job.rows, job.columns) if axis == -2 else (job.columns, job.rows)
+    inverse_scale, largest = inverse_scale.contiguous(), largest.expand_as(inverse_scale).contiguous()
+    job = _job(x, options.axis, options.hadamard)
+    out = _NOTHING if kind is None else torch.empty_like(x, dtype=kind)
+    blocks, lanes = (job.rows, job.columns) if options.axis == -2 else (job.columns, job.rows)
     leading = (*x.shape[:-2], lanes) if x.ndim > 1 else ()
-    scales = torch.empty(*leading, blocks // BLOCK) if keep_scales else None
+    scales = torch.empty(*leading, blocks // BLOCK) if keep_scales else _NOTHING
     bits = None if bits is None else bits.contiguous()
-    given = None if given is None else given.contiguous()
-    job.encode, job.amax = encode.data_ptr(), largest.data_ptr()
-    job.rows_per_scale = job.matrices * job.rows // encode.numel()
-    job.tiles, job.choice, job.denominator = tiles, CHOICES.index(choice), 6 * bound
+    given = None if options.scales is None else options.scales.float().contiguous()
+    choice = "search" if search else "given" if given is not None else options.four_over_six or "maximum"
+    job.inverse_scale, job.amax = inverse_scale.data_ptr(), largest.data_ptr()
+    job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
+    job.tiles, job.choice, job.denominator = options.tiles, CHOICES.index(choice), 6 * options.bound
     job.kind, job.unscaled = KINDS[kind], unscaled
-    for name, tensor in (("bits", bits), ("given", given), ("out", out), ("scales", scales)):
-        setattr(job, name, None if tensor is None else tensor.data_ptr())
-    library.superbolt_quantize(ctypes.byref(job))
+    job.out, job.scales = out.data_ptr(), scales.data_ptr()
+    job.bits = None if bits is None else bits.data_ptr()
+    job.given = None if given is None else given.data_ptr()
+    _library().superbolt_quantize(ctypes.byref(job))
     return out, scales
 
 
 def _map(function: str, x: Tensor, axis: int, hadamard: bool) -> Tensor:
     """Return what a function of the library makes of a tensor, in its dtype."""
-    library, _ = load()
-    assert library is not None
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     job = _job(x, axis, hadamard)
     job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
-    getattr(library, function)(ctypes.byref(job))
+    getattr(_library(), function)(ctypes.byref(job))
     return out
 
 
@@ -192,21 +226,20 @@ def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
     return _map("superbolt_mxfp8", x, axis, hadamard=False)
 
 
-def fp8(x: Tensor, encode: Tensor, dtype: torch.dtype, unscaled: bool = False) -> Tensor:
+def fp8(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype, unscaled: bool = False) -> Tensor:
     """Return what FP8 leaves of a tensor, in its dtype.
 
     Args:
         x: [..., R, K], fp32 or bf16.
-        encode: fp32 scale, a scalar or of the shape of leading axes of `x`.
+        inverse_scale: fp32 S, a scalar or of the shape of leading axes of `x`.
         dtype: float8_e4m3fn or float8_e5m2.
         unscaled: return the numbers of FP8 themselves instead, in bf16, which holds them exactly.
     """
-    library, _ = load()
-    assert library is not None
-    x, encode = x.detach().contiguous(), encode.contiguous()
+    x, inverse_scale = x.detach().contiguous(), inverse_scale.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16 if unscaled else None)
     job = _job(x, -2, hadamard=False)
-    job.out, job.kind, job.encode, job.unscaled = out.data_ptr(), KINDS[out.dtype], encode.data_ptr(), unscaled
-    job.rows_per_scale = job.matrices * job.rows // encode.numel()
-    library.superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
+    job.out, job.kind, job.unscaled = out.data_ptr(), KINDS[out.dtype], unscaled
+    job.inverse_scale = inverse_scale.data_ptr()
+    job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
+    _library().superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
     return out

@@ -204,15 +204,13 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
             axis=axis,
             hadamard=hadamard,
         )
-        if arithmetic.observer is None:
-            operand = Operand(*nvfp4.gemm_operand(x, **options))
-        else:
-            values, scale, bound = nvfp4.gemm_operand_and_bound(x, **options)
-            operand = Operand(values, scale)
+        values, scale, bound = nvfp4.gemm_operand(x, options, arithmetic.observer is not None)
+        operand = Operand(values, scale)
     elif chosen == "mxfp8":
         operand = Operand(mxfp8.quantize_dequantize(x, axis=axis), _one(x))
     elif chosen == "fp8":
-        operand = Operand(*fp8.gemm_operand(x, amax=amax, dtype=_FP8[kind], stacked=stacked))
+        inverse_scale = fp8.inverse_scale_of(tensor_amax(x, stacked) if amax is None else amax, _FP8[kind])
+        operand = Operand(*fp8.gemm_operand(x, inverse_scale, _FP8[kind]))
     else:
         return Operand(x, _one(x))
     if arithmetic.observer is not None:
@@ -227,8 +225,8 @@ def _round(scheme: Scheme, product: str, kind: Kind, x: Tensor, axis: int, amax:
 def _tensor_scale(chosen: Format, kind: Kind, amax: Tensor) -> Tensor:
     """Return what the values of an operand with this fp32 largest magnitude are multiplied by."""
     if chosen == "nvfp4":
-        return nvfp4.encode_scale(amax).reciprocal()
-    return fp8.encode_scale(amax, _FP8[kind]).reciprocal() if chosen == "fp8" else torch.ones_like(amax)
+        return nvfp4.inverse_scale_of(amax).reciprocal()
+    return fp8.inverse_scale_of(amax, _FP8[kind]).reciprocal() if chosen == "fp8" else torch.ones_like(amax)
 
 
 def _one(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from app.planning.arithmetic import flop_lines, part_formats
 from modules.backbone.flops import decode_flops, matmul_flops, training_flops_per_token
 from modules.backbone.model import Network
-from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats
 from tests.modules.helpers import tiny_config
 
 
@@ -14,7 +14,7 @@ def table_of(*rules: tuple[str, str], **changes: object) -> list[tuple[str, str,
     with torch.device("meta"):
         network = Network(tiny_config(**changes))
     chosen = [PrecisionRule(pattern=pattern, format=chosen) for pattern, chosen in rules]
-    return apply(PrecisionConfig(recipe=None, rules=chosen), network)
+    return assign_formats(PrecisionConfig(recipe=None, rules=chosen), network)
 
 
 def test_every_part_has_a_format() -> None:

@@ -8,7 +8,7 @@ from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.ops import native
 from modules.precision.linear import FormattedModule
-from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats
 from tests.modules.helpers import BF16, assert_close, make_network, tiny_config
 
 CONFIGS = {
@@ -163,7 +163,7 @@ def test_quantised_products_are_not_for_the_c_code():
             module.to(torch.bfloat16)
     assert (network.new_cache(1, 8).native is None) == (native.load()[0] is None)
     for layer in network.backbone.layers:
-        apply(PrecisionConfig(recipe=None, rules=linears), layer)
+        assign_formats(PrecisionConfig(recipe=None, rules=linears), layer)
     assert network.new_cache(1, 8).native is None
     tokens = tokens_of(6)[0][None]
     cache = network.new_cache(1, 6)

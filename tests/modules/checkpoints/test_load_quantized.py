@@ -19,7 +19,8 @@ from modules.checkpoints.source import open_model
 from modules.errors import UserError
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 from modules.precision.quantized import QuantizedWeight, quantize_weight, tensor_scale
-from modules.precision.served import serve
+from modules.precision.quantized_product import install
+from modules.precision.scheme import PlainProduct
 from tests.modules.checkpoints.helpers import public_tensors, write_shards
 from tests.modules.checkpoints.quantized_folders import write_quantized
 from tests.modules.checkpoints.test_load import LARGE, MEASURE
@@ -70,16 +71,16 @@ def test_quantised_weights_are_served(tmp_path, layout) -> None:
     for name, module in expected.named_modules():
         if isinstance(module, GroupedLinear):
             before, which = name.split(".experts.")
-            serve(module, [weights[f"{before}.experts.{expert}.{which}.weight"] for expert in range(8)])
+            install(module, [weights[f"{before}.experts.{expert}.{which}.weight"] for expert in range(8)])
         elif isinstance(module, Linear) and f"{name}.weight" in weights:
-            serve(module, [weights[f"{name}.weight"]])
+            install(module, [weights[f"{name}.weight"]])
         elif isinstance(module, Attention):
             module.kv_scales = KV[name]
     assert torch.equal(hidden(loaded.network), hidden(expected))
     assert not torch.equal(hidden(expected), hidden(load_model(tmp_path / "bf16").network))
     for (name, module), other in zip(loaded.network.named_modules(), expected.modules(), strict=True):
         if isinstance(module, FormattedModule):
-            assert (module.format, module.served is None) == (other.format, other.served is None), name
+            assert (module.format, type(module.product)) == (other.format, type(other.product)), name
             assert torch.equal(module.weight, other.weight), name
         if isinstance(module, Attention):
             assert module.kv_scales == KV[name]
@@ -100,7 +101,7 @@ def test_a_dtype_loads_plain_dequantised_weights(tmp_path, dtype) -> None:
             assert torch.equal(tensor, dequantize_weight(weights[name]).to(tensor.dtype)), name
     for module in loaded.network.modules():
         if isinstance(module, FormattedModule):
-            assert module.served is None
+            assert isinstance(module.product, PlainProduct)
             assert module.format == dtype
         if isinstance(module, Attention):
             assert module.kv_scales is None
@@ -125,7 +126,8 @@ def test_a_run_starts_from_the_dequantised_weights(tmp_path) -> None:
     for name, tensor in public_tensors(network).items():
         if name in weights:
             assert torch.equal(tensor, dequantize_weight(weights[name])), name
-    assert all(module.served is None for module in network.modules() if isinstance(module, FormattedModule))
+    formatted = [module for module in network.modules() if isinstance(module, FormattedModule)]
+    assert all(isinstance(module.product, PlainProduct) for module in formatted)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")

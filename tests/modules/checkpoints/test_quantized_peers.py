@@ -168,7 +168,7 @@ def test_transformers_computes_the_same_products_of_quantised_inputs(folders, re
 
     Logits alone would say less: where one value of an input falls on the other side of a rounding, all after it moves.
     """
-    pytest.importorskip("modules.precision.served")
+    pytest.importorskip("modules.precision.quantized_product")
     served, plain = (load_model(folders / "dense", dtype=dtype).network for dtype in ("auto", "bf16"))
     seen = 0
     for name, (inputs, theirs) in results["dense"]["layers"].items():

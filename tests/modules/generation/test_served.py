@@ -13,7 +13,7 @@ from modules.generation.session import Session
 from modules.ops import native
 from modules.precision.linear import GroupedLinear, Head, Linear
 from modules.precision.quantized import quantize_weight, tensor_scale
-from modules.precision.served import serve
+from modules.precision.quantized_product import install
 from tests.modules.helpers import make_network, tiny_config
 
 WARM = Sampling(temperature=1.3, top_k=30, top_p=0.95, seed=7)
@@ -35,7 +35,7 @@ def make(kv_scales: tuple[float, float] | None = (0.001, 0.001)) -> Network:
         chosen = "nvfp4" if fits else "fp8"
         scale = tensor_scale(torch.tensor(4.0), chosen)
         matrices = weight if weight.ndim == 3 else weight[None]
-        serve(module, [quantize_weight(matrix, chosen, input_scale=scale) for matrix in matrices])
+        install(module, [quantize_weight(matrix, chosen, input_scale=scale) for matrix in matrices])
     return network
 
 
@@ -70,7 +70,7 @@ def test_nor_is_it_for_layers_that_are_all_served_alike() -> None:
     layers = network.backbone.layers
     for module in layers.modules():
         if isinstance(module, Linear):
-            serve(module, [quantize_weight(module.weight, "nvfp4")])
+            install(module, [quantize_weight(module.weight, "nvfp4")])
     assert not NativeLayers.fits(layers, torch.float32)
 
 

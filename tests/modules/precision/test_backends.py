@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.model import Network
@@ -13,7 +14,7 @@ from modules.precision.backends import EMULATED, transformer_engine
 from modules.precision.backends.torchao import TorchAO
 from modules.precision.backends.transformer_engine import TransformerEngine
 from modules.precision.linear import GroupedLinear, Linear
-from modules.precision.recipe import FormatSwitch, PrecisionConfig, PrecisionRule, apply, quantized_schemes
+from modules.precision.recipe import FormatSwitch, PrecisionConfig, PrecisionRule, assign_formats, quantized_schemes
 from modules.precision.scheme import Arithmetic, Products, Scheme
 from modules.precision.table import precision_lines
 from tests.modules.helpers import assert_close, tiny_config
@@ -45,10 +46,10 @@ def gpu(monkeypatch):
 
 def test_auto_takes_what_runs_and_says_why_not_the_others() -> None:
     built = network()
-    table = apply(PrecisionConfig(), built)
+    table = assign_formats(PrecisionConfig(), built)
     schemes = quantized_schemes(built)
     assert {scheme.backend for scheme in schemes.values()} == {EMULATED}
-    lines = precision_lines(table, built, 2, 8, 2, by_module=False)
+    lines = precision_lines(table, built, 2, by_module=False)
     for chosen in ("nvfp4", "mxfp8"):
         for name in ("transformer_engine", "torchao"):
             assert f"{chosen} not by {name}: no CUDA device" in lines
@@ -61,12 +62,12 @@ def test_a_backend_that_does_not_run_is_a_named_error(name: str) -> None:
         match=rf"^model\.precision\.backend: {name} cannot compute backbone\.layers\.0\.mixer\.in_proj in nvfp4 here: "
         "no CUDA device; take auto or emulated$",
     ):
-        apply(PrecisionConfig(backend=name), network())
+        assign_formats(PrecisionConfig(backend=name), network())
 
 
 def test_the_emulated_backend_can_be_asked_for() -> None:
     built = network()
-    apply(PrecisionConfig(backend="emulated"), built, **ON_A_GPU)
+    assign_formats(PrecisionConfig(backend="emulated"), built, **ON_A_GPU)
     assert {scheme.backend.name for scheme in quantized_schemes(built).values()} == {"emulated"}
 
 
@@ -181,12 +182,12 @@ def test_a_switch_of_one_pass_alone_needs_emulation(engine: Engine, gpu) -> None
     gpu((9, 0))
     layers = nn.ModuleDict({"linear": Linear(64, 64)})
     for switches, expected in (([], "transformer_engine"), ([FormatSwitch(at_tokens=1)], "transformer_engine")):
-        apply(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
-        assert layers["linear"].scheme.backend.name == expected
+        assign_formats(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
+        assert layers["linear"].product.backend.name == expected
     switches = [FormatSwitch(at_tokens=1, products="forward")]
-    apply(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
-    assert layers["linear"].scheme.backend is EMULATED
-    assert layers["linear"].scheme.refused["torchao"].startswith("it computes all three products")
+    assign_formats(PrecisionConfig(recipe=None, rules=FP8, switches=switches), layers, **ON_A_GPU)
+    assert layers["linear"].product.backend is EMULATED
+    assert layers["linear"].product.refused["torchao"].startswith("it computes all three products")
 
 
 def test_transformer_engine_computes_with_our_weights(engine: Engine) -> None:
@@ -194,7 +195,7 @@ def test_transformer_engine_computes_with_our_weights(engine: Engine) -> None:
     scheme = Scheme(uniform("nvfp4"), Arithmetic(hadamard=False), backend)
     module = Linear(64, 32)
     nn.init.normal_(module.weight)
-    module.format, module.scheme = "nvfp4", scheme
+    module.format, module.product = "nvfp4", scheme
     x = torch.randn(3, 5, 64).bfloat16().requires_grad_()
     out = module(x)
     out.sum().backward()
@@ -211,7 +212,7 @@ def test_transformer_engine_computes_experts(engine: Engine) -> None:
     module, plain = GroupedLinear(3, 64, 32), GroupedLinear(3, 64, 32)
     nn.init.normal_(module.weight)
     plain.load_state_dict(module.state_dict())
-    module.format, module.scheme, plain.format = "mxfp8", Scheme(uniform("mxfp8"), Arithmetic(), backend), "bf16"
+    module.format, module.product, plain.format = "mxfp8", Scheme(uniform("mxfp8"), Arithmetic(), backend), "bf16"
     x, offsets = torch.randn(50, 64).bfloat16(), torch.tensor([5, 5, 50], dtype=torch.int32)
     found = []
     for chosen in (module, plain):
@@ -223,3 +224,19 @@ def test_transformer_engine_computes_experts(engine: Engine) -> None:
         assert_close(theirs, ours, 2**-7, name)
     assert engine.recipes == [("MXFP8BlockScaling", {})]
     assert engine.rows == [[32, 0, 64]]
+
+
+def test_products_in_bf16_are_plain_whatever_the_backend() -> None:
+    """After a switch to bf16; other people's kernels have no such product."""
+    generator = torch.Generator().manual_seed(0)
+    x, offsets = torch.randn(6, 32, generator=generator), torch.tensor([4, 6], dtype=torch.int32)
+    linear, grouped = Linear(32, 16), GroupedLinear(2, 32, 16)
+    for module in (linear, grouped):
+        module.weight.data.normal_(generator=generator)
+        module.format, module.product = "nvfp4", Scheme(uniform("bf16"), Arithmetic(), TorchAO())
+    low = x.bfloat16()
+    assert torch.equal(linear(x), F.linear(low, linear.weight.bfloat16()))
+    expected = [
+        F.linear(rows, weight.bfloat16()) for rows, weight in zip((low[:4], low[4:]), grouped.weight, strict=True)
+    ]
+    torch.testing.assert_close(grouped(x, offsets), torch.cat(expected))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from modules.ops.native import library, quantization
+from modules.ops.native.quantization import Options
 from modules.precision import fp8, mxfp8, nvfp4
+from modules.precision.scaling import tensor_amax
 
 SHAPES = [(32,), (32, 48), (20, 32), (48, 21), (3, 16, 32), (2, 16, 21), (2, 2, 16, 16)]
 OPTIONS = list(itertools.product((False, True), ("nearest", "stochastic"), (None, "mse", "mae"), (False, True)))
@@ -65,10 +67,10 @@ def test_every_option(shape, dtype, monkeypatch):
                 "tiles": tiles, "rounding": rounding, "four_over_six": four, "hadamard": hadamard, "axis": axis,
                 "stacked": len(shape) == 3,
             }  # fmt: skip
-            assert_same_bits(*both(lambda o=options: nvfp4.quantize(x, **o), monkeypatch))
-            assert_same_bits(*both(lambda o=options: nvfp4.quantize_dequantize(x, **o), monkeypatch))
+            assert_same_bits(*both(lambda o=options: nvfp4.quantize(x, Options(**o)), monkeypatch))
+            assert_same_bits(*both(lambda o=options: nvfp4.quantize_dequantize(x, Options(**o)), monkeypatch))
             if four is None:
-                assert_same_bits(*both(lambda o=options: nvfp4.gemm_operand(x, **o), monkeypatch))
+                assert_same_bits(*both(lambda o=options: nvfp4.gemm_operand(x, Options(**o), True), monkeypatch))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38])
@@ -78,7 +80,7 @@ def test_extreme_numbers(value, monkeypatch):
         x[3, 7] = value
         options = {"amax": None if amax is None else torch.tensor(amax), "four_over_six": four}
         for function in (nvfp4.quantize, nvfp4.quantize_dequantize):
-            assert_same_bits(*both(lambda f=function, x=x, o=options: f(x, **o), monkeypatch))
+            assert_same_bits(*both(lambda f=function, x=x, o=options: f(x, Options(**o)), monkeypatch))
 
 
 @pytest.mark.parametrize("payload", [0x7F800001, 0x7FFFFFFF, -1, -0x3FFFFF])
@@ -98,9 +100,9 @@ def test_extreme_tensors(size, monkeypatch):
 
 def test_searches_and_given_scales(monkeypatch):
     x = special_numbers((2, 20, 48), torch.float32)
-    scales, portable = both(lambda: nvfp4.mse_scales(x, stacked=True), monkeypatch)
+    scales, portable = both(lambda: nvfp4.mse_scales(x, Options(stacked=True)), monkeypatch)
     assert_same_bits(scales, portable)
-    assert_same_bits(*both(lambda: nvfp4.quantize(x, scales=scales, stacked=True), monkeypatch))
+    assert_same_bits(*both(lambda: nvfp4.quantize(x, Options(scales=scales, stacked=True)), monkeypatch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -111,14 +113,13 @@ def test_eight_bits(shape, dtype, monkeypatch):
         if shape[axis] % 32 == 0:
             assert_same_bits(*both(lambda a=axis: mxfp8.quantize_dequantize(x, axis=a), monkeypatch))
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
-        options = {"dtype": kind, "stacked": len(shape) == 3}
-        assert_same_bits(*both(lambda o=options: fp8.quantize_dequantize(x, **o), monkeypatch))
-        assert_same_bits(*both(lambda o=options: fp8.gemm_operand(x, **o)[0], monkeypatch))
-        frozen = {"dtype": kind, "amax": torch.tensor(0.7)}
-        assert_same_bits(*both(lambda o=frozen: fp8.quantize_dequantize(x, **o), monkeypatch))
+        own, frozen = tensor_amax(x, stacked=len(shape) == 3), torch.tensor(0.7)
+        for scale in (fp8.inverse_scale_of(amax, kind) for amax in (own, frozen)):
+            assert_same_bits(*both(lambda s=scale, k=kind: fp8.quantize_dequantize(x, s, k), monkeypatch))
+            assert_same_bits(*both(lambda s=scale, k=kind: fp8.gemm_operand(x, s, k)[0], monkeypatch))
     if len(shape) == 2:
-        rows = {"amax": x.abs().amax(1)}
-        assert_same_bits(*both(lambda: fp8.quantize_dequantize(x, **rows), monkeypatch))
+        rows = fp8.inverse_scale_of(x.abs().amax(1).float())
+        assert_same_bits(*both(lambda: fp8.quantize_dequantize(x, rows), monkeypatch))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-45, 3.4e38])
@@ -126,14 +127,16 @@ def test_extreme_numbers_in_eight_bits(value, monkeypatch):
     for dtype, size in itertools.product((torch.float32, torch.bfloat16), (1e-42, 1e-38, 1.0)):
         x = (torch.randn(33, 64) * size).to(dtype)
         x[3, 7] = value
-        for function in (mxfp8.quantize_dequantize, fp8.quantize_dequantize):
-            assert_same_bits(*both(lambda f=function, x=x: f(x), monkeypatch))
+        assert_same_bits(*both(lambda x=x: mxfp8.quantize_dequantize(x), monkeypatch))
+        scale = fp8.inverse_scale_of(tensor_amax(x))
+        assert_same_bits(*both(lambda x=x, s=scale: fp8.quantize_dequantize(x, s), monkeypatch))
 
 
 def test_scales_of_rows(monkeypatch):
     x = torch.randn(20, 48)
     for options in ({}, {"four_over_six": "mae"}):
-        assert_same_bits(*both(lambda o=options: nvfp4.quantize_dequantize(x, amax=x.abs().amax(1), **o), monkeypatch))
+        given = Options(amax=x.abs().amax(1), **options)
+        assert_same_bits(*both(lambda o=given: nvfp4.quantize_dequantize(x, o), monkeypatch))
 
 
 def test_many_threads_give_the_same_bits():
@@ -144,7 +147,8 @@ def test_many_threads_give_the_same_bits():
         for count in (1, 2):
             torch.set_num_threads(count)
             generator = torch.Generator().manual_seed(0)
-            results.append(nvfp4.quantize_dequantize(x, rounding="stochastic", generator=generator, hadamard=True))
+            options = Options(rounding="stochastic", generator=generator, hadamard=True)
+            results.append(nvfp4.quantize_dequantize(x, options))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.ops.native.quantization import Options
 from modules.precision import e2m1, fp8, mxfp8, nvfp4
 from modules.precision.backends import EMULATED
-from modules.precision.hadamard import hadamard_matrix
 from modules.precision.linear import GroupedLinear, Linear
+from modules.precision.scaling import tensor_amax
 from modules.precision.scheme import Arithmetic, Products, Scheme
-from tests.modules.helpers import assert_close
+from tests.modules.helpers import assert_close, dequantize_nvfp4, hadamard_matrix
 
 BLOCKS = {"nvfp4": 16, "mxfp8": 32, "fp8": 1, "bf16": 1}
 ROUNDED_ONCE = 2**-8
@@ -28,7 +29,7 @@ def make(module: Linear | GroupedLinear, chosen: Scheme, seed: int = 0) -> Linea
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(module.weight.shape, generator=generator) * 0.1
     module.weight.data.copy_(weight.bfloat16())
-    module.format, module.scheme = "nvfp4", chosen
+    module.format, module.product = "nvfp4", chosen
     return module
 
 
@@ -44,11 +45,13 @@ def left_of(x: Tensor, chosen: str, kind: str = "x", tiles: bool = False, hadama
     if chosen == "nvfp4":
         if hadamard:
             x = (x.float().unflatten(-1, (-1, 16)) @ hadamard_matrix()).flatten(-2).bfloat16()
-        return nvfp4.dequantize(nvfp4.quantize(x, tiles=tiles)).double()
+        return dequantize_nvfp4(nvfp4.quantize(x, Options(tiles=tiles))).double()
     if chosen == "mxfp8":
         return mxfp8.dequantize(mxfp8.quantize(x)).double()
     if chosen == "fp8":
-        return fp8.dequantize(fp8.quantize(x, dtype=torch.float8_e5m2 if kind == "g" else torch.float8_e4m3fn)).double()
+        kind = torch.float8_e5m2 if kind == "g" else torch.float8_e4m3fn
+        scale = fp8.inverse_scale_of(tensor_amax(x), kind)
+        return (fp8.quantize(x, scale, kind).float() / scale).double()
     return x.double()
 
 
@@ -180,11 +183,11 @@ def test_stochastic_rounding_is_unbiased_where_the_nearest_is_not(grouped: bool)
     x, grad = numbers(64, 32, seed=1), numbers(64, 48, seed=2)
     sums = [torch.zeros(()), torch.zeros(())]
     for seed in range(draws):
-        module.scheme.arithmetic.reseed(seed)
+        module.product.arithmetic.reseed(seed)
         sums = [
             total + drawn.double() for total, drawn in zip(sums, computed(module, x, grad, *offsets)[1:], strict=True)
         ]
-    module.scheme = scheme(("nvfp4", "nvfp4", "nvfp4"))
+    module.product = scheme(("nvfp4", "nvfp4", "nvfp4"))
     nearest = computed(module, x, grad, *offsets)[1:]
     exact = unrounded(module, x, grad, *offsets)
     for name, total, rounded, wanted in zip(("dx", "dW"), sums, nearest, exact, strict=True):
@@ -198,7 +201,7 @@ def unrounded(module: Linear | GroupedLinear, x: Tensor, grad: Tensor, offsets: 
     if offsets is not None:
         parts, start = [], 0
         for weight, end in zip(module.weight.detach(), offsets.tolist(), strict=True):
-            alone = make(Linear(*reversed(weight.shape)), module.scheme)
+            alone = make(Linear(*reversed(weight.shape)), module.product)
             alone.weight.data.copy_(weight)
             parts.append(unrounded(alone, x[start:end], grad[start:end]))
             start = end
@@ -213,7 +216,7 @@ def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
     module = make(Linear(48, 32), scheme("nvfp4", stochastic_rounding=True))
     drawn = []
     for seed in (1, 1, 2):
-        module.scheme.arithmetic.reseed(seed)
+        module.product.arithmetic.reseed(seed)
         drawn.append(computed(module, numbers(64, 48, seed=1), numbers(64, 32, seed=2)))
     assert all(torch.equal(*pair) for pair in zip(drawn[0], drawn[1], strict=True))
     assert not torch.equal(drawn[0][1], drawn[2][1])
@@ -223,12 +226,12 @@ def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
 def test_an_observer_sees_every_operand_as_it_is_multiplied() -> None:
     module = make(Linear(48, 32), SCHEMES["nvfp4"])
     seen: dict[str, tuple[Tensor, ...]] = {}
-    module.scheme.arithmetic.observer = lambda _, operand, *tensors: seen.update({operand: tensors})
+    module.product.arithmetic.observer = lambda _, operand, *tensors: seen.update({operand: tensors})
     try:
         x, grad = numbers(64, 48, seed=1), numbers(64, 32, seed=2)
         y, dx, dw = computed(module, x, grad)
     finally:
-        module.scheme.arithmetic.observer = None
+        module.product.arithmetic.observer = None
     assert set(seen) == {"fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x"}
     left = {operand: after for operand, (_, after, _) in seen.items()}
     assert_close(y, left["fprop.x"] @ left["fprop.w"].T, ROUNDED_ONCE)

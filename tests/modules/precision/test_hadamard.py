@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modules.ops.native import quantization as native
-from modules.precision.hadamard import hadamard_matrix, rotate
+from modules.precision.hadamard import rotate
+from tests.modules.helpers import hadamard_matrix
 
 
 @pytest.fixture(params=["native", "portable"], autouse=True)

@@ -9,7 +9,7 @@ from torch import nn
 from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.precision.linear import Embedding, FormattedModule, GroupedLinear, Head, Linear
-from modules.precision.recipe import FormatSchedule, FormatSwitch, PrecisionConfig, PrecisionRule, apply
+from modules.precision.recipe import FormatSchedule, FormatSwitch, PrecisionConfig, PrecisionRule, assign_formats
 from tests.modules.helpers import tiny_config
 
 
@@ -25,7 +25,9 @@ def network() -> Network:
 
 
 def test_the_first_match_decides(network: Network) -> None:
-    table = apply(rules(("*.experts.*", "fp32"), ("*.layers.1.*", "bf16"), ("lm_head", "bf16"), ("*", "fp32")), network)
+    table = assign_formats(
+        rules(("*.experts.*", "fp32"), ("*.layers.1.*", "bf16"), ("lm_head", "bf16"), ("*", "fp32")), network
+    )
     chosen = {name: (format_, pattern) for name, format_, pattern in table}
     assert chosen["backbone.layers.1.mixer.experts.up_proj"] == ("fp32", "*.experts.*")
     assert chosen["backbone.layers.1.mixer.shared_experts.up_proj"] == ("bf16", "*.layers.1.*")
@@ -40,7 +42,7 @@ def test_the_first_match_decides(network: Network) -> None:
 
 
 def test_the_table_names_every_formatted_module_once_in_order(network: Network) -> None:
-    table = apply(rules(("*", "bf16")), network)
+    table = assign_formats(rules(("*", "bf16")), network)
     expected = [name for name, module in network.named_modules() if isinstance(module, FormattedModule)]
     assert [name for name, *_ in table] == expected
     parameters = {f"{name}.weight" for name in expected}
@@ -52,17 +54,17 @@ def test_the_table_names_every_formatted_module_once_in_order(network: Network) 
 
 def test_an_unmatched_module_is_an_error(network: Network) -> None:
     with pytest.raises(UserError, match=r"^model\.precision: no pattern matches backbone\.embeddings; end"):
-        apply(rules(("*.layers.*", "bf16"), ("lm_head", "bf16")), network)
+        assign_formats(rules(("*.layers.*", "bf16"), ("lm_head", "bf16")), network)
 
 
 def test_a_pattern_without_a_module_is_an_error(network: Network) -> None:
     with pytest.raises(UserError, match=r"^model\.precision: pattern '\*\.mixers\.\*' matches no module"):
-        apply(rules(("*.mixers.*", "fp32"), ("*", "bf16")), network)
+        assign_formats(rules(("*.mixers.*", "fp32"), ("*", "bf16")), network)
 
 
 def test_a_pattern_hidden_behind_earlier_ones_is_accepted(network: Network) -> None:
     """It names modules that exist; that an earlier rule takes them all is how overrides are written."""
-    apply(rules(("*", "bf16"), ("lm_head", "fp32")), network)
+    assign_formats(rules(("*", "bf16"), ("lm_head", "fp32")), network)
     assert network.lm_head.format == "bf16"
 
 
@@ -80,7 +82,7 @@ def test_modules_equal_torchs_in_their_format(chosen: str) -> None:
     x = torch.randn(5, 8, generator=generator)
     modules = nn.ModuleDict({"linear": Linear(8, 16), "head": Head(8, 16), "experts": GroupedLinear(2, 8, 16)})
     modules["embedding"] = Embedding(7, 8)
-    apply(rules(("*", chosen)), modules)
+    assign_formats(rules(("*", chosen)), modules)
     for parameter in modules.parameters():
         nn.init.normal_(parameter, generator=generator)
     weight = modules["linear"].weight
@@ -105,7 +107,7 @@ def test_super_is_the_published_recipe() -> None:
     """arXiv 2604.12374, table 3."""
     with torch.device("meta"):
         network = Network(tiny_config(hybrid_override_pattern="ME*-M"))
-    chosen = formats(apply(PrecisionConfig(bf16_tail=0), network))
+    chosen = formats(assign_formats(PrecisionConfig(bf16_tail=0), network))
     mxfp8 = {"layers.0.out_proj", "layers.4.out_proj"}
     nvfp4 = {"layers.0.in_proj", "layers.4.in_proj", "layers.3.up_proj", "layers.3.down_proj"}
     nvfp4 |= {f"layers.1.{part}.{side}_proj" for part in ("experts", "shared_experts") for side in ("up", "down")}
@@ -120,7 +122,7 @@ def test_super_is_the_published_recipe() -> None:
 def test_super_fits_networks_without_some_kinds_of_layers() -> None:
     with torch.device("meta"):
         network = Network(tiny_config(hybrid_override_pattern="--", num_nextn_predict_layers=0))
-    assert "nvfp4" in formats(apply(PrecisionConfig(), network)).values()
+    assert "nvfp4" in formats(assign_formats(PrecisionConfig(), network)).values()
 
 
 @pytest.mark.parametrize(("layers", "share", "first"), [(88, 0.15, 74), (7, 0.15, 5), (20, 0.15, 17), (4, 1.0, 0)])
@@ -128,14 +130,16 @@ def test_the_tail_is_the_last_layers_rounded_up(layers: int, share: float, first
     """14 of Super's 88 layers, as its public recipe has it."""
     with torch.device("meta"):
         network = Network(tiny_config(hybrid_override_pattern="-" * layers, num_nextn_predict_layers=0))
-    table = apply(rules(("lm_head", "fp32"), ("*embeddings", "fp32"), ("*", "nvfp4"), bf16_tail=share), network)
+    table = assign_formats(
+        rules(("lm_head", "fp32"), ("*embeddings", "fp32"), ("*", "nvfp4"), bf16_tail=share), network
+    )
     found = {int(row.name.split(".")[2]) for row in table if row.pattern == "bf16_tail"}
     assert found == set(range(first, layers))
     assert all(row.format == "bf16" for row in table if row.pattern == "bf16_tail")
 
 
 def test_the_tail_leaves_what_is_not_quantised_and_mtp_alone(network: Network) -> None:
-    rows = apply(
+    rows = assign_formats(
         rules(("lm_head", "fp32"), ("*embeddings", "fp32"), ("*mtp*", "nvfp4"), ("*", "fp32"), bf16_tail=1), network
     )
     assert {row.format for row in rows if row.name.startswith("mtp.")} == {"nvfp4"}
@@ -143,7 +147,7 @@ def test_the_tail_leaves_what_is_not_quantised_and_mtp_alone(network: Network) -
 
 
 def test_rules_come_before_the_named_recipe(network: Network) -> None:
-    chosen = formats(apply(rules(("*.q_proj", "nvfp4"), recipe="super", bf16_tail=0), network))
+    chosen = formats(assign_formats(rules(("*.q_proj", "nvfp4"), recipe="super", bf16_tail=0), network))
     assert chosen["layers.2.q_proj"] == "nvfp4"
     assert chosen["layers.2.k_proj"] == "bf16"
 
@@ -182,9 +186,9 @@ def test_embedding_and_head_are_not_quantised(network: Network) -> None:
     with pytest.raises(
         ValueError, match=r"^model\.precision: backbone\.embeddings computes in fp32 or bf16 only, not in fp8"
     ):
-        apply(rules(("*", "fp8")), network)
+        assign_formats(rules(("*", "fp8")), network)
     with pytest.raises(UserError, match=r"^model\.precision: lm_head computes in fp32 or bf16 only"):
-        apply(rules(("*embeddings", "bf16"), ("*", "fp8")), network)
+        assign_formats(rules(("*embeddings", "bf16"), ("*", "fp8")), network)
 
 
 def test_a_switch_that_concerns_no_quantised_module_is_an_error(network: Network) -> None:
@@ -192,7 +196,7 @@ def test_a_switch_that_concerns_no_quantised_module_is_an_error(network: Network
     with pytest.raises(
         ValueError, match=r"^model\.precision\.switches: pattern '\*\.q_proj' matches no module in a quant"
     ):
-        apply(PrecisionConfig(switches=switches), network)
+        assign_formats(PrecisionConfig(switches=switches), network)
 
 
 def test_switches_change_the_products_they_name_and_add_up(network: Network) -> None:
@@ -202,14 +206,14 @@ def test_switches_change_the_products_they_name_and_add_up(network: Network) -> 
         FormatSwitch(at_tokens=300),
     ]
     config = PrecisionConfig(switches=switches, bf16_tail=0)
-    apply(config, network)
+    assign_formats(config, network)
     schedule = FormatSchedule(config, network)
     expert = network.get_submodule("backbone.layers.1.mixer.experts.up_proj")
     mamba = network.get_submodule("backbone.layers.0.mixer.in_proj")
     found = {}
     for tokens in (0, 99, 100, 250, 300, 50):  # 50: a run that goes on from an earlier checkpoint
         lines = schedule.switch(tokens)
-        found[tokens] = (*expert.scheme.products, *mamba.scheme.products), len(lines)
+        found[tokens] = (*expert.product.products, *mamba.product.products), len(lines)
     assert found == {
         0: (("nvfp4",) * 6, 0),
         99: (("nvfp4",) * 6, 0),
@@ -224,6 +228,6 @@ def test_switches_change_the_products_they_name_and_add_up(network: Network) -> 
 
 def test_a_switch_says_what_it_does(network: Network) -> None:
     config = PrecisionConfig(switches=[FormatSwitch(at_tokens=100, products="forward")], bf16_tail=0)
-    apply(config, network)
+    assign_formats(config, network)
     lines = FormatSchedule(config, network).switch(1_000)
     assert "from 1,000 tokens on: bf16 fprop, mxfp8 dgrad, mxfp8 wgrad instead of mxfp8 (modules: 1)" in lines

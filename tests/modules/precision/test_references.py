@@ -6,7 +6,9 @@
 import pytest
 import torch
 
+from modules.ops.native.quantization import Options
 from modules.precision import e2m1, nvfp4
+from tests.modules.helpers import dequantize_nvfp4
 from tests.modules.precision.vectors import make
 
 VECTORS = make.load()
@@ -45,7 +47,7 @@ def assert_few_ties(mine, theirs, count, name):
 @pytest.mark.parametrize("case", TRANSFORMER_ENGINE)
 @pytest.mark.parametrize("name", INPUTS)
 def test_transformer_engine(name, case):
-    ours = nvfp4.quantize(VECTORS[name], **TRANSFORMER_ENGINE[case])
+    ours = nvfp4.quantize(VECTORS[name], Options(**TRANSFORMER_ENGINE[case]))
     assert torch.equal(ours.scales.view(torch.uint8), VECTORS[f"{name}/{case}/scales"].view(torch.uint8))
     differing, theirs = differing_codes(ours, e2m1.unpack(VECTORS[f"{name}/{case}/codes"]))
     if case == "te_hadamard" and VECTORS[name].dtype == torch.float32:
@@ -71,7 +73,7 @@ def test_model_optimizer(name):
     different = (ours.codes != codes) & same & (ours.codes & 7 != 0)
     assert_few_ties(ours.codes[different], codes[different], ours.codes.numel(), name)
     # their decoder reads what is equal as ours does, 1/S being amax / 2688 there
-    left = nvfp4.dequantize(ours)
+    left = dequantize_nvfp4(ours)
     equal = same & ~different
     torch.testing.assert_close(left[equal], VECTORS[f"{name}/modelopt/values"][equal], rtol=1e-6, atol=1e-38)
 
@@ -95,7 +97,7 @@ def test_torchao(name):
     codes = e2m1.unpack(theirs.qdata)
     different = (ours.codes != codes) & same
     assert_few_ties(ours.codes[different], codes[different], ours.codes.numel(), name)
-    left, right = nvfp4.dequantize(ours), theirs.dequantize(torch.float32)
+    left, right = dequantize_nvfp4(ours), theirs.dequantize(torch.float32)
     equal = same & ~different
     torch.testing.assert_close(left[equal], right[equal], rtol=1e-6, atol=0)
 
@@ -105,5 +107,5 @@ def test_torchao_reads_our_bytes():
 
     x = torch.randn(64, 128)
     ours = nvfp4.quantize(x)
-    theirs = NVFP4Tensor(e2m1.pack(ours.codes), ours.scales, 16, torch.float32, per_tensor_scale=1 / ours.encode_scale)
-    torch.testing.assert_close(theirs.dequantize(torch.float32), nvfp4.dequantize(ours), rtol=1e-6, atol=0)
+    theirs = NVFP4Tensor(e2m1.pack(ours.codes), ours.scales, 16, torch.float32, per_tensor_scale=1 / ours.inverse_scale)
+    torch.testing.assert_close(theirs.dequantize(torch.float32), dequantize_nvfp4(ours), rtol=1e-6, atol=0)

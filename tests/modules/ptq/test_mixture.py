@@ -9,7 +9,7 @@ import torch
 from modules.backbone.model import Network
 from modules.checkpoints.source import open_model
 from modules.errors import UserError
-from modules.precision.served import serve
+from modules.precision.quantized_product import install
 from modules.ptq.calibration import calibrate
 from modules.ptq.layers import BITS, Rule, counted, decide, effective_bits, find_groups
 from modules.ptq.mixture import CANDIDATES, check_budget, mix
@@ -62,7 +62,7 @@ def test_sensitivity_is_the_mean_kl_of_the_network_with_that_group_quantised(set
     for choice in CANDIDATES:
         changed = sharp_network()
         for layer in group.layers:
-            serve(changed.get_submodule(layer.module), [maker.make(weight, choice) for weight in layer.weights])
+            install(changed.get_submodule(layer.module), [maker.make(weight, choice) for weight in layer.weights])
         q = full_logits(changed).log_softmax(-1)
         expected = float((p.exp() * (p - q)).sum(-1).mean())
         other_way = float((q.exp() * (q - p)).sum(-1).mean())

@@ -13,7 +13,6 @@ Shapes: R rows, E experts, I in-features, O out-features.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,15 @@ from torch import Tensor, nn
 from modules.ops.experts import multiply_rows, row_experts
 from modules.ops.scaled import multiply
 from modules.precision import fp8, nvfp4
+from modules.precision.linear import GroupedLinear, Linear
 from modules.precision.quantized import QuantizedWeight, WeightFormat, gemm_values
-
-if TYPE_CHECKING:
-    from modules.precision.linear import GroupedLinear, Linear
-
 
 _MULTIPLE = 16
 """What both sizes of an FP8 weight are divisible by where the device multiplies it."""
 
 
-class Served:
-    """How a module multiplies by the quantised weight that it holds: bf16 `gemm_values`, or codes of FP8.
+class QuantizedProduct:
+    """Multiplies bf16 inputs by the quantised weight that the module holds: bf16 `gemm_values`, or codes of FP8.
 
     Args:
         format: of the weight, and of the inputs where they are quantised.
@@ -42,18 +38,18 @@ class Served:
     """
 
     def __init__(self, format: WeightFormat, scales: Tensor, input_scales: Tensor | None) -> None:
-        self.format: WeightFormat = format
+        self._format: WeightFormat = format
         self._scales = scales
-        self._encode: Tensor | None = None  # S, of all inputs or [E]
+        self._inverse_scale: Tensor | None = None  # S of all inputs, or [E]
         if input_scales is not None:
             self._scales = scales * input_scales
             alike = bool((input_scales == input_scales[0]).all())
-            self._encode = (input_scales[0] if alike else input_scales).reciprocal()
+            self._inverse_scale = (input_scales[0] if alike else input_scales).reciprocal()
         self._factor = float(self._scales[0])
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Map bf16 [..., I] by [O, I] to bf16 [..., O]."""
-        rows = self._round(x.reshape(-1, x.shape[-1]), self._encode)
+        """See `Product`."""
+        rows = self._round(x.reshape(-1, x.shape[-1]), self._inverse_scale)
         if weight.dtype == torch.float8_e4m3fn and len(rows) and len(weight) % _MULTIPLE == 0:
             out = self._multiply_codes(rows, weight)
         else:
@@ -61,29 +57,30 @@ class Served:
         return out.view(*x.shape[:-1], len(weight))
 
     def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """Map bf16 rows [R, I] sorted by expert, with end rows int32 [E], by [E, O, I] to bf16 [R, O]."""
-        encode = self._encode
-        if encode is not None and encode.ndim:
-            encode = encode[row_experts(len(x), offsets)]
-        return multiply_rows(self._round(x, encode), weight.transpose(1, 2), offsets, self._scales)
+        """See `Product`."""
+        inverse_scale = self._inverse_scale
+        if inverse_scale is not None and inverse_scale.ndim:
+            inverse_scale = inverse_scale[row_experts(len(x), offsets)]
+        return multiply_rows(self._round(x, inverse_scale), weight.transpose(1, 2), offsets, self._scales)
 
     def _multiply_codes(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Map rounded rows [R, I] by codes [O, I] to bf16 [R, O]."""
         codes, one, kind = rows.to(weight.dtype), torch.ones_like(self._scales), F.ScalingType.TensorWise
         return F.scaled_mm(codes, weight.T, self._scales, kind, one, kind, output_dtype=torch.bfloat16)
 
-    def _round(self, x: Tensor, encode: Tensor | None) -> Tensor:
+    def _round(self, x: Tensor, inverse_scale: Tensor | None) -> Tensor:
         """Return inputs [R, I] times S, rounded: bf16, exact; as they are in a weight-only layer."""
-        assert not (x.requires_grad and torch.is_grad_enabled()), "served layers have no gradient"
-        if encode is None:
+        assert not (x.requires_grad and torch.is_grad_enabled()), "layers with quantised weights have no gradient"
+        if inverse_scale is None:
             return x
-        gemm_operand = fp8.gemm_operand if self.format == "fp8" else nvfp4.gemm_operand
-        return gemm_operand(x, encode=encode)[0]
+        if self._format == "fp8":
+            return fp8.gemm_operand(x, inverse_scale)[0]
+        return nvfp4.gemm_operand(x, nvfp4.Options(inverse_scale=inverse_scale))[0]
 
 
 @torch.no_grad()
-def serve(module: "Linear | GroupedLinear", weights: Iterable[QuantizedWeight]) -> None:
-    """Run a module as it is served from now on; its weight becomes bf16 `gemm_values`, or codes of FP8.
+def install(module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight]) -> None:
+    """Give a module a quantised weight to multiply by: it becomes bf16 `gemm_values`, or codes of FP8.
 
     Args:
         module: on its device, not sharded.
@@ -95,18 +92,15 @@ def serve(module: "Linear | GroupedLinear", weights: Iterable[QuantizedWeight]) 
     kinds: set[tuple[WeightFormat, bool]] = set()
     scales: list[Tensor] = []
     input_scales: list[Tensor] = []
-    stack = values if len(shape) == 3 else values[None]
-    for place, weight in zip(stack, weights, strict=True):
+    for place, weight in zip(values.view(-1, *shape[-2:]), weights, strict=True):
         place.copy_(gemm_values(weight))
-        kinds.add((weight.format, weight.input_scale is not None))
+        kinds.add((weight.format, weight.input_scale is None))
         scales.append(weight.scale)
-        if weight.input_scale is not None:
-            input_scales.append(weight.input_scale)
+        input_scales += [] if weight.input_scale is None else [weight.input_scale]
     assert len(kinds) == 1, kinds
     chosen = next(iter(kinds))[0]
     inputs = torch.stack(input_scales).to(device) if input_scales else None
-    module.served = Served(chosen, torch.stack(scales).to(device), inputs)
-    module.format, module.scheme = chosen, None
+    module.format, module.product = chosen, QuantizedProduct(chosen, torch.stack(scales).to(device), inputs)
     if chosen == "fp8" and inputs is not None and _multiplies_fp8(values):
         values = values.to(torch.float8_e4m3fn)  # the codes
     module.weight = nn.Parameter(values, requires_grad=False)
@@ -121,16 +115,11 @@ def _multiplies_fp8(weight: Tensor) -> bool:
 
 
 @contextmanager
-def served(module: "Linear | GroupedLinear", weights: Iterable[QuantizedWeight]) -> Iterator[None]:
-    """Run a module as it is served for a while; afterwards it is what it was, to the bit.
-
-    Args:
-        module: see `serve`.
-        weights: see `serve`.
-    """
-    before = module.weight, module.format, module.scheme, module.served
+def temporarily(module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight]) -> Iterator[None]:
+    """`install` for a while; afterwards the module is what it was, to the bit."""
+    before = module.weight, module.format, module.product
     try:
-        serve(module, weights)
+        install(module, weights)
         yield
     finally:
-        module.weight, module.format, module.scheme, module.served = before
+        module.weight, module.format, module.product = before

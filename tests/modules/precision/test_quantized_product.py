@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import modules.precision.served
+import modules.precision.quantized_product
 from modules.errors import UserError
 from modules.ops.native import quantization as native
 from modules.precision.backends import EMULATED
 from modules.precision.linear import GroupedLinear, Head, Linear
 from modules.precision.quantized import QuantizedWeight, WeightFormat, quantize_weight, tensor_scale
+from modules.precision.quantized_product import install, temporarily
 from modules.precision.recipe import quantized_schemes
 from modules.precision.scheme import Arithmetic, Products, Scheme
-from modules.precision.served import serve, served
 from tests.modules.helpers import assert_close
 
 ROUNDED_ONCE = 2**-8
@@ -96,7 +96,7 @@ def expected(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def test_a_linear_multiplies_what_is_left_of_inputs_and_weight(format, with_inputs, amax, rows) -> None:
     weight = quantized(24, 48, format, amax if with_inputs else None)
     module, x = Linear(48, 24), inputs(rows, 48)
-    serve(module, [weight])
+    install(module, [weight])
     y = module(x)
     assert y.dtype == torch.bfloat16
     assert_close(y, expected(x, weight), ROUNDED_ONCE)
@@ -106,7 +106,7 @@ def test_a_linear_multiplies_what_is_left_of_inputs_and_weight(format, with_inpu
 
 def test_a_linear_takes_any_leading_axes_and_dtypes_and_no_rows() -> None:
     module = Linear(32, 16)
-    serve(module, [quantized(16, 32, "nvfp4", 5.0)])
+    install(module, [quantized(16, 32, "nvfp4", 5.0)])
     x = inputs(6, 32)
     y = module(x)
     assert torch.equal(module(x.view(2, 3, 32)), y.view(2, 3, 16))
@@ -126,7 +126,7 @@ def test_inputs_beyond_the_frozen_largest_saturate() -> None:
         input_scale=torch.tensor(2.0**-11),
     )
     module, x = Linear(16, 1), torch.zeros(4, 16)
-    serve(module, [weight])
+    install(module, [weight])
     x[:, 0] = torch.tensor([1.0, 2688 * 2.0**-11, 50.0, float("inf")])
     assert module(x).flatten().tolist() == [1.03125, 1.3125, 1.3125, 1.3125]
 
@@ -142,7 +142,7 @@ def test_grouped_is_a_loop_over_experts(format, with_inputs, shared) -> None:
     ]
     weights[2] = weights[2]._replace(scale=weights[2].scale * 64)
     module, x = GroupedLinear(4, 32, 24), inputs(40, 32)
-    serve(module, weights)
+    install(module, weights)
     y = module(x, torch.tensor(ends, dtype=torch.int32))
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
@@ -153,7 +153,7 @@ def test_grouped_is_a_loop_over_experts(format, with_inputs, shared) -> None:
 def test_a_head_gives_logits_of_the_lowest_ids_too() -> None:
     weight, x = quantized(24, 32, "fp8", 5.0), inputs(7, 32)
     head = Head(32, 24)
-    serve(head, [weight])
+    install(head, [weight])
     assert_close(head(x), expected(x, weight), ROUNDED_ONCE)
     assert torch.equal(head(x, vocabulary=8), head(x)[:, :8])
     assert head(x).dtype == torch.float32
@@ -163,15 +163,15 @@ def test_codes_of_fp8_give_the_same_product(monkeypatch) -> None:
     """What a GPU computes, on the CPU; rows that are no multiple of 16, a head's lowest ids that are none either."""
     weight, x = quantized(48, 32, "fp8", 5.0), inputs(21, 32)
     plain, head = Linear(32, 48), Head(32, 48)
-    serve(plain, [weight])
-    monkeypatch.setattr(modules.precision.served, "_multiplies_fp8", lambda weight: True)
-    with served(plain, [weight]):
+    install(plain, [weight])
+    monkeypatch.setattr(modules.precision.quantized_product, "_multiplies_fp8", lambda weight: True)
+    with temporarily(plain, [weight]):
         assert plain.weight.dtype == torch.float8_e4m3fn
         y = plain(x.view(3, 7, 32))
         assert plain(x[:0]).shape == (0, 48)
     assert_close(y.view(21, 48), expected(x, weight), ROUNDED_ONCE)
     assert_close(y.view(21, 48), plain(x), ROUNDED_ONCE)
-    serve(head, [weight])
+    install(head, [weight])
     assert_close(head(x, vocabulary=20), expected(x, weight)[:, :20], ROUNDED_ONCE)
 
 
@@ -181,8 +181,8 @@ def test_codes_of_fp8_give_the_same_product(monkeypatch) -> None:
 def test_a_gpu_agrees_with_the_formulas(format, with_inputs, rows) -> None:
     weight, x = quantized(64, 128, format, 5.0 if with_inputs else None), inputs(rows, 128)
     module, grouped = Linear(128, 64).cuda(), GroupedLinear(2, 128, 64).cuda()
-    serve(module, [weight])
-    serve(grouped, [weight, weight])
+    install(module, [weight])
+    install(grouped, [weight, weight])
     assert_close(module(x.cuda()).cpu(), expected(x, weight), 2 * ROUNDED_ONCE)
     ends = torch.tensor([rows // 2, rows], dtype=torch.int32, device="cuda")
     assert_close(grouped(x.cuda(), ends).cpu(), expected(x, weight), 2 * ROUNDED_ONCE)
@@ -191,7 +191,7 @@ def test_a_gpu_agrees_with_the_formulas(format, with_inputs, rows) -> None:
 def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
     module = Linear(32, 16)
     torch.nn.init.normal_(module.weight)
-    module.format, module.scheme = "nvfp4", Scheme(Products.all_in("nvfp4"), Arithmetic(), EMULATED)
+    module.format, module.product = "nvfp4", Scheme(Products.all_in("nvfp4"), Arithmetic(), EMULATED)
     before, x = dict(vars(module)), inputs(5, 32)
     parameter, bits, y = module.weight, module.weight.detach().clone(), module(x)
 
@@ -201,24 +201,27 @@ def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
         assert {name: vars(module)[name] for name in before} == before
         assert torch.equal(module(x), y)
 
-    with served(module, [quantized(16, 32, "fp8", 5.0)]):
+    with temporarily(module, [quantized(16, 32, "fp8", 5.0)]):
         assert quantized_schemes(module) == {}
         first = module(x)
         assert not torch.equal(first, y)
-        with served(module, [quantized(16, 32, "nvfp4", None)]):
+        with temporarily(module, [quantized(16, 32, "nvfp4", None)]):
             assert not torch.equal(module(x), first)
         assert torch.equal(module(x), first)
     check()
-    with pytest.raises(KeyboardInterrupt), served(module, [quantized(16, 32, "fp8", 5.0)]):
+    with pytest.raises(KeyboardInterrupt), temporarily(module, [quantized(16, 32, "fp8", 5.0)]):
         raise KeyboardInterrupt
     check()
-    with pytest.raises(UserError, match="divisible by 16"), served(module, [quantized(16, 24, "nvfp4", 5.0)]):
+    with (
+        pytest.raises(UserError, match="divisible by 16"),
+        temporarily(module, [quantized(16, 24, "nvfp4", 5.0)]),
+    ):
         pass
     check()
 
 
 def test_there_is_no_gradient_that_would_be_wrong() -> None:
     module = Linear(32, 16)
-    serve(module, [quantized(16, 32, "nvfp4", 5.0)])
+    install(module, [quantized(16, 32, "nvfp4", 5.0)])
     with pytest.raises(AssertionError, match="no gradient"):
         module(inputs(2, 32).float().requires_grad_())
