@@ -4,10 +4,10 @@ import torch
 
 from app.quantization.report import choice_lines, expected_size, layer_table, report_lines
 from modules.checkpoints.names import TensorInfo
-from modules.ptq.layers import Group, Layer
+from modules.ptq.layers import Group, LinearGroup
 
-LINEAR = Group("backbone.layers.0.mixer.in_proj", (Layer("in", ("in.weight",), (10, 32)),))
-EXPERTS = Group("backbone.layers.1.mixer.experts.*", (Layer("up", ("up.0.weight", "up.1.weight"), (16, 48)),))
+LINEAR = Group("backbone.layers.0.mixer.in_proj", (LinearGroup("in", ("in.weight",), (10, 32)),))
+EXPERTS = Group("backbone.layers.1.mixer.experts.*", (LinearGroup("up", ("up.0.weight", "up.1.weight"), (16, 48)),))
 STORED = {
     "in.weight": TensorInfo((10, 32), torch.bfloat16),
     "up.0.weight": TensorInfo((16, 48), torch.bfloat16),
