@@ -26,6 +26,7 @@ WARNED = {
     r".*`enable_validation`.*": "a run without validation data is asked for by limit_val_batches: 0",
     r".*Please use DTensor instead and we are deprecating ShardedTensor.*": "inside torch's own checkpoint code",
     r".*torch\.distributed is (disabled|unavailable|uninitialized).*": "inside torch's own checkpoint code",
+    r".*You have overridden `on_before_batch_transfer`.*": "the stage knows which positions are targets",
     r".*It is recommended to use `self.log\(.*sync_dist=True.*": "the modules add up counts over ranks themselves",
     r"FSDP2-wrapped module .* returned a view tensor.*": "no module of ours changes another's output in place",
     r".*find unused parameters.*": "concerns DDP",

@@ -25,7 +25,7 @@ from modules.backbone.initialization import initialize
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
-from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window
+from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
 from modules.checkpoints.start import start_from
 from modules.errors import UserError
 from modules.metrics import Metrics
@@ -235,6 +235,13 @@ class StageModule(LightningModule):
         self.schedule.check_length(self.data.total.tokens)
 
     # ------------------------------------------------------------------------------------------------------ one step
+
+    def on_before_batch_transfer(self, batch: Window | PackedBatch, dataloader_idx: int) -> Window | PackedBatch:
+        """Find the targets of a window, or of a validation's batch, while they are on the host."""
+        parts, depths = (batch.micro_batches, self.mtp_depths) if isinstance(batch, Window) else ([batch], 0)
+        for part in parts:
+            part.positions = target_positions(part.labels, part.document_ids, depths)
+        return batch
 
     def training_step(self, window: Window) -> None:
         """Take one optimiser step."""

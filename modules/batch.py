@@ -34,6 +34,8 @@ class PackedBatch:
     boundaries: Tensor | None = None
     """int32 [n + 1], always on the host: start of each of the n documents in the flattened [B x T] positions, then
     B x T. Follows from `document_ids`; None: worked out by the network, which on a GPU waits for the device."""
+    positions: Tensor | None = None
+    """int64 [n]: where targets are, see `target_positions`; follows from `labels`. None: the head computes all."""
 
     @property
     def text_positions(self) -> Tensor:
@@ -41,13 +43,15 @@ class PackedBatch:
         return (self.document_ids < self.tokens.shape[1]).sum()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the data by name: all but `boundaries`, which follow from them."""
+        """Return the data by name: all but what follows from them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, Tensor) and name != "boundaries"}
+        derived = ("boundaries", "positions")
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor) and name not in derived}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return a batch with `function` of each of `tensors()`."""
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        """Return a batch with `function` of each tensor that goes to a device."""
+        tensors = self.tensors() | ({} if self.positions is None else {"positions": self.positions})
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def pin_memory(self) -> Self:
         """Return a copy in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
@@ -126,6 +130,23 @@ def shifted_labels(labels: Tensor, document_ids: Tensor, shift: int) -> Tensor:
     same = document_ids[:, shift:] == document_ids[:, :-shift]
     shifted[:, :-shift] = torch.where(same, labels[:, shift:], IGNORED_LABEL)
     return shifted
+
+
+def target_positions(labels: Tensor, document_ids: Tensor, depths: int) -> Tensor | None:
+    """Find what the head must compute; called on the host, where nobody waits for the number.
+
+    Args:
+        labels: int64 [B, T], next-token labels.
+        document_ids: int32 [B, T].
+        depths: number M of MTP depths.
+
+    Returns:
+        int64 [n]: where a target is among the next token's [B x T], then those of each MTP depth, [(1 + M) x B x T];
+        None where more than 9 in 10 are one: picking them would cost as much as it saves.
+    """
+    parts = torch.stack([shifted_labels(labels, document_ids, depth) for depth in range(depths + 1)]).flatten()
+    positions = (parts != IGNORED_LABEL).nonzero().flatten()
+    return positions if 10 * len(positions) < 9 * len(parts) else None
 
 
 def count_targets(labels: Tensor, document_ids: Tensor, depths: int) -> Tensor:

@@ -34,7 +34,7 @@ def next_token_loss(
 
     Args:
         network: the network.
-        batch: one micro-batch.
+        batch: one micro-batch; its `positions`, where known, are for these MTP depths.
         counts: [1 + M], targets of each part in the whole step, over all micro-batches and ranks.
         mtp_depths: M.
         mtp_loss_factor: weight of the MTP losses together.
@@ -49,7 +49,9 @@ def next_token_loss(
     scales[0] = 1.0
     scales = scales / counts.clamp(min=1)
     token_weights = scales.repeat_interleave(batch.tokens.numel())
-    loss, results = network.lm_head(hidden, cross_entropy, token_weights=token_weights, labels=labels.flatten())
+    loss, results = network.lm_head(
+        hidden, cross_entropy, positions=batch.positions, token_weights=token_weights, labels=labels.flatten()
+    )
     return NextTokenLoss(loss, results["loss"].view(mtp_depths + 1, -1).sum(1), output)
 
 

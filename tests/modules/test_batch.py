@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.batch import IGNORED_LABEL, PackedBatch, Progress, Window, count_targets, next_token_labels, shifted_labels
+from modules.batch import (
+    IGNORED_LABEL,
+    PackedBatch,
+    Progress,
+    Window,
+    count_targets,
+    next_token_labels,
+    shifted_labels,
+    target_positions,
+)
 from tests.modules.helpers import document_ids, packed_batch
 
 ROWS = {
@@ -71,6 +80,26 @@ def test_count_targets(rows: tuple[list[int], list[int]], depths: int) -> None:
     assert counts.dtype == torch.int64
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("depths", [0, 1, 3])
+def test_target_positions(rows: tuple[list[int], list[int]], depths: int) -> None:
+    tokens, ids = make_inputs(rows)
+    labels = next_token_labels(tokens, ids)
+    labels[0, 2:4] = IGNORED_LABEL
+    flat = [label for depth in range(depths + 1) for row in shift_by_loop(labels, ids, depth) for label in row]
+    assert target_positions(labels, ids, depths).tolist() == [
+        place for place, label in enumerate(flat) if label != -100
+    ]
+
+
+def test_where_nearly_all_are_targets_none_is_picked() -> None:
+    tokens, ids = torch.arange(40).view(2, 20), torch.zeros(2, 20, dtype=torch.int32)
+    labels = next_token_labels(tokens, ids)
+    assert target_positions(labels, ids, 0) is None
+    labels[0, :3] = IGNORED_LABEL
+    assert len(target_positions(labels, ids, 0)) == 35
+
+
 def test_depth_targets_are_further_tokens_of_the_same_document() -> None:
     """Depth k of position t is the token k + 1 ahead of it, in words a person can check."""
     tokens = torch.tensor([[10, 11, 12, 13, 20, 21]])
@@ -95,11 +124,11 @@ def weighted() -> Weighted:
 
 def test_a_stage_extends_the_batch_with_fields_of_its_own() -> None:
     batch = weighted()
-    batch.boundaries = torch.tensor([0, 3, 8])
+    batch.boundaries, batch.positions = torch.tensor([0, 3, 8]), torch.tensor([2])
     assert list(batch.tensors()) == ["tokens", "labels", "document_ids", "weights"]
     for moved in (batch.map(lambda tensor: tensor.to("meta")), batch.to(torch.device("meta"))):
         assert isinstance(moved, Weighted)
-        assert all(tensor.is_meta for tensor in moved.tensors().values())
+        assert all(tensor.is_meta for tensor in (*moved.tensors().values(), moved.positions))
         assert (moved.teacher, moved.source) == (None, "here")
         assert moved.boundaries is batch.boundaries, "borders stay on the host"
     assert not batch.tokens.is_meta

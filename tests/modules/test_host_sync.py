@@ -6,6 +6,7 @@ Lightning's loop. `test_cuda.py` asks CUDA itself.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 
 from modules.backbone import mlp
@@ -40,16 +42,28 @@ NEEDS_A_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class FakeStrategy(LocalStrategy):
-    """Leaves tensors without values where they are: they cannot be moved."""
+    """Takes the values of what is moved to the device."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
 
     def model_to_device(self) -> None:
         pass
 
     def batch_to_device(self, batch: Window, **_) -> Window:
-        return batch
+        return replace(batch, micro_batches=[part.map(self.mode.from_tensor) for part in batch.micro_batches])
 
     def teardown(self) -> None:
         pass
+
+
+class OnHost(Pretraining):
+    """What is done before a batch is moved is done with values."""
+
+    def on_before_batch_transfer(self, batch: Window, dataloader_idx: int) -> Window:
+        with unset_fake_temporarily():
+            return super().on_before_batch_transfer(batch, dataloader_idx)
 
 
 def scan(x, dt, A, B, C, chunk_size, *, D, dt_bias, dt_softplus, seq_idx) -> Tensor:
@@ -79,13 +93,12 @@ def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretr
     for batch in data.batches:
         batch.boundaries = document_boundaries(batch.document_ids) if known_boundaries else None
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # borders are values, on the host
-        data.batches = [batch.map(mode.from_tensor) for batch in data.batches]
-        module = make_module(precision=recipe, **module_changes)
+        module = make_module(cls=OnHost, precision=recipe, **module_changes)
         module.network = Network(module.backbone_config)
         assign_formats(recipe, module.network)
         if module.activation_checkpointing:
             module.network.checkpoint_activations()
-        fit(module, data, strategy=FakeStrategy(), log_every_n_steps=1000)
+        fit(module, data, strategy=FakeStrategy(mode), log_every_n_steps=1000)
     return module
 
 

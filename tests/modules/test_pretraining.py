@@ -114,6 +114,24 @@ def test_the_update_is_that_of_a_plain_loop() -> None:
         assert_close(module.built_network.state_dict()[name], tensor, 1e-3, name)
 
 
+def test_the_head_computes_targets_only_where_few_positions_have_one(monkeypatch) -> None:
+    """Step 1 has few, step 2 nearly all (they are all computed), validation has few."""
+    few, many = packed_batch(document_ids([16]), 64, masked=0.8), packed_batch(document_ids([16] * 3), 64)
+    many.labels.fill_(5)
+    module, seen = make_module(config=tiny_config(num_nextn_predict_layers=0), mtp_depths=0), []
+
+    class Spy(Collector):
+        def on_train_start(self, trainer, pl_module) -> None:
+            pl_module.built_network.lm_head.register_forward_pre_hook(
+                lambda head, inputs, options: seen.append(options["positions"]), with_kwargs=True
+            )
+
+    fit(module, ListData([few, many], validation=[few]), callbacks=[Spy()])
+    expected = (few.labels != -100).flatten().nonzero().flatten().tolist()
+    assert 0 < len(expected) < 8
+    assert [None if found is None else found.tolist() for found in seen] == [expected, None, expected]
+
+
 def test_every_parameter_is_trained() -> None:
     module, untrained = make_module(), make_module()
     fit(module, ListData(row_batches(16), window=2))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.backbone.model import Network
-from modules.batch import PackedBatch
+from modules.batch import PackedBatch, target_positions
 from modules.objectives.next_token import next_token_loss
 from tests.modules.helpers import (
     BF16,
@@ -39,11 +39,14 @@ def by_loop(network: Network, batch: PackedBatch, counts: list[int], depths: int
     return loss, torch.stack(nats)
 
 
-@pytest.mark.parametrize("masked", [0.0, 0.4])
+@pytest.mark.parametrize(("masked", "picked"), [(0.0, False), (0.4, False), (0.4, True)])
 @pytest.mark.parametrize("depths", [0, 1, 2, 3])
-def test_equals_a_loop(depths: int, masked: float) -> None:
+def test_equals_a_loop(depths: int, masked: float, picked: bool) -> None:
     network = make_network(tiny_config(hybrid_override_pattern="M*"))
     batch = packed_batch(document_ids([1, 2, 9], [12]), 64, masked=masked)
+    if picked:
+        batch.positions = target_positions(batch.labels, batch.document_ids, depths)
+        assert len(batch.positions) == counts_of(batch, depths).sum()
     counts = 3 * counts_of(batch, depths)  # those of a window three times as large
     parts = next_token_loss(network, batch, counts, depths, 0.3)
     parts.loss.backward()
