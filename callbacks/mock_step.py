@@ -48,7 +48,7 @@ class MockStep(StepCallback):
             return
         module, source = stage(pl_module), data(trainer)
         rows, length = source.micro_batch_size, source.sequence_length
-        batch = mock_batch(rows, length, source.vocab_size).to(pl_module.device)
+        batch = module.mock_batch(rows, length).to(pl_module.device)
         memory, started = PeakMemory(pl_module.device), time.perf_counter()
         try:
             with isolate_rng():
@@ -65,19 +65,6 @@ class MockStep(StepCallback):
         if trainer.is_global_zero:
             seconds = time.perf_counter() - started
             print(f"{'mock step':<12}{rows} rows of {length} random tokens: {seconds:.2f} s, {used}", flush=True)
-
-
-def mock_batch(rows: int, length: int, vocab_size: int) -> PackedBatch:
-    """Return random tokens, one document a row, a label at every position; the same on all ranks.
-
-    Args:
-        rows: B.
-        length: T.
-        vocab_size: V.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randint(vocab_size, (2, rows, length), generator=generator)
-    return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
 
 
 def mock_step(module: StageModule, micro_batches: list[PackedBatch]) -> None:

@@ -8,7 +8,8 @@ Shapes: M MTP depths, E experts, V vocabulary.
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -34,6 +35,7 @@ from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
 from modules.optim.spikes import SpikeGuardConfig, StepGuard
+from modules.precision.linear import Head
 from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, assign_formats
 
 
@@ -49,6 +51,10 @@ class StageStrategy(Protocol):
 
     def sync_gradients(self, network: nn.Module, sync: bool) -> None:
         """Say whether the next backward passes add up gradients over ranks, or leave that to a later one."""
+        ...
+
+    def lend(self, head: Head) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Gather the head of a network for calls inside another one's; yields a map from hidden states to logits."""
         ...
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", axes: Sequence[str] = ...) -> Tensor:
@@ -194,6 +200,19 @@ class StageModule(LightningModule):
             network.checkpoint_activations()
         return network
 
+    def lay_out(self, network: Network) -> Network:
+        """Shard a network of the meta device and give it memory on this rank's; its weights have no values yet."""
+        self.strategy.shard(network)
+        network.to_empty(device=self.strategy.root_device)
+        network.tie_weights()
+        return network
+
+    def mock_batch(self, rows: int, length: int) -> PackedBatch:
+        """Return random tokens [rows, length], a document a row, a label at every position; the same on all ranks."""
+        generator = torch.Generator().manual_seed(0)
+        tokens, labels = torch.randint(self.data.vocab_size, (2, rows, length), generator=generator)
+        return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
+
     def configure_model(self) -> None:
         """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
@@ -216,9 +235,7 @@ class StageModule(LightningModule):
                 # A compiled mixture with FSDP2's hooks inside computes garbage for its shapes (fp32, torch 2.13).
                 if isinstance(layer, Layer) and layer.letter != "E":
                     layer.compile()
-        self.strategy.shard(network)
-        network.to_empty(device=device)
-        network.tie_weights()
+        self.lay_out(network)
         if self.init_from is None:
             initialize(network, self.seed)
         else:

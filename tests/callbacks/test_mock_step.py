@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.mock_step import MockStep, is_out_of_memory, mock_batch
+from callbacks.mock_step import MockStep, is_out_of_memory
 from callbacks.random_state import random_state
 from modules.base import MicroBatchLoss
 from modules.batch import PackedBatch
@@ -115,7 +115,7 @@ def test_the_batch_is_the_largest_there_can_be() -> None:
     assert counts_of(batch, 2).tolist() == [48, 45, 42]
     dtypes = [tensor.dtype for tensor in batch.tensors().values()]
     assert dtypes == [tensor.dtype for tensor in row_batches(1)[0].tensors().values()]
-    again = mock_batch(3, 16, 64)
+    again = module.mock_batch(3, 16)
     assert torch.equal(batch.tokens, again.tokens)
 
 

@@ -1,6 +1,7 @@
 """Small networks, batches, trainers and comparisons that the module tests share."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -167,6 +168,10 @@ class LocalStrategy(SingleDeviceStrategy):
 
     def shard(self, network: nn.Module) -> None:
         pass
+
+    @contextmanager
+    def lend(self, head):
+        yield head.logits
 
     def sync_gradients(self, network: nn.Module, sync: bool) -> None:
         pass
