@@ -132,32 +132,32 @@ class Network(nn.Module):
         return Output(hidden, mtp_hidden, routings + mtp_routings)
 
     def draft(
-        self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None, hold: bool = False
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        cache: Cache,
+        counts: list[int] | None = None,
+        hold: bool = False,
+        whole: bool = True,
     ) -> Tensor:
         """Apply the MTP block once, going on from what `cache` holds.
 
         Args:
             tokens: int64 [B, T], the token one ahead of each position.
             hidden: [B, T, D], normalised hidden states of the network, or of this method for the position before.
-            cache: see `new_mtp_cache`.
+            cache: see `new_cache`.
             counts: as in `forward`.
             hold: as in `forward`.
+            whole: see `MTPBlock`; False for a prompt, where only the cache is wanted: half the work.
 
         Returns:
             [B, T, D], normalised; `logits` of it predict the token two ahead of each position.
         """
         assert self.mtp is not None, "the network has an MTP block"
         cache.begin(tokens.shape[1], counts, hold)
-        drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
+        drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole)
         cache.end()
         return drafted
-
-    def remember(self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None) -> None:
-        """Do what `draft` does to the cache, where its result is not wanted: half the work for a prompt."""
-        assert self.mtp is not None, "the network has an MTP block"
-        cache.begin(tokens.shape[1], counts, False)
-        self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
-        cache.end()
 
     def new_cache(
         self,
@@ -165,20 +165,20 @@ class Network(nn.Module):
         capacity: int,
         state_dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        mtp: bool = False,
     ) -> Cache:
-        """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`."""
-        return self._cache_of(self.backbone.layers, rows, capacity, state_dtype, generator)
-
-    def new_mtp_cache(
-        self,
-        rows: int,
-        capacity: int,
-        state_dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-    ) -> Cache:
-        """Return an empty cache of the MTP block; see `Cache`."""
-        assert self.mtp is not None, "the network has an MTP block"
-        return self._cache_of(self.mtp.layers, rows, capacity, state_dtype, generator)
+        """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`. With `mtp`, of the MTP block."""
+        block = self.mtp if mtp else self.backbone
+        assert block is not None, "the network has an MTP block"
+        return Cache(
+            self.config,
+            [(layer.letter, layer.state_dtype) for layer in cast(list[Layer], block.layers)],
+            rows=rows,
+            capacity=capacity,
+            state_dtype=state_dtype,
+            device=self.backbone.embeddings.weight.device,
+            generator=generator,
+        )
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""
@@ -232,24 +232,6 @@ class Network(nn.Module):
         hidden = self.backbone.norm_f(x)
         cache.end()
         return Output(hidden, [], [])
-
-    def _cache_of(
-        self,
-        layers: nn.ModuleList,
-        rows: int,
-        capacity: int,
-        state_dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ) -> Cache:
-        return Cache(
-            self.config,
-            [(layer.letter, layer.state_dtype) for layer in cast(list[Layer], layers)],
-            rows=rows,
-            capacity=capacity,
-            state_dtype=state_dtype,
-            device=self.backbone.embeddings.weight.device,
-            generator=generator,
-        )
 
     def _run_mtp(
         self, hidden: Tensor, tokens: Tensor, documents: DocumentLayout | None, depths: int

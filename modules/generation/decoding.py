@@ -134,7 +134,7 @@ class PlainDecoder:
             counts = [len(part) for part in parts]
             width = max(counts)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=self.device)
-            hidden = self.runner.forward(tokens, counts)
+            hidden = self.runner.run(tokens, counts=counts)
             self._passed(tokens, hidden, counts)
             for row, prompt in enumerate(prompts):
                 if start < len(prompt) <= start + chunk:
@@ -154,7 +154,7 @@ class PlainDecoder:
     def step(self, rows: list[Row]) -> Step:
         """Choose the next token of each row."""
         if self._chosen is not None:
-            self._last = self.runner.forward(self._chosen[:, None])[:, -1]
+            self._last = self.runner.run(self._chosen[:, None])[:, -1]
         assert self._last is not None, "prompts come first"
         logits = self.network.logits(self._last)
         self._chosen = chosen = self._choose(logits, rows)

@@ -8,7 +8,7 @@ Shapes: B rows, T new positions, D hidden.
 
 import ctypes
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +24,7 @@ from modules.backbone.layer import Layer
 from modules.backbone.mamba import Mamba2
 from modules.backbone.mlp import MLP
 from modules.backbone.model import Network
+from modules.backbone.mtp import MTPBlock
 from modules.ops.native import COMPILE, MOST_ROWS
 from modules.ops.native.library import load_library
 from modules.precision.linear import FormattedModule
@@ -88,20 +89,17 @@ class NativeLayers:
     It runs as long as the weights stay where they are: a network that was moved goes on with the portable pass.
 
     Args:
-        network: the network; `NativeLayers.fits` holds for its embedding, the layers and the norm.
+        network: the network.
         cache: the cache of these layers.
-        layers: the network's layers or those of its MTP block.
-        final: the norm behind them.
-        join: `enorm`, `hnorm` and `eh_proj` of an MTP block; nothing: it is none.
+        layers: the network's layers or those of its MTP block; `NativeLayers.fits` holds for them and what is around.
+        around: the norm behind them; of an MTP block also `enorm`, `hnorm` and `eh_proj`.
     """
 
-    def __init__(
-        self, network: Network, cache: Cache, layers: Sequence[Layer], final: nn.Module, join: Sequence[nn.Module] = ()
-    ) -> None:
+    def __init__(self, network: Network, cache: Cache, layers: list[Layer], around: list[nn.Module]) -> None:
         self.config, self.cache = network.config, cache
         self.embedding = network.backbone.embeddings
         self.dtype = self.embedding.compute_dtype
-        outer = [self.embedding.weight, *(cast(Tensor, module.weight) for module in (final, *join))]
+        outer = [self.embedding.weight, *(cast(Tensor, module.weight) for module in around)]
         inner = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
         # Kept as they are now, so that weights that were moved cannot lie where these lay.
         self._weights = [tensor.detach() for tensor in (*outer, *inner)]
@@ -114,13 +112,27 @@ class NativeLayers:
         )
         for name, weight in zip(("embedding", "final", "enorm", "hnorm"), outer, strict=False):
             setattr(self.given, name, weight.data_ptr())
-        if join:
+        if len(around) > 1:
             self.given.join = describe_linear(outer[-1])
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._enough = (0, 0)
         self._held: list[Tensor] = []
         self.starts = (ctypes.c_int64 * 0)()
         """Positions before those of a pass, by row."""
+
+    @classmethod
+    def describe(cls, network: Network, cache: Cache, state_dtype: torch.dtype, mtp: bool) -> "NativeLayers | None":
+        """Return the network's layers or those of its MTP block; None: the C code is not for them."""
+        block = network.mtp if mtp else network.backbone
+        assert block is not None, "the network has an MTP block"
+        layers = [cast(Layer, layer) for layer in block.layers]
+        around: list[nn.Module] = [network.backbone.norm_f]
+        if isinstance(block, MTPBlock):
+            around = [layers[-1].get_submodule("final_layernorm")]
+            around += [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
+        if not cls.fits([*layers, network.backbone.embeddings, *around], state_dtype):
+            return None
+        return cls(network, cache, layers, around)
 
     @staticmethod
     def fits(modules: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
@@ -154,16 +166,14 @@ class NativeLayers:
             and self.embedding.weight.data_ptr() == self.given.embedding
         )
 
-    def run(
-        self, tokens: Tensor, hidden: Tensor | None = None, hold: bool = False, layers: int | None = None
-    ) -> Tensor:
+    def run(self, tokens: Tensor, hidden: Tensor | None, hold: bool, whole: bool) -> Tensor:
         """Run embedding, layers and norm.
 
         Args:
             tokens: int64 [B, T].
             hidden: [B, T, D] of the positions, for an MTP block.
             hold: leave the cache as it is until `advance` says how many tokens it takes over.
-            layers: how many of the first layers to run; None: all. What is returned has a meaning only after all.
+            whole: see `MTPBlock`.
 
         Returns:
             [B, T, D] in the compute dtype.
@@ -175,8 +185,8 @@ class NativeLayers:
         assert rows == len(self.cache.lengths), f"{rows} rows of tokens in a cache of {len(self.cache.lengths)}"
         self.cache.begin(length, None, hold)
         self.prepare(length, hold)
-        if layers is not None:
-            self.given.layers = layers
+        if not whole:
+            self.given.layers = max(n for n, state in enumerate([True, *self.cache.states]) if state)
         memory = self.scratch(rows, length)
         out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
         if hidden is not None:

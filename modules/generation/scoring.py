@@ -109,7 +109,7 @@ def _score_pieces(networks: list[Network], tokens: Tensor, valid: Tensor, batch_
         piece = slice(start, min(start + batch_tokens, length))
         part = tokens[:, piece]
         hidden = [
-            split((network(part).hidden if runner is None else runner.forward(part))[valid[:, piece]])
+            split((network(part).hidden if runner is None else runner.run(part))[valid[:, piece]])
             for network, runner in zip(networks, runners, strict=True)
         ]
         targets = split(tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]])

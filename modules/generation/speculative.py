@@ -35,7 +35,7 @@ from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
 from modules.generation.native_round import NativeRounds
-from modules.generation.runner import MTPRunner
+from modules.generation.runner import Runner
 from modules.generation.sampling import distribution, draw
 from modules.ops import native
 
@@ -104,7 +104,7 @@ class SpeculativeDecoder(PlainDecoder):
         # A round may run past the end of a row; what it writes there is cut off.
         capacity += decoding.draft_tokens
         super().__init__(network, rows, capacity, decoding)
-        self.mtp_runner = MTPRunner(network, rows, capacity, decoding.state_dtype, self.generator)
+        self.mtp_runner = Runner(network, rows, capacity, decoding.state_dtype, self.generator, mtp=True)
         vocab_size = network.config.vocab_size
         self._drafted = min(vocab_size, max(DRAFTED_LEAST, vocab_size // DRAFTED_SHARE))
         # The positions that the MTP block has not seen yet: hidden states [B, T, D], the tokens one ahead of them
@@ -152,7 +152,7 @@ class SpeculativeDecoder(PlainDecoder):
         drafts, proposals = self._draft(uniforms)
         block = torch.cat([self._chosen.unsqueeze(1), *drafts], dim=1)
         self._agree(block)
-        hidden = self.runner.forward(block, hold=True)
+        hidden = self.runner.run(block, hold=True)
         logits = self.network.logits(hidden)
         if sampling.greedy:
             verdict = verify_greedily(block[:, 1:], logits)
@@ -188,7 +188,7 @@ class SpeculativeDecoder(PlainDecoder):
         else:
             hidden = torch.cat([self._hidden, hidden], dim=1)
         if max(counts):
-            self.mtp_runner.remember(tokens, hidden[:, :-1], counts)
+            self.mtp_runner.run(tokens, hidden[:, :-1], counts, whole=False)
         self._hidden = _pick(hidden, counts)
 
     def _draft(self, uniforms: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -199,7 +199,7 @@ class SpeculativeDecoder(PlainDecoder):
         hidden = self._catch_up()
         for place in range(self.decoding.draft_tokens):
             if drafts:
-                hidden = self.mtp_runner.draft(drafts[-1], hidden, hold=True)
+                hidden = self.mtp_runner.run(drafts[-1], hidden, hold=True)
             logits = network.logits(hidden, self._drafted)
             if sampling.greedy:
                 drafts.append(native.largest(logits))
@@ -213,8 +213,8 @@ class SpeculativeDecoder(PlainDecoder):
         assert self._hidden is not None
         assert self._ahead is not None
         if min(self._counts) == self._ahead.shape[1]:
-            return self.mtp_runner.draft(self._ahead, self._hidden)[:, -1:]
-        hidden = self.mtp_runner.draft(self._ahead, self._hidden, hold=True)
+            return self.mtp_runner.run(self._ahead, self._hidden)[:, -1:]
+        hidden = self.mtp_runner.run(self._ahead, self._hidden, hold=True)
         self.mtp_runner.advance(self._counts)
         return _pick(hidden, [count - 1 for count in self._counts])
 

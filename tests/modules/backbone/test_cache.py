@@ -6,7 +6,7 @@ import torch
 from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.generation import native
-from modules.generation.runner import MTPRunner, Runner
+from modules.generation.runner import Runner
 from modules.precision.linear import FormattedModule
 from modules.precision.recipe import PrecisionConfig, PrecisionRule, apply
 from tests.modules.helpers import BF16, assert_close, make_network, tiny_config
@@ -62,7 +62,7 @@ def feed(runner: Runner, rows: list[torch.Tensor], sizes: list[int]) -> list[tor
     while start < max(map(len, rows)):
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
         pieces = [row[start : start + size] for row in rows]
-        hidden = runner.forward(padded(pieces), [len(piece) for piece in pieces])
+        hidden = runner.run(padded(pieces), counts=[len(piece) for piece in pieces])
         for part, values, piece in zip(parts, hidden, pieces, strict=True):
             part.append(values[: len(piece)])
         start += size
@@ -84,7 +84,7 @@ def test_rows_of_unequal_length_go_on_together(network):
     runner = Runner(network, len(rows), max(LENGTHS) + 12)
     feed(runner, rows, [16])
     new = torch.stack(more)
-    hidden = torch.cat([runner.forward(new[:, part]) for part in map(slice, (0, 1, 2, 6), (1, 2, 6, 12))], 1)
+    hidden = torch.cat([runner.run(new[:, part]) for part in map(slice, (0, 1, 2, 6), (1, 2, 6, 12))], 1)
     for row, after, values in zip(rows, more, hidden, strict=True):
         assert_close(values, network(torch.cat([row, after])[None]).hidden[0, len(row) :], 2e-5)
 
@@ -95,10 +95,10 @@ def test_held_tokens_are_taken_over_up_to_the_count_of_each_row(network):
     counts = [0, 5, 2, 1]
     runner = Runner(network, len(rows), max(LENGTHS) + 8)
     feed(runner, rows, [16])
-    held = runner.forward(drafts, hold=True)
+    held = runner.run(drafts, hold=True)
     assert runner.cache.lengths == list(LENGTHS)
     runner.advance(counts)
-    hidden = runner.forward(after)
+    hidden = runner.run(after)
     for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
         whole = torch.cat([row, drafts[index]])
         assert_close(held[index], network(whole[None]).hidden[0, len(row) :], 2e-5)
@@ -109,9 +109,9 @@ def test_held_tokens_are_taken_over_up_to_the_count_of_each_row(network):
 def test_held_tokens_that_nobody_takes_over_leave_no_trace(network):
     (row,) = tokens_of(20)
     runner = Runner(network, 1, 30)
-    runner.forward(row[None, :10])
-    runner.forward(torch.full((1, 6), 3), hold=True)
-    hidden = runner.forward(row[None, 10:])
+    runner.run(row[None, :10])
+    runner.run(torch.full((1, 6), 3), hold=True)
+    hidden = runner.run(row[None, 10:])
     assert_close(hidden, network(row[None]).hidden[:, 10:], 2e-5)
 
 
@@ -121,7 +121,7 @@ def test_chosen_rows_go_on_alone_and_repeated(network):
     feed(runner, rows, [16])
     runner.cache.select([3, 1, 3])
     more = torch.stack(tokens_of(4, 4, 4, seed=1))
-    hidden = runner.forward(more)
+    hidden = runner.run(more)
     for values, row, after in zip(hidden, (rows[3], rows[1], rows[3]), more, strict=True):
         assert_close(values, network(torch.cat([row, after])[None]).hidden[0, len(row) :], 2e-5)
 
@@ -132,8 +132,8 @@ def test_a_row_without_new_tokens_stays_as_it_is(network, counts):
     runner = Runner(network, len(rows), max(LENGTHS) + 8)
     feed(runner, rows, [16])
     more, after = tokens_of(*counts, seed=1), torch.stack(tokens_of(*[2] * 4, seed=2))
-    runner.forward(padded(more), counts)
-    hidden = runner.forward(after)
+    runner.run(padded(more), counts=counts)
+    hidden = runner.run(after)
     for values, *parts in zip(hidden, rows, more, after, strict=True):
         assert_close(values, network(torch.cat(parts)[None]).hidden[0, -2:], 2e-5)
 
@@ -141,10 +141,10 @@ def test_a_row_without_new_tokens_stays_as_it_is(network, counts):
 def test_a_cache_outlives_a_move_of_the_weights(network):
     (row,) = tokens_of(20)
     runner = Runner(network, 1, 20)
-    runner.forward(row[None, :18])
-    runner.forward(row[None, 18:19])
+    runner.run(row[None, :18])
+    runner.run(row[None, 18:19])
     network.double().float()
-    assert_close(runner.forward(row[None, 19:]), network(row[None]).hidden[:, 19:], 2e-5)
+    assert_close(runner.run(row[None, 19:]), network(row[None]).hidden[:, 19:], 2e-5)
 
 
 def test_vectors_in_bf16_are_not_for_the_c_code():
@@ -166,14 +166,14 @@ def test_quantised_products_are_not_for_the_c_code():
     tokens = tokens_of(6)[0][None]
     runner = Runner(network, 1, 6)
     with torch.no_grad():
-        assert_close(runner.forward(tokens), network(tokens).hidden, 2e-2)
+        assert_close(runner.run(tokens), network(tokens).hidden, 2e-2)
 
 
 @pytest.mark.parametrize("change", ["select", "restore"])
 def test_held_tokens_are_those_of_the_same_rows_and_moment(network, change):
     runner = Runner(network, 2, 8)
     snapshot = runner.cache.snapshot()
-    runner.forward(torch.zeros(2, 3, dtype=torch.int64), hold=True)
+    runner.run(torch.zeros(2, 3, dtype=torch.int64), hold=True)
     runner.cache.select([1, 0]) if change == "select" else runner.cache.restore(snapshot)
     with pytest.raises(AssertionError):
         runner.advance([1, 1])
@@ -181,7 +181,7 @@ def test_held_tokens_are_those_of_the_same_rows_and_moment(network, change):
 
 def test_no_state_keeps_the_positions_of_a_pass_in_memory(network):
     runner = Runner(network, 1, 512)
-    runner.forward(tokens_of(512)[0][None])
+    runner.run(tokens_of(512)[0][None])
     tensors = [
         value for state in runner.cache.states if state for value in vars(state).values() if torch.is_tensor(value)
     ]
@@ -193,15 +193,15 @@ def test_drafting_equals_the_mtp_chain(mtp_pattern):
     network = make_network(tiny_config(mtp_hybrid_override_pattern=mtp_pattern))
     (row,) = tokens_of(30)
     output = network(row[None], mtp_depths=1)
-    runner = MTPRunner(network, 1, 30)
+    runner = Runner(network, 1, 30, mtp=True)
     parts = []
     for start, end in ((0, 13), (13, 14), (14, 29)):
         if start == 13:  # a draft that is taken back
             snapshot = runner.cache.snapshot()
-            runner.draft(row[None, :1], output.hidden[:, :1])
+            runner.run(row[None, :1], output.hidden[:, :1])
             runner.cache.restore(snapshot)
         ahead = row[None, start + 1 : end + 1]
-        parts.append(runner.draft(ahead, output.hidden[:, start:end]))
+        parts.append(runner.run(ahead, output.hidden[:, start:end]))
     assert_close(torch.cat(parts, 1), output.mtp_hidden[0][:, :29], 2e-5)
 
 

@@ -59,13 +59,13 @@ def test_tokens_equal_those_of_a_loop(network, sampling, batch_size: int, prefil
 def test_samples_of_a_prompt_share_its_prefill(network, monkeypatch) -> None:
     work = [Request(tokens=PROMPTS[2], max_new_tokens=6, key=(0, sample)) for sample in range(4)]
     passes: list[torch.Size] = []
-    forward = Runner.forward
+    run = Runner.run
 
-    def seen(self: Runner, tokens: torch.Tensor, *options: list[int] | None) -> torch.Tensor:
+    def seen(self: Runner, tokens: torch.Tensor, **options: list[int]) -> torch.Tensor:
         passes.append(tokens.shape)
-        return forward(self, tokens, *options)
+        return run(self, tokens, **options)
 
-    monkeypatch.setattr(Runner, "forward", seen)
+    monkeypatch.setattr(Runner, "run", seen)
     found = [completion.tokens for completion in generate(network, work, WARM)]
     assert found == [loop(network, PROMPTS[2], 6, WARM, (0, sample))[0] for sample in range(4)]
     assert len(set(map(tuple, found))) > 1

@@ -8,7 +8,7 @@ from modules.backbone.model import Network
 from modules.generation import native
 from modules.generation.engine import Request, generate
 from modules.generation.native import NativeLayers
-from modules.generation.runner import MTPRunner, Runner
+from modules.generation.runner import Runner
 from modules.generation.sampling import Sampling
 from modules.generation.scoring import score
 from modules.generation.session import Session
@@ -58,12 +58,12 @@ def full_logprobs(network: Network, tokens: list[int]) -> torch.Tensor:
 
 def test_the_c_code_is_for_other_networks(network) -> None:
     assert Runner(network, 1, 8).native is None
-    assert MTPRunner(network, 1, 8).native is None
+    assert Runner(network, 1, 8, mtp=True).native is None
     plain = make_network(tiny_config()).eval()
     assert (Runner(plain, 1, 8).native is None) == (native.load()[0] is None)
     plain.backbone.layers[2].mixer.kv_scales = (1.0, 1.0)
     assert Runner(plain, 1, 8).native is None, "FP8 keys and values alone"
-    assert (MTPRunner(plain, 1, 8).native is None) == (native.load()[0] is None), "they are not the MTP block's"
+    assert (Runner(plain, 1, 8, mtp=True).native is None) == (native.load()[0] is None), "they are not the MTP block's"
 
 
 def test_nor_is_it_for_layers_that_are_all_served_alike() -> None:
