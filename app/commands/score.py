@@ -96,15 +96,12 @@ def _answer(
         networks: the network, and the reference if there is one.
         batch_tokens: positions in a forward pass.
     """
-    import torch
-
     from datamodules.progress import Progress
     from modules.generation import scoring
 
     lengths = [len(row.ids) for row in tokens]
     todo = [window for window in windows(lengths, WINDOW_BATCHES * batch_tokens) if window.stop > answers.count]
-    done = sum(lengths[: todo[0].start])
-    with torch.inference_mode(), Progress("scoring", sum(lengths), done, unit="tokens") as progress:
+    with Progress("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
         for window in todo:
             ids = [tokens[index].ids for index in window]
             scored: dict[int, scoring.Scores] = {}

@@ -167,7 +167,6 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         return self._score([(context, continuation) for _, context, continuation in requests])
 
-    @torch.inference_mode()
     def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether it is the greedy one."""
         most = None if self._max_length is None else self._max_length + 1

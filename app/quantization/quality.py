@@ -4,14 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from datamodules.progress import Progress
 from modules.backbone.model import Network
 from modules.generation.scoring import score
 
 
-@torch.inference_mode()
 def compare(
     original: Network,
     quantized: Network,

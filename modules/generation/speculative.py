@@ -117,7 +117,7 @@ class SpeculativeDecoder(PlainDecoder):
     def _native_rounds(self) -> NativeRounds | None:
         """Return the C code for the rounds of one row; None: it does not apply."""
         decoding, sampling, head = self.decoding, self.decoding.sampling, self.network.lm_head
-        layers, mtp_layers, length = self.runner.native, self.mtp_runner.native, self.decoding.draft_tokens
+        layers, mtp_layers, length = self.runner.native, self.mtp_runner.native, decoding.draft_tokens
         if not (sampling.greedy or sampling.whole) or decoding.logprobs or decoding.agree is not None:
             return None
         if layers is None or mtp_layers is None or not NativeRounds.fits(head, layers, mtp_layers, length):
