@@ -74,9 +74,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if library is not None:
         pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
-        drafting = [*[pointer] * 3, whole, pointer, whole, pointer, whole, number, *[pointer] * 4, whole]
-        library.superbolt_draft.argtypes = drafting
-        library.superbolt_verify.argtypes = [*[pointer] * 3, whole, whole, number, *[pointer] * 6, whole]
+        given = [*[pointer] * 3, whole]
+        library.superbolt_draft.argtypes = [*given, pointer, whole, pointer, whole, number, *[pointer] * 4, whole]
+        library.superbolt_verify.argtypes = [*given, whole, number, *[pointer] * 6, whole]
         library.superbolt_verify.restype = whole
         library.superbolt_advance.argtypes = [pointer, pointer, pointer]
         library.superbolt_advance.restype = None
@@ -97,6 +97,7 @@ class NativeLayers:
 
     def __init__(self, network: Network, cache: Cache, layers: list[Layer], around: list[nn.Module]) -> None:
         self.config, self.cache = network.config, cache
+        self.library = cast(ctypes.CDLL, load()[0])
         self.embedding = network.backbone.embeddings
         self.dtype = self.embedding.compute_dtype
         outer = [self.embedding.weight, *(cast(Tensor, module.weight) for module in around)]
@@ -178,8 +179,6 @@ class NativeLayers:
         Returns:
             [B, T, D] in the compute dtype.
         """
-        library, _ = load()
-        assert library is not None
         tokens = tokens.contiguous()
         rows, length = tokens.shape
         assert rows == len(self.cache.lengths), f"{rows} rows of tokens in a cache of {len(self.cache.lengths)}"
@@ -192,7 +191,7 @@ class NativeLayers:
         if hidden is not None:
             assert hidden.dtype == self.dtype, f"hidden states in {hidden.dtype}, layers in {self.dtype}"
             hidden = hidden.contiguous()
-        failed = library.superbolt_forward(
+        failed = self.library.superbolt_forward(
             ctypes.byref(self.given),
             self.arguments,
             tokens.data_ptr(),
@@ -212,17 +211,6 @@ class NativeLayers:
         given.rows, given.length, given.hold, given.capacity = rows, length, hold, self.cache.capacity
         given.layers = len(self.arguments)
         given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(self.starts)
-        self._point_to_states(rows, length, hold)
-
-    def advance(self, counts: list[int]) -> None:
-        """Take over the first `counts` [B] of the positions that the pass before held."""
-        library, _ = load()
-        assert library is not None
-        self.cache.count_held(counts)
-        library.superbolt_advance(ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts))
-        self._held = []
-
-    def _point_to_states(self, rows: int, length: int, hold: bool) -> None:
         self._held = []
         config = self.config
         for described, state in zip(self.arguments, self.cache.states, strict=True):
@@ -236,6 +224,14 @@ class NativeLayers:
                     for place, size in enumerate((config.mamba_conv_size, kept)):
                         self._held.append(torch.empty(rows, length, size))
                         described.held[place] = self._held[-1].data_ptr()
+
+    def advance(self, counts: list[int]) -> None:
+        """Take over the first `counts` [B] of the positions that the pass before held."""
+        self.cache.count_held(counts)
+        self.library.superbolt_advance(
+            ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts)
+        )
+        self._held = []
 
     def scratch(self, rows: int, length: int) -> Tensor:
         """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""

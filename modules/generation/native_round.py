@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from modules.generation.native import NativeLayers, describe_linear, load
+from modules.generation.native import NativeLayers, describe_linear
 from modules.precision.linear import Head
 
 
@@ -78,12 +78,10 @@ class NativeRounds:
         Args:
             uniforms: k numbers in [0, 1) that draw the drafts; empty for the most likely ones.
         """
-        library, _ = load()
-        assert library is not None
         layers, cache, seen = self._layers[1], self._layers[1].cache, self.seen
         assert cache.lengths[0] + seen < cache.capacity
         layers.starts[0] = cache.lengths[0]
-        failed = library.superbolt_draft(
+        failed = layers.library.superbolt_draft(
             ctypes.byref(layers.given),
             layers.arguments,
             ctypes.byref(self._head),
@@ -112,12 +110,10 @@ class NativeRounds:
         Returns:
             Number of drafts kept; those and the network's own token are `tokens` then.
         """
-        library, _ = load()
-        assert library is not None
         layers, cache = self._layers[0], self._layers[0].cache
         assert cache.lengths[0] + self._drafts < cache.capacity
         layers.starts[0] = cache.lengths[0]
-        kept = library.superbolt_verify(
+        kept = layers.library.superbolt_verify(
             ctypes.byref(layers.given),
             layers.arguments,
             ctypes.byref(self._head),
@@ -134,7 +130,7 @@ class NativeRounds:
         )
         assert kept >= 0, "the C code has enough memory"
         self.seen = kept + 1
-        library.superbolt_advance(ctypes.byref(layers.given), layers.arguments, (ctypes.c_int64 * 1)(self.seen))
+        layers.library.superbolt_advance(ctypes.byref(layers.given), layers.arguments, (ctypes.c_int64 * 1)(self.seen))
         cache.lengths[0] += self.seen
         return kept
 

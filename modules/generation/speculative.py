@@ -118,9 +118,8 @@ class SpeculativeDecoder(PlainDecoder):
         """Return the C code for the rounds of one row; None: it does not apply."""
         decoding, sampling, head = self.decoding, self.decoding.sampling, self.network.lm_head
         layers, mtp_layers, length = self.runner.native, self.mtp_runner.native, decoding.draft_tokens
-        if not (sampling.greedy or sampling.whole) or decoding.logprobs or decoding.agree is not None:
-            return None
-        if layers is None or mtp_layers is None or not NativeRounds.fits(head, layers, mtp_layers, length):
+        portable = not (sampling.greedy or sampling.whole) or decoding.logprobs or decoding.agree is not None
+        if portable or not layers or not mtp_layers or not NativeRounds.fits(head, layers, mtp_layers, length):
             return None
         temperature = 0.0 if sampling.greedy else sampling.temperature
         return NativeRounds(head, layers, mtp_layers, length, self._drafted, temperature)
