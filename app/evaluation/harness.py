@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -121,6 +122,7 @@ class HarnessModel(TemplateLM):
             sums[owner] += logprob
         return sums
 
+    @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the completion of each context, up to a stop string."""
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, Request]]] = defaultdict(list)

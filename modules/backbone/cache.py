@@ -12,7 +12,6 @@ N state, C convolution channels, k taps.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ _FEW = 32
 
 
 @dataclass(frozen=True)
-class Step:
+class CachePass:
     """One forward pass through a cache: what all its layers share."""
 
     starts: list[int]
@@ -81,7 +80,7 @@ class AttentionState:
         device: where they lie.
     """
 
-    step: Step
+    step: CachePass
 
     def __init__(
         self, config: BackboneConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -127,7 +126,7 @@ class MambaState:
         generator: of that device, for stochastic rounding; None: the global one.
     """
 
-    step: Step
+    step: CachePass
 
     def __init__(
         self,
@@ -206,25 +205,6 @@ LayerState = AttentionState | MambaState
 """What one layer remembers; mixtures and MLPs remember nothing."""
 
 
-class NativePass(Protocol):
-    """Runs a pass of a few positions in place of the layers; see `modules.backbone.native.NativeLayers`."""
-
-    def takes(self, rows: int, length: int) -> bool:
-        """Return whether it runs passes of B rows and T positions."""
-        ...
-
-    def run(self, tokens: Tensor, cache: "Cache", hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
-        """Map tokens [B, T] (for an MTP block with hidden states [B, T, D]) to normalised hidden states [B, T, D].
-
-        With `layers`, run only that many of the first ones; what is returned then has no meaning.
-        """
-        ...
-
-    def advance(self, counts: list[int]) -> None:
-        """Take over the first `counts` [B] of the held positions."""
-        ...
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A moment of a cache, see `Cache.snapshot`."""
@@ -236,7 +216,7 @@ class Snapshot:
 
 
 class Cache:
-    """The state of B rows in a stack of layers. Use it under `torch.inference_mode()`.
+    """The state of B rows in a stack of layers. Use it without gradients.
 
     Args:
         config: the backbone's configuration.
@@ -276,16 +256,14 @@ class Cache:
             else None
             for letter, dtype in layers
         ]
-        self.native: NativePass | None = None
-        """C code that may run a pass in place of the portable layers; see `modules.backbone.native`."""
-        self.step = Step([0] * rows, 0, None, False, device)
+        self.step = CachePass([0] * rows, 0, None, False, device)
         """The pass that has begun last."""
 
     def begin(self, length: int, counts: list[int] | None, hold: bool) -> None:
         """Prepare a forward pass of T = `length` new positions; what a pass before held is forgotten."""
         if counts is not None and min(counts) == length:
             counts = None
-        step = Step(list(self.lengths), length, counts, hold, self.device)
+        step = CachePass(list(self.lengths), length, counts, hold, self.device)
         end = max(step.starts if step.start is None else [step.start]) + length
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         assert not (hold and counts), "held tokens are counted when they are taken over"
@@ -294,36 +272,22 @@ class Cache:
             if state is not None:
                 state.step = step
 
-    @property
-    def native_pass(self) -> "NativePass | None":
-        """The C code, if it can run the pass that has begun; its results are those of the layers but for rounding."""
-        step = self.step
-        fits = step.counts is None and self.native is not None and self.native.takes(len(step.starts), step.length)
-        return self.native if fits else None
-
     def end(self) -> None:
         """Count the tokens of the pass that has begun, unless it held them."""
         if not self.step.hold:
             self._count(self.step.counts or [self.step.length] * len(self.lengths))
 
-    def _forget_held(self) -> None:
-        """Let no `advance` follow: what it would take over is that of other rows or of another moment."""
-        self.step = replace(self.step, hold=False)
-
-    def _count(self, counts: list[int]) -> None:
-        self.lengths = [seen + new for seen, new in zip(self.lengths, counts, strict=True)]
-
     def advance(self, counts: list[int]) -> None:
         """Take over the first `counts` [B] tokens that the pass before held, and forget the rest."""
+        self.count_held(counts)
+        for state in self.states:
+            if state is not None:
+                state.advance(counts)
+
+    def count_held(self, counts: list[int]) -> None:
+        """Count the first `counts` [B] of the held tokens, whose states others advance."""
         assert self.step.hold
         assert all(0 <= count <= self.step.length for count in counts), (counts, self.step.length)
-        native = self.native_pass
-        if native is not None:
-            native.advance(counts)
-        else:
-            for state in self.states:
-                if state is not None:
-                    state.advance(counts)
         self._count(counts)
 
     def snapshot(self) -> "Snapshot":
@@ -355,6 +319,13 @@ class Cache:
             if state is not None:
                 sizes[isinstance(state, MambaState)] += state.size()
         return sizes[0], sizes[1]
+
+    def _count(self, counts: list[int]) -> None:
+        self.lengths = [seen + new for seen, new in zip(self.lengths, counts, strict=True)]
+
+    def _forget_held(self) -> None:
+        """Let no `advance` follow: what it would take over is that of other rows or of another moment."""
+        self.step = replace(self.step, hold=False)
 
 
 def _where(values: list[int], counts: list[int]) -> list[int]:

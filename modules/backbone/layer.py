@@ -53,10 +53,11 @@ class Layer(nn.Module):
 
         With `cached`, attention and Mamba-2 go on from their `state`, and no `Routing` is worked out.
 
-        With `checkpointed` set, activations are recomputed in the backward pass. The checkpoint lies inside the layer,
-        hence inside FSDP2's hooks, and what the recomputation routes is thrown away: no load is counted twice.
+        With `checkpointed` set, activations are recomputed in the backward pass; none follows a `cached` pass. The
+        checkpoint lies inside the layer, hence inside FSDP2's hooks, and what the recomputation routes is thrown away:
+        no load is counted twice.
         """
-        if self.checkpointed and self.training:
+        if self.checkpointed and self.training and not cached:
             return checkpoint(self._run, x, documents, use_reentrant=False)
         return self._run(x, documents, state, cached)
 

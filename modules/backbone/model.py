@@ -17,8 +17,6 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.latent_moe import Experts
 from modules.backbone.layer import Layer, Observer
 from modules.backbone.mtp import MTPBlock
-from modules.backbone.native import NativeLayers
-from modules.backbone.native_round import NativeRounds
 from modules.backbone.normalization import RMSNorm
 from modules.backbone.router import Router, Routing
 from modules.errors import UserError
@@ -138,38 +136,32 @@ class Network(nn.Module):
         return Output(hidden, mtp_hidden, routings + mtp_routings)
 
     def draft(
-        self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None, hold: bool = False
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        cache: Cache,
+        counts: list[int] | None = None,
+        hold: bool = False,
+        whole: bool = True,
     ) -> Tensor:
         """Apply the MTP block once, going on from what `cache` holds.
 
         Args:
             tokens: int64 [B, T], the token one ahead of each position.
             hidden: [B, T, D], normalised hidden states of the network, or of this method for the position before.
-            cache: see `new_mtp_cache`.
+            cache: see `new_cache`.
             counts: as in `forward`.
             hold: as in `forward`.
+            whole: see `MTPBlock`; False for a prompt, where only the cache is wanted: half the work.
 
         Returns:
             [B, T, D], normalised; `logits` of it predict the token two ahead of each position.
         """
         assert self.mtp is not None, "the network has an MTP block"
         cache.begin(tokens.shape[1], counts, hold)
-        if (native := cache.native_pass) is not None:
-            drafted = native.run(tokens, cache, hidden)
-        else:
-            drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache)
+        drafted, _ = self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole)
         cache.end()
         return drafted
-
-    def remember(self, tokens: Tensor, hidden: Tensor, cache: Cache, counts: list[int] | None = None) -> None:
-        """Do what `draft` does to the cache, where its result is not wanted: half the work for a prompt."""
-        assert self.mtp is not None, "the network has an MTP block"
-        cache.begin(tokens.shape[1], counts, False)
-        if (native := cache.native_pass) is not None:
-            native.run(tokens, cache, hidden, self.mtp.remembering)
-        else:
-            self.mtp(self.backbone.embeddings(tokens), hidden, None, cache, whole=False)
-        cache.end()
 
     def new_cache(
         self,
@@ -177,31 +169,20 @@ class Network(nn.Module):
         capacity: int,
         state_dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        mtp: bool = False,
     ) -> Cache:
-        """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`."""
-        layers, final = self.backbone.layers, self.backbone.norm_f
-        return self._cache_of(layers, final, None, rows, capacity, state_dtype, generator)
-
-    def new_mtp_cache(
-        self,
-        rows: int,
-        capacity: int,
-        state_dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-    ) -> Cache:
-        """Return an empty cache of the MTP block; see `Cache`."""
-        assert self.mtp is not None, "the network has an MTP block"
-        layers, final = self.mtp.layers, self.mtp.layers[-1].get_submodule("final_layernorm")
-        join = [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
-        return self._cache_of(layers, final, join, rows, capacity, state_dtype, generator)
-
-    def native_rounds(
-        self, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int, temperature: float
-    ) -> NativeRounds | None:
-        """Return the C code for rounds of speculative decoding on these caches; None: it does not apply."""
-        if not NativeRounds.fits(self.lm_head, cache, mtp_cache, drafts):
-            return None
-        return NativeRounds(self.lm_head, cache, mtp_cache, drafts, vocabulary, temperature)
+        """Return an empty cache for B rows of at most `capacity` tokens; see `Cache`. With `mtp`, of the MTP block."""
+        block = self.mtp if mtp else self.backbone
+        assert block is not None, "the network has an MTP block"
+        return Cache(
+            self.config,
+            [(layer.letter, layer.state_dtype) for layer in cast(list[Layer], block.layers)],
+            rows=rows,
+            capacity=capacity,
+            state_dtype=state_dtype,
+            device=self.backbone.embeddings.weight.device,
+            generator=generator,
+        )
 
     def logits(self, hidden: Tensor, vocabulary: int | None = None) -> Tensor:
         """Map hidden states [..., D] to fp32 logits [..., V], or to those of the `vocabulary` lowest ids."""
@@ -249,40 +230,12 @@ class Network(nn.Module):
 
     def _continue(self, tokens: Tensor, cache: Cache, counts: list[int] | None, hold: bool) -> Output:
         cache.begin(tokens.shape[1], counts, hold)
-        if (native := cache.native_pass) is not None:
-            hidden = native.run(tokens, cache)
-        else:
-            x = self.backbone.embeddings(tokens)
-            for layer, state in zip(self.backbone.layers, cache.states, strict=True):
-                x, _ = layer(x, None, state, True)
-            hidden = self.backbone.norm_f(x)
+        x = self.backbone.embeddings(tokens)
+        for layer, state in zip(self.backbone.layers, cache.states, strict=True):
+            x, _ = layer(x, None, state, True)
+        hidden = self.backbone.norm_f(x)
         cache.end()
         return Output(hidden, [], [])
-
-    def _cache_of(
-        self,
-        layers: nn.ModuleList,
-        final: nn.Module,
-        join: list[nn.Module] | None,
-        rows: int,
-        capacity: int,
-        state_dtype: torch.dtype,
-        generator: torch.Generator | None,
-    ) -> Cache:
-        stack, embedding = [cast(Layer, layer) for layer in layers], self.backbone.embeddings
-        cache = Cache(
-            self.config,
-            [(layer.letter, layer.state_dtype) for layer in stack],
-            rows=rows,
-            capacity=capacity,
-            state_dtype=state_dtype,
-            device=embedding.weight.device,
-            generator=generator,
-        )
-        if NativeLayers.fits([*stack, embedding, final], state_dtype):
-            weights = [cast(Tensor, module.weight) for module in [final, *(join or [])]]
-            cache.native = NativeLayers(self.config, stack, embedding, *weights)
-        return cache
 
     def _run_mtp(
         self, hidden: Tensor, tokens: Tensor, documents: DocumentLayout | None, depths: int

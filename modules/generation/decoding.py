@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
+from modules.generation.runner import Runner
 from modules.generation.sampling import Sampling, distribution, draw
 from modules.generation.stopping import TextStream
 from modules.ops import native
@@ -119,9 +120,8 @@ class PlainDecoder:
         self.generator = None
         if decoding.state_dtype != torch.float32:
             self.generator = torch.Generator(self.device).manual_seed(decoding.sampling.seed)
-        self.cache = network.new_cache(
-            rows=rows, capacity=capacity, state_dtype=decoding.state_dtype, generator=self.generator
-        )
+        self.runner = Runner(network, rows, capacity, decoding.state_dtype, self.generator)
+        self.cache = self.runner.cache
         self._last: Tensor | None = None  # [B, D] hidden states that the next token follows from
         self._chosen: Tensor | None = None  # int64 [B] tokens that the network has not seen yet
 
@@ -134,7 +134,7 @@ class PlainDecoder:
             counts = [len(part) for part in parts]
             width = max(counts)
             tokens = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=self.device)
-            hidden = self.network(tokens, cache=self.cache, counts=counts).hidden
+            hidden = self.runner.run(tokens, counts=counts)
             self._passed(tokens, hidden, counts)
             for row, prompt in enumerate(prompts):
                 if start < len(prompt) <= start + chunk:
@@ -154,7 +154,7 @@ class PlainDecoder:
     def step(self, rows: list[Row]) -> Step:
         """Choose the next token of each row."""
         if self._chosen is not None:
-            self._last = self.network(self._chosen[:, None], cache=self.cache).hidden[:, -1]
+            self._last = self.runner.run(self._chosen[:, None])[:, -1]
         assert self._last is not None, "prompts come first"
         logits = self.network.logits(self._last)
         self._chosen = chosen = self._choose(logits, rows)

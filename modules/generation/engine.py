@@ -51,7 +51,7 @@ class Completion:
     """How many drafted tokens each verification accepted; empty in plain decoding."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     network: Network,
     requests: Sequence[Request],

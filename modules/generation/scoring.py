@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modules.backbone.model import Network
 from modules.errors import UserError
+from modules.generation.runner import Runner
 
 BATCH_TOKENS = 8192
 """Positions in a forward pass unless others are asked for: enough to keep a CPU or a GPU busy."""
@@ -74,7 +75,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         order = order[size:]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _score_batch(networks: list[Network], rows: list[Sequence[int]], batch_tokens: int) -> list[Scores]:
     """Return the scores of rows that fit one batch, the longest row first, or of one longer row."""
     counts = [max(len(row) - 1, 0) for row in rows]
@@ -103,12 +104,13 @@ def _score_pieces(networks: list[Network], tokens: Tensor, valid: Tensor, batch_
         batch_tokens: columns of a piece.
     """
     length, split = valid.shape[1], networks[0].split_for_logits
-    caches = [network.new_cache(rows=1, capacity=length) if length > batch_tokens else None for network in networks]
+    runners = [Runner(network, 1, length) if length > batch_tokens else None for network in networks]
     for start in range(0, length, batch_tokens):
         piece = slice(start, min(start + batch_tokens, length))
+        part = tokens[:, piece]
         hidden = [
-            split(network(tokens[:, piece], cache=cache).hidden[valid[:, piece]])
-            for network, cache in zip(networks, caches, strict=True)
+            split((network(part).hidden if runner is None else runner.run(part))[valid[:, piece]])
+            for network, runner in zip(networks, runners, strict=True)
         ]
         targets = split(tokens[:, piece.start + 1 : piece.stop + 1][valid[:, piece]])
         for chunk in zip(targets, *hidden, strict=True):

@@ -53,7 +53,7 @@ class Session:
         self.computed = 0
         """Tokens of the newest conversation that were not in the cache."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reply(self, tokens: list[int], max_new_tokens: int) -> Iterator[str]:
         """Yield a reply in pieces; whoever stops asking for pieces ends it.
 

@@ -19,7 +19,7 @@ Most of a draft's cost is the head, so drafts are looked for among part of the v
 lowest ids, for a BPE numbers its tokens as it merges them, frequent ones first. Of 8192 ids the first 2048 kept as many
 greedy drafts as all (65.7% against 65.9%) and 69% against 76% of sampled ones, for a quarter of the product.
 
-One row on a CPU runs its rounds in C (`modules.backbone.native_round`): in Python, the way to the operations is more
+One row on a CPU runs its rounds in C (`modules.generation.native_round`): in Python, the way to the operations is more
 than half of a round, and nothing would be gained. There a second position costs a third of a pass, so one draft is best
 for that model: 1.2 times plain decoding greedily, 1.4 times at temperature 1 (benchmarks/generation.py).
 
@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
-from modules.backbone.native_round import NativeRounds
 from modules.errors import UserError
 from modules.generation.decoding import Decoding, PlainDecoder, Row, Step
+from modules.generation.native_round import NativeRounds
+from modules.generation.runner import Runner
 from modules.generation.sampling import distribution, draw
 from modules.ops import native
 
@@ -103,9 +104,7 @@ class SpeculativeDecoder(PlainDecoder):
         # A round may run past the end of a row; what it writes there is cut off.
         capacity += decoding.draft_tokens
         super().__init__(network, rows, capacity, decoding)
-        self.mtp_cache = network.new_mtp_cache(
-            rows=rows, capacity=capacity, state_dtype=decoding.state_dtype, generator=self.generator
-        )
+        self.mtp_runner = Runner(network, rows, capacity, decoding.state_dtype, self.generator, mtp=True)
         vocab_size = network.config.vocab_size
         self._drafted = min(vocab_size, max(DRAFTED_LEAST, vocab_size // DRAFTED_SHARE))
         # The positions that the MTP block has not seen yet: hidden states [B, T, D], the tokens one ahead of them
@@ -113,20 +112,24 @@ class SpeculativeDecoder(PlainDecoder):
         self._hidden: Tensor | None = None
         self._ahead: Tensor | None = None
         self._counts: list[int] = []
-        self._native: NativeRounds | None = None
-        sampling = decoding.sampling
-        if (sampling.greedy or sampling.whole) and not decoding.logprobs and decoding.agree is None:
-            temperature = 0.0 if sampling.greedy else sampling.temperature
-            self._native = network.native_rounds(
-                self.cache, self.mtp_cache, decoding.draft_tokens, self._drafted, temperature
-            )
+        self._native = self._native_rounds()
+
+    def _native_rounds(self) -> NativeRounds | None:
+        """Return the C code for the rounds of one row; None: it does not apply."""
+        decoding, sampling, head = self.decoding, self.decoding.sampling, self.network.lm_head
+        layers, mtp_layers, length = self.runner.native, self.mtp_runner.native, decoding.draft_tokens
+        portable = not (sampling.greedy or sampling.whole) or decoding.logprobs or decoding.agree is not None
+        if portable or not layers or not mtp_layers or not NativeRounds.fits(head, layers, mtp_layers, length):
+            return None
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        return NativeRounds(head, layers, mtp_layers, length, self._drafted, temperature)
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
         if self._native is not None and self._native.seen:
             self._leave_native(self._native)
         super().select(rows)
-        self.mtp_cache.select(rows)
+        self.mtp_runner.cache.select(rows)
         index = torch.tensor(rows, device=self.device)
         assert self._hidden is not None, "rows have a prompt"
         self._hidden = self._hidden[index]
@@ -148,7 +151,7 @@ class SpeculativeDecoder(PlainDecoder):
         drafts, proposals = self._draft(uniforms)
         block = torch.cat([self._chosen.unsqueeze(1), *drafts], dim=1)
         self._agree(block)
-        hidden = self.network(block, cache=self.cache, hold=True).hidden
+        hidden = self.runner.run(block, hold=True)
         logits = self.network.logits(hidden)
         if sampling.greedy:
             verdict = verify_greedily(block[:, 1:], logits)
@@ -184,7 +187,7 @@ class SpeculativeDecoder(PlainDecoder):
         else:
             hidden = torch.cat([self._hidden, hidden], dim=1)
         if max(counts):
-            self.network.remember(tokens, hidden[:, :-1], self.mtp_cache, counts)
+            self.mtp_runner.run(tokens, hidden[:, :-1], counts, whole=False)
         self._hidden = _pick(hidden, counts)
 
     def _draft(self, uniforms: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
@@ -195,7 +198,7 @@ class SpeculativeDecoder(PlainDecoder):
         hidden = self._catch_up()
         for place in range(self.decoding.draft_tokens):
             if drafts:
-                hidden = network.draft(drafts[-1], hidden, self.mtp_cache, hold=True)
+                hidden = self.mtp_runner.run(drafts[-1], hidden, hold=True)
             logits = network.logits(hidden, self._drafted)
             if sampling.greedy:
                 drafts.append(native.largest(logits))
@@ -209,9 +212,9 @@ class SpeculativeDecoder(PlainDecoder):
         assert self._hidden is not None
         assert self._ahead is not None
         if min(self._counts) == self._ahead.shape[1]:
-            return self.network.draft(self._ahead, self._hidden, self.mtp_cache)[:, -1:]
-        hidden = self.network.draft(self._ahead, self._hidden, self.mtp_cache, hold=True)
-        self.mtp_cache.advance(self._counts)
+            return self.mtp_runner.run(self._ahead, self._hidden)[:, -1:]
+        hidden = self.mtp_runner.run(self._ahead, self._hidden, hold=True)
+        self.mtp_runner.advance(self._counts)
         return _pick(hidden, [count - 1 for count in self._counts])
 
     def _take_over(self, rows: list[Row], hidden: Tensor, logits: Tensor, verdict: Verdict) -> Step:
@@ -219,7 +222,7 @@ class SpeculativeDecoder(PlainDecoder):
         self._agree(result)
         listed = result.tolist()
         counts = [numbers[-1] + 1 for numbers in listed]
-        self.cache.advance(counts)
+        self.runner.advance(counts)
         for row, count in zip(rows, counts, strict=True):
             row.accepted.append(count - 1)
         width = max(counts)

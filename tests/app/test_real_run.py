@@ -108,6 +108,15 @@ def whole(program, run_file, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def test_a_run_without_the_mock_step_is_the_same_run(program, run_file, whole, tmp_path):
+    """Samples are then the first to gather the weights of the MTP block."""
+    result = start(program, run_file, tmp_path, "--mock_step.enabled=false")
+    assert result.code == 0, result.output
+    assert "mock step" not in result.output
+    last = f"checkpoints/step={STEPS:08d}"
+    same_checkpoint(tmp_path / "run" / last, whole / last)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_pretraining_equals_the_uninterrupted_one(program, run_file, whole, tmp_path, workers):
     options = f"--data.init_args.workers={workers}"

@@ -13,73 +13,22 @@ from torch import Tensor
 
 from modules.ops.native.library import load_library
 
-SOURCE = Path(__file__).parent / "decoding.c"
+SOURCE = Path(__file__).parent / "products.c"
 COMPILE = ("-O3", "-ffast-math")
 MOST_ROWS = 2048
 """Rows up to which these products beat the machine's library of large ones."""
-
-
-class LinearArguments(ctypes.Structure):
-    """`linear` of decoding.c."""
-
-    _fields_ = (("weight", ctypes.c_void_p), ("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64))
-
-
-class LayerArguments(ctypes.Structure):
-    """`layer` of decoding.c."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int64),
-        ("norm", ctypes.c_void_p),
-        ("products", LinearArguments * 6),
-        ("tables", ctypes.c_void_p * 6),
-        ("sizes", ctypes.c_int64 * 6),
-        ("factor", ctypes.c_float),
-        ("states", ctypes.c_void_p * 2),
-        ("held", ctypes.c_void_p * 2),
-    )
-
-
-class PassArguments(ctypes.Structure):
-    """`pass` of decoding.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
-        *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
-        ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("starts", "embedding", "final", "enorm", "hnorm")),
-        ("join", LinearArguments),
-    )
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
     library, status = load_library(SOURCE, COMPILE)
-    if library is None:
-        return None, status
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
-    library.superbolt_linear.restype = None
-    library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
-    number = ctypes.c_float
-    library.superbolt_draft.argtypes = [
-        *[pointer] * 3,
-        whole,
-        pointer,
-        whole,
-        pointer,
-        whole,
-        number,
-        *[pointer] * 4,
-        whole,
-    ]
-    library.superbolt_verify.argtypes = [*[pointer] * 3, whole, whole, number, *[pointer] * 6, whole]
-    library.superbolt_verify.restype = whole
-    library.superbolt_largest.argtypes = [pointer, whole, whole, pointer]
-    library.superbolt_largest.restype = None
-    library.superbolt_advance.argtypes = [pointer, pointer, pointer]
-    library.superbolt_advance.restype = None
+    if library is not None:
+        pointer, whole = ctypes.c_void_p, ctypes.c_int64
+        library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
+        library.superbolt_linear.restype = None
+        library.superbolt_largest.argtypes = [pointer, whole, whole, pointer]
+        library.superbolt_largest.restype = None
     return library, status
 
 

@@ -1,4 +1,4 @@
-"""Compiles a C file of this folder once for this processor, into the user's cache, and loads it."""
+"""Compiles a C file, which may include this folder's headers, once for this processor, into the user's cache."""
 
 import ctypes
 import hashlib
@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+HEADERS = Path(__file__).parent
 LINK = ("-shared", "-fopenmp")
 """Linked without -ffast-math, which would set the whole process to flush subnormal numbers to zero."""
 
@@ -34,7 +35,7 @@ def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     """Return the library's file, from the user's cache or compiled into it (a few seconds)."""
     flags = (*flags, "-march=native", "-fopenmp", "-fPIC", "-c")
     key = hashlib.sha256(source.read_bytes())
-    for header in sorted(source.parent.glob("*.h")):
+    for header in sorted(HEADERS.glob("*.h")):
         key.update(header.read_bytes())
     key.update(repr((compiler, flags, LINK, platform.machine(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "superbolt"
@@ -44,7 +45,7 @@ def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # renamed when complete: others may compile it too
             code, library = Path(folder) / "code.o", Path(folder) / "library.so"
             for command in (
-                [compiler, *flags, str(source), "-o", str(code)],
+                [compiler, *flags, f"-I{HEADERS}", str(source), "-o", str(code)],
                 [compiler, *LINK, str(code), "-o", str(library), "-lm"],
             ):
                 subprocess.run(command, check=True, capture_output=True, text=True)

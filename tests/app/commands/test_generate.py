@@ -9,7 +9,7 @@ import torch
 
 from app.__main__ import main
 from datamodules.tokenizer import Tokenizer
-from modules.ops import native
+from modules.generation import native
 from tests.modules.checkpoints.helpers import made_comparable, their_model, write_fit_folder
 from tests.modules.helpers import make_network, tiny_config
 

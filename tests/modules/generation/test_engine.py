@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from modules.errors import UserError
+from modules.generation import native
 from modules.generation.engine import Request, generate, plan_batches
+from modules.generation.runner import Runner
 from modules.generation.sampling import Sampling, distribution, draw
 from tests.modules.helpers import make_network, tiny_config
 
@@ -54,13 +56,17 @@ def test_tokens_equal_those_of_a_loop(network, sampling, batch_size: int, prefil
     assert len({tuple(completion.tokens) for completion in found}) > 3
 
 
-def test_samples_of_a_prompt_share_its_prefill(network) -> None:
+def test_samples_of_a_prompt_share_its_prefill(network, monkeypatch) -> None:
     work = [Request(tokens=PROMPTS[2], max_new_tokens=6, key=(0, sample)) for sample in range(4)]
     passes: list[torch.Size] = []
+    run = Runner.run
 
-    handle = network.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].shape))
+    def seen(self: Runner, tokens: torch.Tensor, **options: list[int]) -> torch.Tensor:
+        passes.append(tokens.shape)
+        return run(self, tokens, **options)
+
+    monkeypatch.setattr(Runner, "run", seen)
     found = [completion.tokens for completion in generate(network, work, WARM)]
-    handle.remove()
     assert found == [loop(network, PROMPTS[2], 6, WARM, (0, sample))[0] for sample in range(4)]
     assert len(set(map(tuple, found))) > 1
     assert passes == [torch.Size([1, 11])] + [torch.Size([4, 1])] * 5
@@ -140,6 +146,18 @@ def test_the_mode_stays_and_no_gradient_is_kept(network) -> None:
     assert network.training
     network.eval()
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_training_with_activation_checkpointing_writes_the_tokens_of_evaluation(draft_tokens: int, monkeypatch) -> None:
+    """A checkpointed layer goes on from the cache as any other does; the portable passes, for C code knows no mode."""
+    monkeypatch.setattr(native, "load", lambda: (None, "switched off"))
+    network, work = make_network(tiny_config()).eval(), requests()
+    expected = [completion.tokens for completion in generate(network, work, GREEDY)]
+    network.checkpoint_activations()
+    network.train()
+    found = generate(network, work, GREEDY, draft_tokens=draft_tokens)
+    assert [completion.tokens for completion in found] == expected
 
 
 def test_processes_can_agree_on_the_tokens(network) -> None:

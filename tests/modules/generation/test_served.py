@@ -5,12 +5,13 @@ import torch
 
 from modules.backbone.attention import Attention
 from modules.backbone.model import Network
-from modules.backbone.native import NativeLayers
+from modules.generation import native
 from modules.generation.engine import Request, generate
+from modules.generation.native import NativeLayers
+from modules.generation.runner import Runner
 from modules.generation.sampling import Sampling
 from modules.generation.scoring import score
 from modules.generation.session import Session
-from modules.ops import native
 from modules.precision.linear import GroupedLinear, Head, Linear
 from modules.precision.quantized import quantize_weight, tensor_scale
 from modules.precision.quantized_product import install
@@ -56,13 +57,13 @@ def full_logprobs(network: Network, tokens: list[int]) -> torch.Tensor:
 
 
 def test_the_c_code_is_for_other_networks(network) -> None:
-    assert network.new_cache(1, 8).native is None
-    assert network.new_mtp_cache(1, 8).native is None
+    assert Runner(network, 1, 8).native is None
+    assert Runner(network, 1, 8, mtp=True).native is None
     plain = make_network(tiny_config()).eval()
-    assert (plain.new_cache(1, 8).native is None) == (native.load()[0] is None)
+    assert (Runner(plain, 1, 8).native is None) == (native.load()[0] is None)
     plain.backbone.layers[2].mixer.kv_scales = (1.0, 1.0)
-    assert plain.new_cache(1, 8).native is None, "FP8 keys and values alone"
-    assert (plain.new_mtp_cache(1, 8).native is None) == (native.load()[0] is None), "they are not the MTP block's"
+    assert Runner(plain, 1, 8).native is None, "FP8 keys and values alone"
+    assert (Runner(plain, 1, 8, mtp=True).native is None) == (native.load()[0] is None), "they are not the MTP block's"
 
 
 def test_nor_is_it_for_layers_that_are_all_served_alike() -> None:

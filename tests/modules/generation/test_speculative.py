@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
-from modules.backbone.native_round import NativeRounds
 from modules.errors import UserError
-from modules.generation import speculative
+from modules.generation import native, speculative
 from modules.generation.decoding import Decoding, Row
 from modules.generation.engine import Completion, Request, generate
+from modules.generation.native_round import NativeRounds
 from modules.generation.sampling import Sampling, distribution
 from modules.generation.speculative import SpeculativeDecoder, Verdict, verify_by_rejection
-from modules.ops import native
 from modules.precision.linear import FormattedModule
 from tests.modules.helpers import BF16, FP32, make_network, tiny_config
 
@@ -351,7 +350,7 @@ def test_rounds_in_c_are_those_in_python(
         assert counts["rounds"] == sum(len(one.accepted) for one in fast)
         counts.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Network, "native_rounds", lambda *arguments: None)
+            patch.setattr(NativeRounds, "fits", lambda *arguments: False)
             slow = list(generate(network, work, sampling, batch_size=1, draft_tokens=length))
         assert not counts
         assert [(one.tokens, one.accepted) for one in fast] == [(one.tokens, one.accepted) for one in slow]
@@ -363,7 +362,7 @@ def test_rounds_in_c_hand_over_to_rounds_in_python() -> None:
     network, prompt = make(), [1, 2, 0]
     decoder = SpeculativeDecoder(network, 1, 60, Decoding(sampling=GREEDY, draft_tokens=3))
     rows = [Row(limit=20, eos_ids=frozenset(), random=random.Random(0)) for _ in range(2)]
-    with torch.inference_mode():
+    with torch.no_grad():
         decoder.prefill([prompt])
         for _ in range(4):
             rows[0].extend(decoder.step(rows[:1]).tokens[0], [])

@@ -2,28 +2,14 @@
  *
  * A decoding step of a small model is hundreds of tensor operations of a few microseconds, most of it the way to them.
  * Here it is one call. The arithmetic is that of the portable operations: fp32, with a rounding to bf16 wherever they
- * hold a bf16 tensor. modules/backbone/native.py fills the structures below and says when they apply.
+ * hold a bf16 tensor. native.py fills the structures below and says when they apply.
  * Shapes: B rows, T new positions, n = B T, D hidden, I in-features, O out-features, k taps, C convolution channels,
  * H Mamba heads, P head dim, G groups, N state, E experts, K top-k.
  */
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-typedef int64_t i64;
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-
-#define LANES 16
-#define FEW_ROWS 4              /* rows that share a loaded weight as dot products */
-#define QUAD 4                  /* rows and outputs computed at once where rows lie side by side in four lanes each */
-#define MANY_ROWS 9             /* rows from which they go side by side in lanes */
-#define BLOCK 8                 /* outputs computed at once in lanes */
-#define PARALLEL_WORK (1 << 21) /* multiply-adds from which threads pay */
+#include "products.h"
 
 typedef struct {
     const void *weight; /* [O, I], fp32 or bf16; experts: [E, O, I] */
@@ -54,47 +40,6 @@ typedef struct {
     linear join;               /* [D, 2 D], of an MTP block, else NULL */
 } pass;
 
-/* ------------------------------------------------------------------------------------------------------- numbers */
-
-static inline float from_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
-static inline uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static void round_all(float *values, i64 count, i64 bf16) {
-    if (bf16)
-        for (i64 i = 0; i < count; i++) {
-            uint32_t bits;
-            memcpy(&bits, values + i, 4);
-            bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-            memcpy(values + i, &bits, 4);
-        }
-}
-
-static inline v16 load(const void *weight, i64 index, i64 bf16) {
-    v16 value;
-    if (bf16) {
-        h16 half;
-        memcpy(&half, (const uint16_t *)weight + index, sizeof half);
-        u16 wide = __builtin_convertvector(half, u16) << 16;
-        memcpy(&value, &wide, sizeof value);
-    } else
-        memcpy(&value, (const float *)weight + index, sizeof value);
-    return value;
-}
-
-static inline float element(const void *weight, i64 index, i64 bf16) {
-    return bf16 ? from_bf16(((const uint16_t *)weight)[index]) : ((const float *)weight)[index];
-}
-
 static inline float silu(float value) { return value / (1 + expf(-value)); }
 
 /* Memory of one call: blocks are taken one after the other and given back together. */
@@ -111,186 +56,8 @@ static float *take(arena *memory, i64 floats) {
     return block;
 }
 
-/* ------------------------------------------------------------------------------------------------------ products */
-
-/* Sums neighbours: lanes 0 to 7 are of a, 8 to 15 of b. */
-static inline v16 merge(v16 a, v16 b) {
-    const i16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-}
-
-/* Dot products of `outs` weight rows with `rows` rows of x, outs * rows <= LANES: each has an accumulator, and all are
- * summed together, which costs a fraction of one sum after the other. `last` is the last weight row there is. */
-static inline __attribute__((always_inline)) void dot_block(const float *const *x, int rows, int outs,
-                                                            const void *weight, i64 bf16, i64 in, i64 first, i64 last,
-                                                            float *const *y) {
-    v16 sums[LANES] = {{0}};
-    const float *vectors[FEW_ROWS];
-    i64 places[LANES], i = 0;
-    for (int r = 0; r < rows; r++) vectors[r] = x[r];
-    for (int o = 0; o < outs; o++) places[o] = (first + o < last ? first + o : last) * in;
-    for (; i + LANES <= in; i += LANES) {
-        v16 values[FEW_ROWS];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) values[r] = load(vectors[r], i, 0);
-#pragma GCC unroll 16
-        for (int o = 0; o < outs; o++) {
-            v16 w = load(weight, places[o] + i, bf16);
-            __builtin_prefetch((const char *)weight + (places[o] + i + 2048) * (bf16 ? 2 : 4));
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) sums[r * outs + o] += w * values[r];
-        }
-    }
-    for (; i < in; i++)
-        for (int o = 0; o < outs; o++)
-            for (int r = 0; r < rows; r++) sums[r * outs + o][0] += element(weight, places[o] + i, bf16) * vectors[r][i];
-#pragma GCC unroll 4
-    for (int step = 1; step < LANES; step *= 2)
-#pragma GCC unroll 8
-        for (int j = 0; j < LANES; j += 2 * step) sums[j] = merge(sums[j], sums[j + step]);
-    const float *results = (const float *)sums;
-    if (first + outs - 1 <= last)
-        for (int r = 0; r < rows; r++) memcpy(y[r] + first, results + r * outs, outs * sizeof(float));
-    else
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; first + o <= last; o++) y[r][first + o] = results[r * outs + o];
-}
-
-/* Sums neighbours within each four lanes: two of a, then two of b. */
-static inline v16 pairs(v16 a, v16 b) {
-    const i16 even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-}
-
-/* Products of weight rows [first, end), whole blocks of QUAD, with QUAD rows of x, `in` a multiple of LANES. Lane
- * 4 r + j of side[i] is x[r][4 i + j]: every four lanes take the same four weights, and four outputs are summed by three
- * additions of neighbours instead of the fifteen of dot_block. */
-static inline __attribute__((always_inline)) void quad_block(const v16 *side, int rows, const void *weight, i64 bf16,
-                                                             i64 in, i64 first, i64 end, float *const *y) {
-    const i16 quarter = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
-    for (; first < end; first += QUAD) {
-        v16 sums[QUAD] = {{0}};
-        for (i64 i = 0; i < in; i += LANES) {
-            const v16 *x = side + i / QUAD;
-#pragma GCC unroll 4
-            for (int o = 0; o < QUAD; o++) {
-                v16 w = load(weight, (first + o) * in + i, bf16);
-                __builtin_prefetch((const char *)weight + ((first + o) * in + i + 2048) * (bf16 ? 2 : 4));
-                sums[o] += __builtin_shuffle(w, quarter) * x[0];
-                sums[o] += __builtin_shuffle(w, quarter + 4) * x[1];
-                sums[o] += __builtin_shuffle(w, quarter + 8) * x[2];
-                sums[o] += __builtin_shuffle(w, quarter + 12) * x[3];
-            }
-        }
-        v16 all = pairs(pairs(sums[0], sums[1]), pairs(sums[2], sums[3]));
-        for (int r = 0; r < rows; r++) memcpy(y[r] + first, (const float *)&all + QUAD * r, QUAD * sizeof(float));
-    }
-}
-
-static void quad_rows(const v16 *side, int rows, const void *weight, i64 bf16, i64 in, i64 first, i64 end,
-                      float *const *y) {
-    if (bf16)
-        quad_block(side, rows, weight, 1, in, first, end, y);
-    else
-        quad_block(side, rows, weight, 0, in, first, end, y);
-}
-
-/* Dot products of weight rows [first, end) with up to FEW_ROWS rows of x. */
-static void dot_rows(const float *const *x, int rows, const void *weight, i64 bf16, i64 in, i64 first, i64 end,
-                     float *const *y) {
-#define BLOCKS(ROWS, OUTS, BF16) \
-    for (; first < end; first += OUTS) dot_block(x, ROWS, OUTS, weight, BF16, in, first, end - 1, y)
-#define FORMATS(ROWS, OUTS) \
-    if (bf16) \
-        BLOCKS(ROWS, OUTS, 1); \
-    else \
-        BLOCKS(ROWS, OUTS, 0)
-    if (rows == 1) {
-        FORMATS(1, 16);
-    } else if (rows == 2) {
-        FORMATS(2, 8);
-    } else if (rows == 3) {
-        FORMATS(3, 5);
-    } else {
-        FORMATS(4, 4);
-    }
-#undef FORMATS
-#undef BLOCKS
-}
-
-/* Products of weight rows [first, last), at most BLOCK, with up to LANES rows laid side by side: side[i][row]. */
-static void lane_rows(const v16 *side, int rows, const void *weight, i64 bf16, i64 in, i64 first, i64 last,
-                      float *const *y, float *wide) {
-    v16 sums[BLOCK] = {{0}};
-    int count = (int)(last - first);
-    const float *w = (const float *)weight + first * in;
-    if (bf16) {
-        for (i64 i = 0; i < count * in; i++) wide[i] = from_bf16(((const uint16_t *)weight)[first * in + i]);
-        w = wide;
-    }
-    if (count == BLOCK)
-        for (i64 i = 0; i < in; i++)
-            for (int j = 0; j < BLOCK; j++) sums[j] += w[j * in + i] * side[i];
-    else
-        for (i64 i = 0; i < in; i++)
-            for (int j = 0; j < count; j++) sums[j] += w[j * in + i] * side[i];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < count; j++) y[r][first + j] = sums[j][r];
-}
-
-/* y[r] = W x[r] for rows given by pointers, rounded to bf16 where that is the format. */
-static void multiply_rows(const float *const *x, float *const *y, i64 rows, const void *weight, i64 out, i64 in,
-                          const pass *p) {
-    i64 bf16 = p->bf16;
-    int threads = rows * out * in >= PARALLEL_WORK ? (int)p->threads : 1;
-    for (i64 start = 0; start < rows;) {
-        int part = (int)(rows - start < LANES ? rows - start : LANES);
-        if (part < MANY_ROWS) {
-            part = part < FEW_ROWS ? part : FEW_ROWS;
-            v16 *side = part > 2 && in % LANES == 0 ? aligned_alloc(64, (size_t)(in / QUAD) * sizeof(v16)) : NULL;
-            if (side)
-                for (i64 i = 0; i < in; i++)
-                    for (int r = 0; r < QUAD; r++)
-                        ((float *)side)[i / QUAD * LANES + QUAD * r + i % QUAD] = r < part ? x[start + r][i] : 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-            for (i64 block = 0; block < (out + 63) / 64; block++) {
-                i64 first = block * 64, end = first + 64 < out ? first + 64 : out, whole = side ? end / QUAD * QUAD : first;
-                if (side) quad_rows(side, part, weight, bf16, in, first, whole, y + start);
-                dot_rows(x + start, part, weight, bf16, in, whole, end, y + start);
-            }
-            free(side);
-        } else {
-            v16 *side = aligned_alloc(64, (size_t)in * sizeof(v16));
-            for (i64 i = 0; i < in; i++)
-                for (int r = 0; r < LANES; r++) side[i][r] = r < part ? x[start + r][i] : 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-            {
-                float *wide = bf16 ? malloc((size_t)in * BLOCK * sizeof(float)) : NULL;
-#pragma omp for
-                for (i64 block = 0; block < (out + BLOCK - 1) / BLOCK; block++)
-                    lane_rows(side, part, weight, bf16, in, block * BLOCK,
-                              block * BLOCK + BLOCK < out ? block * BLOCK + BLOCK : out, y + start, wide);
-                free(wide);
-            }
-            free(side);
-        }
-        for (int r = 0; r < part; r++) round_all(y[start + r], out, bf16);
-        start += part;
-    }
-}
-
-static void multiply(const float *x, i64 rows, const linear *l, float *y, const pass *p) {
-    const float *from[rows];
-    float *to[rows];
-    for (i64 r = 0; r < rows; r++) from[r] = x + r * l->in, to[r] = y + r * l->out;
-    multiply_rows(from, to, rows, l->weight, l->out, l->in, p);
-}
-
-/* Logits, or any product without bias: y [n, O] = x [n, I] W^T. */
-void superbolt_linear(const float *x, i64 rows, const void *weight, i64 out, i64 in, i64 bf16, i64 threads, float *y) {
-    pass p = {.bf16 = bf16, .threads = threads};
-    linear l = {weight, out, in};
-    multiply(x, rows, &l, y, &p);
+static void project(const float *x, i64 rows, const linear *l, float *y, const pass *p) {
+    multiply(x, rows, l->weight, l->out, l->in, p->bf16, p->threads, y);
 }
 
 /* --------------------------------------------------------------------------------------------------------- layers */
@@ -347,7 +114,7 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
     if (!projected || !y || !mixed || !window || !weights || !dt || !scratch) return 1;
     for (i64 c = 0; c < channels; c++)
         for (i64 k = 0; k < taps; k++) weights[k * channels + c] = l->tables[0][c * taps + k];
-    multiply(x, rows, &l->products[0], projected, p);
+    project(x, rows, &l->products[0], projected, p);
     int threads = inner * size >= PARALLEL_WORK / 4 ? (int)p->threads : 1;
     for (i64 b = 0; b < p->rows; b++) {
         float *before = (float *)l->states[1] + b * inner * size, *state = p->hold ? scratch : before;
@@ -396,7 +163,7 @@ static int mamba(const layer *l, const float *x, float *out, const pass *p, aren
             }
     }
     round_all(y, rows * inner, bf16);
-    multiply(y, rows, &l->products[1], out, p);
+    project(y, rows, &l->products[1], out, p);
     return 0;
 }
 
@@ -437,8 +204,8 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
     int threads = rows * queries * width * longest >= PARALLEL_WORK ? (int)p->threads : 1;
     float *y = take(&memory, rows * queries * width), *all_scores = take(&memory, p->rows * heads * FEW_ROWS * longest);
     if (!q || !new[0] || !new[1] || !y || !all_scores) return 1;
-    multiply(x, rows, &l->products[0], q, p);
-    for (int i = 0; i < 2; i++) multiply(x, rows, &l->products[1 + i], new[i], p);
+    project(x, rows, &l->products[0], q, p);
+    for (int i = 0; i < 2; i++) project(x, rows, &l->products[1 + i], new[i], p);
     for (i64 i = 0; i < rows * queries * width; i++) q[i] *= 1 / sqrtf((float)width);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (i64 job = 0; job < p->rows * heads; job++) {
@@ -471,7 +238,7 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
             }
     }
     round_all(y, rows * queries * width, bf16);
-    multiply(y, rows, &l->products[3], out, p);
+    project(y, rows, &l->products[3], out, p);
     return 0;
 }
 
@@ -517,9 +284,9 @@ static int mlp(const linear *up, const linear *down, const float *x, i64 rows, f
                arena memory) {
     float *inner = take(&memory, rows * up->out);
     if (!inner) return 1;
-    multiply(x, rows, up, inner, p);
+    project(x, rows, up, inner, p);
     squared_relu(inner, rows * up->out, p->bf16);
-    multiply(inner, rows, down, out, p);
+    project(inner, rows, down, out, p);
     return 0;
 }
 
@@ -535,12 +302,12 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
     pass exact = *p;
     exact.bf16 = 0;
     linear router = {l->tables[0], experts, p->hidden};
-    multiply(x, rows, &router, scores, &exact);
+    project(x, rows, &router, scores, &exact);
     for (i64 i = 0; i < rows * experts; i++) scores[i] = 1 / (1 + expf(-scores[i]));
     for (i64 r = 0; r < rows; r++)
         route(l, scores + r * experts, weights + r * experts, (char *)flags, biased, (char *)flags + experts);
     if (l->products[0].weight)
-        multiply(x, rows, &l->products[0], narrow, p);
+        project(x, rows, &l->products[0], narrow, p);
     else
         memcpy(narrow, x, (size_t)(rows * latent) * sizeof(float));
     memset(sums, 0, (size_t)(rows * latent) * sizeof(float));
@@ -556,15 +323,15 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
             }
         if (!count) continue;
         i64 size = bf16 ? 2 : 4, place = e * inner * latent * size;
-        multiply_rows(from, to, count, (const char *)up->weight + place, inner, latent, p);
+        multiply_rows(from, to, count, (const char *)up->weight + place, inner, latent, p->bf16, p->threads);
         squared_relu(between, count * inner, bf16);
-        multiply_rows(middle, last, count, (const char *)down->weight + place, latent, inner, p);
+        multiply_rows(middle, last, count, (const char *)down->weight + place, latent, inner, p->bf16, p->threads);
         for (i64 j = 0; j < count; j++)
             for (i64 i = 0; i < latent; i++) sums[users[j] * latent + i] += factor[j] * last[j][i];
     }
     round_all(sums, rows * latent, bf16);
     if (l->products[1].weight)
-        multiply(sums, rows, &l->products[1], out, p);
+        project(sums, rows, &l->products[1], out, p);
     else
         memcpy(out, sums, (size_t)(rows * latent) * sizeof(float));
     if (l->products[2].weight) {
@@ -588,7 +355,7 @@ static int begin(const pass *p, const i64 *tokens, const void *hidden, float *x,
     for (i64 i = 0; i < rows * size; i++) wide[i] = element(hidden, i, p->bf16);
     rms_norm(x, rows, p->enorm, both, 2 * size, p);
     rms_norm(wide, rows, p->hnorm, both + size, 2 * size, p);
-    multiply(both, rows, &p->join, x, p);
+    project(both, rows, &p->join, x, p);
     return 0;
 }
 
@@ -625,26 +392,13 @@ int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, con
     return 0;
 }
 
-static i64 largest(const float *values, i64 count) {
-    float most = values[0];
-    for (i64 i = 1; i < count; i++) most = values[i] > most ? values[i] : most;
-    i64 place = 0;
-    while (place < count - 1 && values[place] != most) place++;
-    return place;
-}
-
-/* The most likely token of each row of scores [rows, count]. */
-void superbolt_largest(const float *scores, i64 rows, i64 count, i64 *out) {
-    for (i64 r = 0; r < rows; r++) out[r] = largest(scores + r * count, count);
-}
-
 /* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype; with a temperature
  * above 0, the probabilities that it makes of them. */
 static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, float temperature, const pass *p,
                     float *wide, float *scores) {
     linear part = {head->weight, vocabulary, head->in};
     for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
-    multiply(wide, rows, &part, scores, p);
+    project(wide, rows, &part, scores, p);
     if (temperature > 0) {
         for (i64 i = 0; i < rows * vocabulary; i++) scores[i] /= temperature;
         for (i64 r = 0; r < rows; r++) softmax(scores + r * vocabulary, vocabulary);

@@ -10,9 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from modules.backbone.cache import Cache
-from modules.backbone.native import NativeLayers, describe_linear
-from modules.ops import native
+from modules.generation.native import NativeLayers, describe_linear
 from modules.precision.linear import Head
 
 
@@ -20,42 +18,43 @@ class NativeRounds:
     """Rounds of one row on the network's cache and the MTP block's; nothing else may change these in between.
 
     Args:
-        head: the output head; with the caches, `NativeRounds.fits` holds.
-        cache: the network's cache.
-        mtp_cache: the MTP block's cache.
+        head: the output head; with the layers, `NativeRounds.fits` holds.
+        layers: the network's layers.
+        mtp_layers: the MTP block's layers.
         drafts: k, drafts of a round.
         vocabulary: N, drafts are among this many lowest ids.
         temperature: divides the logits before tokens are drawn; 0 takes the most likely ones.
     """
 
     def __init__(
-        self, head: Head, cache: Cache, mtp_cache: Cache, drafts: int, vocabulary: int, temperature: float
+        self,
+        head: Head,
+        layers: NativeLayers,
+        mtp_layers: NativeLayers,
+        drafts: int,
+        vocabulary: int,
+        temperature: float,
     ) -> None:
-        assert isinstance(cache.native, NativeLayers)
-        assert isinstance(mtp_cache.native, NativeLayers)
-        self._caches, self._layers = (cache, mtp_cache), (cache.native, mtp_cache.native)
+        self._layers = layers, mtp_layers
         self._head, self._vocabulary, self._temperature = describe_linear(head.weight), vocabulary, temperature
         self._drafts = drafts
         self._own, self._proposed = ((ctypes.c_int64 * (drafts + 1))() for _ in range(2))
         self._proposals = torch.empty(drafts, vocabulary)
         size, width = head.weight.shape
         self._states = torch.empty(drafts + 1, width, dtype=head.compute_dtype)
-        passes = max(
-            len(layers.scratch(1, drafts + 1, one.capacity))
-            for layers, one in zip(self._layers, self._caches, strict=True)
-        )
+        passes = max(len(one.scratch(1, drafts + 1)) for one in self._layers)
         self._memory = torch.empty(passes + 4 * (drafts + 1) * (2 * width + size) + 3 * 64, dtype=torch.uint8)
         self.seen = 0
         """T, tokens that the MTP block has not seen yet; 0: `begin` comes first."""
 
     @staticmethod
-    def fits(head: Head, cache: Cache, mtp_cache: Cache, drafts: int) -> bool:
-        """Return whether the C code can run rounds of k drafts on these caches."""
-        layers = [one.native for one in (cache, mtp_cache)]
+    def fits(head: Head, layers: NativeLayers, mtp_layers: NativeLayers, drafts: int) -> bool:
+        """Return whether the C code can run rounds of k drafts."""
         return (
-            all(isinstance(one, NativeLayers) and one.takes(1, drafts + 1) for one in layers)
+            layers.takes(1, drafts + 1)
+            and mtp_layers.takes(1, drafts + 1)
             and type(head.weight) is torch.nn.Parameter
-            and {one.dtype for one in layers if isinstance(one, NativeLayers)} == {head.weight.dtype}
+            and layers.dtype == mtp_layers.dtype == head.weight.dtype
             and head.compute_dtype == head.weight.dtype
             and head.weight.is_contiguous()
         )
@@ -70,8 +69,8 @@ class NativeRounds:
         self.seen = len(tokens)
         self._own[: self.seen] = tokens
         self._states[: self.seen] = states
-        for layers, cache in zip(self._layers, self._caches, strict=True):
-            layers.prepare(cache, self._drafts + 1, hold=True)
+        for layers in self._layers:
+            layers.prepare(self._drafts + 1, hold=True)
 
     def draft(self, uniforms: list[float]) -> None:
         """Draft k tokens: the MTP block's cache takes over T tokens.
@@ -79,12 +78,10 @@ class NativeRounds:
         Args:
             uniforms: k numbers in [0, 1) that draw the drafts; empty for the most likely ones.
         """
-        library, _ = native.load()
-        assert library is not None
-        layers, cache, seen = self._layers[1], self._caches[1], self.seen
+        layers, cache, seen = self._layers[1], self._layers[1].cache, self.seen
         assert cache.lengths[0] + seen < cache.capacity
         layers.starts[0] = cache.lengths[0]
-        failed = library.superbolt_draft(
+        failed = layers.library.superbolt_draft(
             ctypes.byref(layers.given),
             layers.arguments,
             ctypes.byref(self._head),
@@ -113,12 +110,10 @@ class NativeRounds:
         Returns:
             Number of drafts kept; those and the network's own token are `tokens` then.
         """
-        library, _ = native.load()
-        assert library is not None
-        layers, cache = self._layers[0], self._caches[0]
+        layers, cache = self._layers[0], self._layers[0].cache
         assert cache.lengths[0] + self._drafts < cache.capacity
         layers.starts[0] = cache.lengths[0]
-        kept = library.superbolt_verify(
+        kept = layers.library.superbolt_verify(
             ctypes.byref(layers.given),
             layers.arguments,
             ctypes.byref(self._head),
@@ -135,7 +130,7 @@ class NativeRounds:
         )
         assert kept >= 0, "the C code has enough memory"
         self.seen = kept + 1
-        library.superbolt_advance(ctypes.byref(layers.given), layers.arguments, (ctypes.c_int64 * 1)(self.seen))
+        layers.library.superbolt_advance(ctypes.byref(layers.given), layers.arguments, (ctypes.c_int64 * 1)(self.seen))
         cache.lengths[0] += self.seen
         return kept
 

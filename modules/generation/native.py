@@ -1,4 +1,4 @@
-"""The cached forward pass of decoding and short prompts in one call of C code (`modules/ops/native`), where it applies.
+"""The cached forward pass of decoding and short prompts in one call of C code (decoding.c), where it applies.
 
 It applies to plain weights on a CPU, all in one format, with fp32 SSM states. All else (prompts that are long or of
 unequal length, GPUs, sharded networks, mixed formats, quantised weights, keys and values) takes the portable pass,
@@ -7,7 +7,10 @@ Shapes: B rows, T new positions, D hidden.
 """
 
 import ctypes
+import functools
 from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,62 +23,118 @@ from modules.backbone.latent_moe import LatentMoE
 from modules.backbone.layer import Layer
 from modules.backbone.mamba import Mamba2
 from modules.backbone.mlp import MLP
-from modules.ops import native
-from modules.precision.linear import Embedding, FormattedModule
+from modules.backbone.model import Network
+from modules.backbone.mtp import MTPBlock
+from modules.ops.native import COMPILE, MOST_ROWS
+from modules.ops.native.library import load_library
+from modules.precision.linear import FormattedModule
 from modules.precision.scheme import PlainProduct
 
+SOURCE = Path(__file__).parent / "decoding.c"
 _MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
 
 
+class LinearArguments(ctypes.Structure):
+    """`linear` of decoding.c."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64))
+
+
+class LayerArguments(ctypes.Structure):
+    """`layer` of decoding.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("products", LinearArguments * 6),
+        ("tables", ctypes.c_void_p * 6),
+        ("sizes", ctypes.c_int64 * 6),
+        ("factor", ctypes.c_float),
+        ("states", ctypes.c_void_p * 2),
+        ("held", ctypes.c_void_p * 2),
+    )
+
+
+class PassArguments(ctypes.Structure):
+    """`pass` of decoding.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
+        *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("starts", "embedding", "final", "enorm", "hnorm")),
+        ("join", LinearArguments),
+    )
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return (the library or None, "active" or the reason there is none)."""
+    library, status = load_library(SOURCE, COMPILE)
+    if library is not None:
+        pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
+        given = [*[pointer] * 3, whole]
+        library.superbolt_draft.argtypes = [*given, pointer, whole, pointer, whole, number, *[pointer] * 4, whole]
+        library.superbolt_verify.argtypes = [*given, whole, number, *[pointer] * 6, whole]
+        library.superbolt_verify.restype = whole
+        library.superbolt_advance.argtypes = [pointer, pointer, pointer]
+        library.superbolt_advance.restype = None
+    return library, status
+
+
 class NativeLayers:
-    """Layers, with the embedding before and the norm behind them, described to the C code.
+    """Layers on a cache, with the embedding before and the norm behind them, described to the C code.
 
     It runs as long as the weights stay where they are: a network that was moved goes on with the portable pass.
 
     Args:
-        config: the backbone's configuration.
-        layers: the layers; `NativeLayers.fits` holds for them, the embedding and the norm.
-        embedding: the embedding.
-        final: weight [D] of the norm behind the layers.
-        enorm: weight [D] of the norm of an MTP block's embeddings; None, as the next two: this is no MTP block.
-        hnorm: weight [D] of the norm of its hidden states.
-        eh_proj: weight [D, 2D] of the product that joins both.
+        network: the network.
+        cache: the cache of these layers.
+        layers: the network's layers or those of its MTP block; `NativeLayers.fits` holds for them and what is around.
+        around: the norm behind them; of an MTP block also `enorm`, `hnorm` and `eh_proj`.
     """
 
-    def __init__(
-        self,
-        config: BackboneConfig,
-        layers: list[Layer],
-        embedding: Embedding,
-        final: Tensor,
-        enorm: Tensor | None = None,
-        hnorm: Tensor | None = None,
-        eh_proj: Tensor | None = None,
-    ) -> None:
-        self.config = config
-        self.dtype = embedding.compute_dtype
-        self.embedding = embedding
+    def __init__(self, network: Network, cache: Cache, layers: list[Layer], around: list[nn.Module]) -> None:
+        self.config, self.cache = network.config, cache
+        self.library = cast(ctypes.CDLL, load()[0])
+        self.embedding = network.backbone.embeddings
+        self.dtype = self.embedding.compute_dtype
+        outer = [self.embedding.weight, *(cast(Tensor, module.weight) for module in around)]
         inner = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
         # Kept as they are now, so that weights that were moved cannot lie where these lay.
-        self._weights = [tensor.detach() for tensor in (embedding.weight, final, *inner)]
-        self.arguments = (native.LayerArguments * len(layers))(*[_describe(layer, config) for layer in layers])
-        self.given = native.PassArguments(
-            hidden=config.hidden_size,
+        self._weights = [tensor.detach() for tensor in (*outer, *inner)]
+        self.arguments = (LayerArguments * len(layers))(*[_describe(layer, self.config) for layer in layers])
+        self.given = PassArguments(
+            hidden=self.config.hidden_size,
             bf16=self.dtype == torch.bfloat16,
             layers=len(layers),
-            epsilon=config.layer_norm_epsilon,
-            embedding=embedding.weight.data_ptr(),
-            final=final.data_ptr(),
+            epsilon=self.config.layer_norm_epsilon,
         )
-        if enorm is not None and hnorm is not None and eh_proj is not None:
-            self.given.enorm, self.given.hnorm = enorm.data_ptr(), hnorm.data_ptr()
-            self.given.join = describe_linear(eh_proj)
+        for name, weight in zip(("embedding", "final", "enorm", "hnorm"), outer, strict=False):
+            setattr(self.given, name, weight.data_ptr())
+        if len(around) > 1:
+            self.given.join = describe_linear(outer[-1])
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._enough: tuple[int, int, int] = (0, 0, 0)
+        self._enough = (0, 0)
         self._held: list[Tensor] = []
         self.starts = (ctypes.c_int64 * 0)()
         """Positions before those of a pass, by row."""
+
+    @classmethod
+    def describe(cls, network: Network, cache: Cache, state_dtype: torch.dtype, mtp: bool) -> "NativeLayers | None":
+        """Return the network's layers or those of its MTP block; None: the C code is not for them."""
+        block = network.mtp if mtp else network.backbone
+        assert block is not None, "the network has an MTP block"
+        layers = [cast(Layer, layer) for layer in block.layers]
+        around: list[nn.Module] = [network.backbone.norm_f]
+        if isinstance(block, MTPBlock):
+            around = [layers[-1].get_submodule("final_layernorm")]
+            around += [layers[0].get_submodule(name) for name in ("enorm", "hnorm", "eh_proj")]
+        if not cls.fits([*layers, network.backbone.embeddings, *around], state_dtype):
+            return None
+        return cls(network, cache, layers, around)
 
     @staticmethod
     def fits(modules: Iterable[nn.Module], state_dtype: torch.dtype) -> bool:
@@ -97,44 +156,43 @@ class NativeLayers:
                 for parameter in part.parameters(recurse=False)
             )
             and all(type(part.dispatcher) is LocalDispatcher for part in parts if isinstance(part, LatentMoE))
-            and native.load()[0] is not None
+            and load()[0] is not None
         )
 
     def takes(self, rows: int, length: int) -> bool:
         """Return whether a pass of B rows and T new positions is one for this code."""
         return (
             length <= _MOST_POSITIONS
-            and rows * length <= native.MOST_ROWS
+            and rows * length <= MOST_ROWS
             and not torch.is_grad_enabled()
             and self.embedding.weight.data_ptr() == self.given.embedding
         )
 
-    def run(self, tokens: Tensor, cache: Cache, hidden: Tensor | None = None, layers: int | None = None) -> Tensor:
+    def run(self, tokens: Tensor, hidden: Tensor | None, hold: bool, whole: bool) -> Tensor:
         """Run embedding, layers and norm.
 
         Args:
             tokens: int64 [B, T].
-            cache: its pass has begun.
             hidden: [B, T, D] of the positions, for an MTP block.
-            layers: how many of the first layers to run; None: all. What is returned has a meaning only after all.
+            hold: leave the cache as it is until `advance` says how many tokens it takes over.
+            whole: see `MTPBlock`.
 
         Returns:
             [B, T, D] in the compute dtype.
         """
-        library, _ = native.load()
-        assert library is not None
-        step, tokens = cache.step, tokens.contiguous()
+        tokens = tokens.contiguous()
         rows, length = tokens.shape
-        assert rows == len(step.starts), f"{rows} rows of tokens in a cache of {len(step.starts)}"
-        self.prepare(cache, length, step.hold)
-        if layers is not None:
-            self.given.layers = layers
-        memory = self.scratch(rows, length, cache.capacity)
+        assert rows == len(self.cache.lengths), f"{rows} rows of tokens in a cache of {len(self.cache.lengths)}"
+        self.cache.begin(length, None, hold)
+        self.prepare(length, hold)
+        if not whole:
+            self.given.layers = max(n for n, state in enumerate([True, *self.cache.states]) if state)
+        memory = self.scratch(rows, length)
         out = torch.empty(rows, length, self.config.hidden_size, dtype=self.dtype)
         if hidden is not None:
             assert hidden.dtype == self.dtype, f"hidden states in {hidden.dtype}, layers in {self.dtype}"
             hidden = hidden.contiguous()
-        failed = library.superbolt_forward(
+        failed = self.library.superbolt_forward(
             ctypes.byref(self.given),
             self.arguments,
             tokens.data_ptr(),
@@ -144,28 +202,19 @@ class NativeLayers:
             len(memory),
         )
         assert not failed, "the C code has enough memory"
+        self.cache.end()
         return out
 
-    def prepare(self, cache: Cache, length: int, hold: bool) -> None:
+    def prepare(self, length: int, hold: bool) -> None:
         """Describe a pass of T positions that may be held to the C code."""
-        rows, given = len(cache.lengths), self.given
-        self.starts = (ctypes.c_int64 * rows)(*cache.lengths)
-        given.rows, given.length, given.hold, given.capacity = rows, length, hold, cache.capacity
+        rows, given = len(self.cache.lengths), self.given
+        self.starts = (ctypes.c_int64 * rows)(*self.cache.lengths)
+        given.rows, given.length, given.hold, given.capacity = rows, length, hold, self.cache.capacity
         given.layers = len(self.arguments)
         given.threads, given.starts = torch.get_num_threads(), ctypes.addressof(self.starts)
-        self._point_to_states(cache, rows, length, hold)
-
-    def advance(self, counts: list[int]) -> None:
-        """Take over the first `counts` [B] of the positions that the pass before held."""
-        library, _ = native.load()
-        assert library is not None
-        library.superbolt_advance(ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts))
-        self._held = []
-
-    def _point_to_states(self, cache: Cache, rows: int, length: int, hold: bool) -> None:
         self._held = []
         config = self.config
-        for described, state in zip(self.arguments, cache.states, strict=True):
+        for described, state in zip(self.arguments, self.cache.states, strict=True):
             if isinstance(state, AttentionState):
                 described.states[0], described.states[1] = state.keys.data_ptr(), state.values.data_ptr()
             elif isinstance(state, MambaState):
@@ -177,16 +226,24 @@ class NativeLayers:
                         self._held.append(torch.empty(rows, length, size))
                         described.held[place] = self._held[-1].data_ptr()
 
-    def scratch(self, rows: int, length: int, capacity: int) -> Tensor:
+    def advance(self, counts: list[int]) -> None:
+        """Take over the first `counts` [B] of the positions that the pass before held."""
+        self.cache.count_held(counts)
+        self.library.superbolt_advance(
+            ctypes.byref(self.given), self.arguments, (ctypes.c_int64 * len(counts))(*counts)
+        )
+        self._held = []
+
+    def scratch(self, rows: int, length: int) -> Tensor:
         """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""
-        if (rows, length, capacity) == self._enough:
+        if (rows, length) == self._enough:
             return self._memory
         config, count = self.config, rows * length
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
         mamba = count * (2 * inner + channels + config.mamba_num_heads)
         mamba += (2 * config.conv_kernel + 1) * channels + config.mamba_num_heads + inner * config.ssm_state_size
         attention = 2 * count * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        attention += 4 * rows * config.num_key_value_heads * capacity
+        attention += 4 * rows * config.num_key_value_heads * self.cache.capacity
         mixture = count * (2 * config.n_routed_experts + 3 * config.expert_size + config.moe_intermediate_size)
         mixture += 2 * config.n_routed_experts + count * (
             config.hidden_size + config.moe_shared_expert_intermediate_size
@@ -196,16 +253,16 @@ class NativeLayers:
         size = 4 * (most + 16 * 32)
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
-        self._enough = rows, length, capacity
+        self._enough = rows, length
         return self._memory
 
 
-def describe_linear(weight: Tensor) -> native.LinearArguments:
+def describe_linear(weight: Tensor) -> LinearArguments:
     """Return a weight [O, I], or one for each expert [E, O, I], as the C code knows it."""
-    return native.LinearArguments(weight.data_ptr(), *weight.shape[-2:])
+    return LinearArguments(weight.data_ptr(), *weight.shape[-2:])
 
 
-def _describe(layer: Layer, config: BackboneConfig) -> native.LayerArguments:
+def _describe(layer: Layer, config: BackboneConfig) -> LayerArguments:
     """Return a layer as the C code knows it; the order of products, tables and sizes is the one in decoding.c."""
     mixer = layer.mixer
     products: list[Tensor | None] = []
@@ -230,7 +287,7 @@ def _describe(layer: Layer, config: BackboneConfig) -> native.LayerArguments:
         tables = [mixer.gate.weight, mixer.gate.e_score_correction_bias]
         sizes = [config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group]
         sizes.append(config.norm_topk_prob)
-    arguments = native.LayerArguments(
+    arguments = LayerArguments(
         kind=ord(layer.letter), norm=layer.norm.weight.data_ptr(), factor=config.routed_scaling_factor
     )
     for place, weight in enumerate(products):
