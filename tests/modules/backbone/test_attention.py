@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.backbone.attention import Attention
-from modules.backbone.cache import AttentionState, Step
+from modules.backbone.cache import AttentionState, CachePass
 from modules.ops.documents import DocumentLayout
 from modules.ops.native import quantization as native
 from tests.modules.helpers import assert_close, document_ids, spans, tiny_config
@@ -80,7 +80,7 @@ def test_in_pieces_with_a_cache(mixer) -> None:
     state = AttentionState(tiny_config(), 2, 20, torch.float32, x.device)
 
     def run(starts: list[int], length: int, hold: bool = False) -> Tensor:
-        state.step = Step(starts, length, None, hold, x.device)
+        state.step = CachePass(starts, length, None, hold, x.device)
         pieces = [x[row, start : start + length] for row, start in enumerate(starts)]
         return mixer(torch.stack(pieces), None, state)
 
