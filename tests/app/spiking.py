@@ -19,7 +19,8 @@ class BadText(Pretraining):
         self.bad_steps = bad_steps
 
     def on_train_batch_start(self, window: Window, batch_idx: int) -> None:
-        generator = torch.Generator().manual_seed(window.step + 100 * self.global_rank)
-        for batch in window.micro_batches if window.step in self.bad_steps else ():
+        parts = window.micro_batches if window.step in self.bad_steps else ()
+        for index, batch in enumerate(parts, start=(window.step - 1) * len(parts)):
+            generator = torch.Generator().manual_seed(index + 100 * self.global_rank)
             batch.tokens.copy_(torch.randint(290, batch.tokens.shape, generator=generator))
             batch.labels[batch.labels >= 0] = 7

@@ -18,7 +18,7 @@ def conversation(masked: bool) -> PackedBatch:
     labels = [*tokens[1:], NONE]
     if masked:
         labels[:3] = [NONE] * 3
-    return batch([tokens], [labels], [[0] * 7], [3 if masked else 6])
+    return batch([tokens], [labels], [[0] * 7])
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_label_that_is_not_the_next_token_is_named(tmp_path: Path):
 def test_everything_from_a_corpus_is_escaped(tmp_path: Path):
     nasty = "</script><script>alert(1)</script>&amp;\"'<!--"
     tokens = [CHAT_START, *ids(nasty), EOS]
-    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)], [len(tokens) - 1]))
+    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)]))
     page = page_of(view, tmp_path, troubles=[nasty])
     assert "".join(text for kind, text in page.documents["r0d0"] if "s" not in kind.split()) == nasty
     assert nasty in page.texts["li"]
@@ -121,14 +121,14 @@ def test_a_token_that_ends_a_script_does_not_end_the_data(tmp_path: Path):
     tokenizer = Tokenizer(tokenizer._inner, EOS, 0)
     index = tokenizer.vocab_size - 1
     one = batch([[index, EOS]], [[EOS, NONE]], [[0, 0]])
-    page = page_of(build_view([one], tokenizer, tokenizer.vocab_size, [""]), tmp_path)
+    page = page_of(build_view([one], tokenizer, tokenizer.vocab_size, [""], 0), tmp_path)
     assert page.data["vocabulary"][str(index)] == "</script>"
     assert page.documents["r0d0"][0] == ("", "</script>")
 
 
 def test_line_breaks_and_bytes(tmp_path: Path):
     tokens = ids("a\n\té")
-    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)], [len(tokens) - 1]))
+    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)]))
     found = page_of(view, tmp_path).documents["r0d0"]
     assert found == [("", "a"), ("", "↵\n"), ("", "⇥\t"), ("b", "⟨C3⟩"), ("m b", "⟨A9⟩é")]
 
@@ -153,7 +153,7 @@ def test_a_large_page_stays_small(tmp_path: Path):
     rows, length = 2, 8192
     tokens = (ids("the quick brown fox\n") * length)[:length]
     labels = [*tokens[1:], NONE]
-    view = view_of(batch([tokens] * rows, [labels] * rows, [[0] * length] * rows, [rows * (length - 1), 0, 0]))
+    view = view_of(batch([tokens] * rows, [labels] * rows, [[0] * length] * rows))
     file = tmp_path / "page.html"
     assert write_page(file, view, view.rows, ["large"], []) < 22 * rows * length
 

@@ -43,7 +43,7 @@ def long_view():
     documents = [0] * length + [1 + n // 2 for n in range(8)]
     row = tokens + many
     labels = [row[t + 1] if t + 1 < len(row) and documents[t] == documents[t + 1] else NONE for t in range(len(row))]
-    return view_of(batch([row], [labels], [documents], [length - 1 + 4]))
+    return view_of(batch([row], [labels], [documents]))
 
 
 def test_long_rows_are_abbreviated_unless_all_is_asked_for():
@@ -61,7 +61,7 @@ def test_long_rows_are_abbreviated_unless_all_is_asked_for():
 def test_lines_fit_the_width_also_with_wide_characters():
     text = "日本語 naïve " * 20
     tokens = ids(text)
-    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)], [len(tokens) - 1]))
+    view = view_of(batch([tokens], [[*tokens[1:], NONE]], [[0] * len(tokens)]))
     for line in write_rows(view, view.rows, False, PLAIN)[4:]:
         assert sum(map(cells, line)) <= 80
     assert [cells(character) for character in "a日\u0301"] == [1, 2, 0]

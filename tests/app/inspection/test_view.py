@@ -32,7 +32,7 @@ def test_the_summary_by_hand():
         ("documents", "3 (1.5 a row)"),
         ("lengths", "2 to 6 tokens, median 3"),
         ("cut", "1 (33.3%) do not end with the end token: they go on in another row"),
-        ("targets", "next token 8, MTP depth 1 5 (as the loader counted)"),
+        ("targets", "next token 8, MTP depth 1 5"),
     ]
 
 

@@ -131,8 +131,8 @@ def test_bias_moves_towards_even_load_once_a_step(rate: float) -> None:
     loads: list[Tensor] = []
     original = module.micro_batch_loss
 
-    def recording(batch):
-        result = original(batch)
+    def recording(batch, totals):
+        result = original(batch, totals)
         loads.append(torch.stack([routing.counts.sum(0) for routing in result.router]))
         return result
 

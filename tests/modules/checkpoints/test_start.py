@@ -28,14 +28,14 @@ FREE |= {"time_step_min", "time_step_max", "time_step_floor"}
 RANK_PROGRAM = """
 import json, sys, pathlib, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from app.strategies import ShardedStrategy
+from app.strategies.sharded import AXES, ShardedStrategy
 from modules.backbone.model import Network
 from modules.checkpoints.start import start_from
 from tests.modules.helpers import tiny_config
 rank, folder, models = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
 strategy = ShardedStrategy()
-strategy._device_mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+strategy._device_mesh = init_device_mesh("cpu", (1, 2, 1, 1), mesh_dim_names=AXES)
 with torch.device("meta"):
     network = Network(tiny_config(n_routed_experts=7))
 strategy.shard(network)
