@@ -268,9 +268,8 @@ class StageModule(LightningModule):
         totals = self.totals(micro_batches)
         router_counts: list[Tensor] = []
         for number, batch in enumerate(micro_batches):
-            self._formats.reseed(
-                torch.initial_seed(), self.global_rank, (window.step - 1) * len(micro_batches) + number
-            )
+            place = (window.step - 1) * self.data.micro_batches + number
+            self._formats.reseed(torch.initial_seed(), self.global_rank, place)
             self.strategy.sync_gradients(self.built_network, number == len(micro_batches) - 1)
             loss, metrics, router = self.micro_batch_loss(batch, totals)
             for name, value in {"training/loss": loss.detach(), **metrics}.items():
