@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from callbacks.curves import summary, with_summary
+from callbacks.step import summary, with_summary
 from modules.precision.scheme import Scheme
 
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.corpus import RowReader
-from datamodules.mixture import Mixture
+from datamodules.text.corpus import RowReader
+from datamodules.text.mixture import Mixture
 from modules.batch import IGNORED_LABEL, PackedBatch, Window
 
 

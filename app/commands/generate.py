@@ -164,10 +164,10 @@ def write_completions(
     complete: Complete, rows: list[dict[str, Any]], samples: int, draft_tokens: int, answers: "Answers"
 ) -> None:
     """Answer the rows that are not answered yet."""
-    from datamodules.progress import Progress
+    from datamodules.progress import ProgressBar
 
     statistics, total = Statistics(draft_tokens), len(rows) * samples
-    with Progress("generating", total, answers.count, unit="completions") as progress:
+    with ProgressBar("generating", total, answers.count, unit="completions") as progress:
         for number, completion in enumerate(complete(first=answers.count), answers.count):
             statistics.add(completion)
             answer = {

@@ -96,12 +96,12 @@ def _answer(
         networks: the network, and the reference if there is one.
         batch_tokens: positions in a forward pass.
     """
-    from datamodules.progress import Progress
+    from datamodules.progress import ProgressBar
     from modules.generation import scoring
 
     lengths = [len(row.ids) for row in tokens]
     todo = [window for window in windows(lengths, WINDOW_BATCHES * batch_tokens) if window.stop > answers.count]
-    with Progress("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
+    with ProgressBar("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
         for window in todo:
             ids = [tokens[index].ids for index in window]
             scored: dict[int, scoring.Scores] = {}

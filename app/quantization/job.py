@@ -12,7 +12,7 @@ from app.quantization.quality import compare
 from app.quantization.report import choice_lines, expected_size, layer_table, mean_bits
 from app.quantization.texts import Texts, missing_data
 from app.scoring.rows import Reader
-from datamodules.progress import Progress
+from datamodules.progress import ProgressBar
 from modules.backbone.model import Network
 from modules.checkpoints.card import label
 from modules.checkpoints.card_quantized import Written
@@ -144,7 +144,7 @@ class Job:
             if self._decisions[group.name].choice in (None, *INPUTS)
         ]
         rows = self._texts.calibration
-        with Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
+        with ProgressBar("calibrating", sum(map(len, rows)), unit="tokens") as progress:
             found = calibrate(
                 original,
                 rows,
@@ -166,7 +166,7 @@ class Job:
         searched = [group for group in self._groups if self._decisions[group.name].choice is None]
         passes = 1 + len(searched) * len(CANDIDATES)
         total = sum(map(len, rows)) * passes
-        with Progress("measuring sensitivities", total, unit="tokens") as progress:
+        with ProgressBar("measuring sensitivities", total, unit="tokens") as progress:
             losses = measure(
                 original,
                 searched,

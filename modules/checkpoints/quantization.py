@@ -98,7 +98,7 @@ class Layout:
     """Shape of fp32 scales."""
     kv_names: tuple[str, str]
     """Names of the scales of keys and values below an attention module."""
-    documents: Callable[[Quantization, Sequence[str]], dict[str, dict[str, Any]]]
+    json_files: Callable[[Quantization, Sequence[str]], dict[str, dict[str, Any]]]
     """What to write beside the weights, of the quantisation and the names of the plain modules that have a weight
     matrix: `quantization_config`, which goes into config.json, and other files by name."""
 

@@ -1,4 +1,4 @@
-"""`prepare` as a user starts it: what its command line adds to datamodules/preparation.py."""
+"""`prepare` as a user starts it: what its command line adds to datamodules/text/preparation.py."""
 
 import pytest
 

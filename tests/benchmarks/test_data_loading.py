@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.data_loading import collate, main
-from datamodules.corpus import Corpus
 from datamodules.loader import build_batch
+from datamodules.text.corpus import Corpus
 
 
 def test_the_simple_way_builds_the_same_batch(corpus_folder: Path):

@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from datamodules import hub, remote
-from datamodules.policies import Policies, Tally
-from datamodules.tables import PARQUET_SUFFIXES, table_units
-from datamodules.units import Unit
+from datamodules.text import hub, remote
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.tables import PARQUET_SUFFIXES, table_units
+from datamodules.text.units import Unit, cut_tail, tail_size
 from modules.errors import UserError
 
 DEFAULT_CORPUS = "stdlib"
@@ -196,22 +196,3 @@ def _cuts(path: str, size: int, limit: int) -> Iterator[int]:
             file.seek(position + limit - tail_size(limit))
             position += limit - tail_size(limit) + cut_tail(file.read(tail_size(limit) + 1))
             yield position
-
-
-def tail_size(limit: int) -> int:
-    """Return how many of the last of `limit` bytes a cut is looked for in."""
-    return max(4, limit // 5)
-
-
-def cut_tail(tail: bytes) -> int:
-    """Return where to cut: after the last line end, else before a character (of mostly UTF-8).
-
-    Args:
-        tail: the bytes in which to cut and one more.
-    """
-    line = tail.rfind(b"\n", 0, len(tail) - 1)
-    if line >= 0:
-        return line + 1
-    last = len(tail) - 1
-    starts = [end for end in range(last, last - 4, -1) if tail[end] & 0xC0 != 0x80]  # not a continuation byte
-    return starts[0] if starts else last

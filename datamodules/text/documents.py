@@ -5,10 +5,9 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from datamodules.policies import Policies, Tally
-from datamodules.sources import cut_tail, tail_size
-from datamodules.tables import CorruptTableError, read_rows
-from datamodules.units import Unit
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.tables import CorruptTableError, read_rows
+from datamodules.text.units import Unit, cut_tail, tail_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.policies import Policies, Tally
-from datamodules.progress import Progress
-from datamodules.remote import public
-from datamodules.shards import DIGEST_BYTES, DUPLICATE, ScanJob, scan_units
-from datamodules.sources import list_units
-from datamodules.units import Unit
-from datamodules.workers import Workers
+from datamodules.progress import ProgressBar
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.remote import public
+from datamodules.text.shards import DIGEST_BYTES, DUPLICATE, ScanJob, scan_units
+from datamodules.text.sources import list_units
+from datamodules.text.units import Unit
+from datamodules.text.workers import Workers
 from modules.errors import UserError
 
 _SCAN_BYTES = 8 << 20
@@ -75,7 +75,7 @@ def scan_sources(
     digests: list[bytes] = [b""] * len(units)
     sizes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(units)
     tallies: dict[int, Tally] = {}
-    with Progress("reading", sum(unit.size for unit in units)) as progress:
+    with ProgressBar("reading", sum(unit.size for unit in units)) as progress:
         for position, result in workers.run(scan_units, jobs):
             tallies[position] = result.tally
             for unit, unit_digests, unit_sizes in zip(groups[position], result.digests, result.sizes, strict=True):

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from datamodules.text.workers import Workers
 from datamodules.tokenizer import Tokenizer
-from datamodules.workers import Workers
 from modules.errors import UserError
 
 

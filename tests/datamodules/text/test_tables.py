@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules import tables, units
-from datamodules.policies import Policies, Tally
-from datamodules.preparation import Preparation, prepare_corpus
-from datamodules.units import cut_rows
+from datamodules.text import tables, units
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.preparation import Preparation, prepare_corpus
+from datamodules.text.units import cut_rows
 from modules.errors import UserError
 from tests.datamodules.conftest import small
-from tests.datamodules.test_preparation import tree
-from tests.datamodules.test_sources import counts, read
+from tests.datamodules.text.test_preparation import tree
+from tests.datamodules.text.test_sources import counts, read
 
 TYPES = {
     "string": pa.string(),

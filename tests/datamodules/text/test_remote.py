@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.commands.prepare import prepare
-from datamodules import corpus, files, remote
-from datamodules.corpus import Corpus
-from datamodules.policies import Policies, Tally
-from datamodules.preparation import CORPUS_FILE, prepare_corpus
-from datamodules.remote import AGAIN, upload_folder
-from datamodules.sources import list_units
+from datamodules.text import corpus, files, remote
+from datamodules.text.corpus import Corpus
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.preparation import CORPUS_FILE, prepare_corpus
+from datamodules.text.remote import AGAIN, upload_folder
+from datamodules.text.sources import list_units
 from modules.errors import UserError
 from tests.datamodules.conftest import small
-from tests.datamodules.servers import Store, serve
-from tests.datamodules.test_preparation import interrupt_after, tree
-from tests.datamodules.test_sources import counts
+from tests.datamodules.text.servers import Store, serve
+from tests.datamodules.text.test_preparation import interrupt_after, tree
+from tests.datamodules.text.test_sources import counts
 
 MEND = f"mend the credentials or the permissions; {AGAIN}$"
 
@@ -158,8 +158,8 @@ def test_secrets_in_urls_are_not_written_down(store: Store, tmp_path):
 
 def test_secrets_in_the_url_of_an_upload_are_not_shown(store: Store, sources: Path, tmp_path, capsys, monkeypatch):
     labels: list[str] = []
-    make = remote.Progress
-    monkeypatch.setattr(remote, "Progress", lambda label, total: labels.append(label) or make(label, total))
+    make = remote.ProgressBar
+    monkeypatch.setattr(remote, "ProgressBar", lambda label, total: labels.append(label) or make(label, total))
     for shown in (r"has it: \d+ files copied$", "has it already$"):
         prepare([str(sources)], output=tmp_path / "out", upload="s3://bucket/mine?token=hush", workers=1)
         printed = capsys.readouterr()

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import sources
-from datamodules.documents import read_unit
-from datamodules.policies import Policies, Tally
-from datamodules.sources import list_units
+from datamodules.text import sources
+from datamodules.text.documents import read_unit
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.sources import list_units
 from modules.errors import UserError
 
 

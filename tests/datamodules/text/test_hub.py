@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.hub import HubDataset, parse_name
-from datamodules.policies import Policies, Tally
-from datamodules.sources import list_units
+from datamodules.text.hub import HubDataset, parse_name
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.sources import list_units
 from modules.errors import UserError
-from tests.datamodules.test_sources import counts, read
+from tests.datamodules.text.test_sources import counts, read
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

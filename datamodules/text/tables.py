@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from datamodules.policies import Policies, Tally
-from datamodules.units import Unit, cut_rows
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.units import Unit, cut_rows
 from modules.errors import UserError
 
 if TYPE_CHECKING:

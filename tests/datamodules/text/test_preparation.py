@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import files
-from datamodules.corpus import Corpus
-from datamodules.policies import Policies
-from datamodules.preparation import Preparation, describe, prepare_corpus
+from datamodules.text import files
+from datamodules.text.corpus import Corpus
+from datamodules.text.policies import Policies
+from datamodules.text.preparation import Preparation, describe, prepare_corpus
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
 from tests.datamodules.conftest import small
@@ -192,8 +192,8 @@ def test_a_full_disk_is_one_error_and_what_is_written_stays(sources: Path, corpu
 def test_a_real_write_error_in_a_worker_process_arrives_as_one_line(sources: Path, tmp_path):
     code = f"""
 from pathlib import Path
-from datamodules.policies import Policies
-from datamodules.preparation import Preparation, prepare_corpus
+from datamodules.text.policies import Policies
+from datamodules.text.preparation import Preparation, prepare_corpus
 if __name__ == "__main__":
     options = dict(sequence_length=64, vocab_size=400, shard_bytes=20_000, workers=2)
     try:
@@ -212,7 +212,7 @@ if __name__ == "__main__":
         capture_output=True,
         text=True,
         timeout=60,
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={"PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert "error: cannot write" in result.stdout, result

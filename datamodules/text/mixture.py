@@ -13,9 +13,12 @@ Three closed forms follow each other:
    reads few chunks at a time. It is walked in `LANES` interleaved lanes: neighbours in a batch come from as many places
    of the corpus, and a rank that takes every R-th row of a batch stays with few lanes, hence few chunks.
 
-Tables are small (at most 65,536 draws a phase; one number per chunk; one per row of the chunks in use).
+Orders are those of a hash, splitmix64 of (key, index): a resumed run must see the same one years and library versions
+later, which numpy's generators do not promise (NEP 19). Tables are small (at most 65,536 draws a phase; one number per
+chunk; one per row of the chunks in use).
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,16 +26,34 @@ from functools import lru_cache
 
 import numpy as np
 
-from datamodules.shuffle import hash64, permutation
-
 LANES = 64
 """Places of an epoch's order that are read side by side (fewer where there are fewer chunks)."""
 LARGEST_PERIOD = 65536
 """Most draws after which a schedule repeats; weights finer than one part in this are rounded."""
 
 
+def hash64(*parts: str | int) -> int:
+    """Return a 64-bit hash of strings and integers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+def permutation(size: int, key: int) -> np.ndarray:
+    """Return a pseudo-random permutation of `range(size)` as int64 [size].
+
+    Args:
+        size: number of elements.
+        key: 64-bit key; another key gives another permutation.
+    """
+    with np.errstate(over="ignore"):
+        x = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return np.argsort(x, kind="stable")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class MixturePhase:
     """A stretch of the run with constant weights."""
 
     end_step: int
@@ -189,37 +210,39 @@ class EpochOrder:
 
 
 class Mixture:
-    """Weighted sources over the stages of a run.
+    """Weighted sources over the phases of a run.
 
     Args:
         chunk_rows: for each source int64 [chunks], the rows in each of its chunks.
-        stages: the stages in order; each names sources of `chunk_rows`.
+        phases: the phases in order; each names sources of `chunk_rows`.
         rows_per_step: G, rows of a global batch.
         seed: seed of all shuffles.
     """
 
-    def __init__(self, chunk_rows: dict[str, np.ndarray], stages: list[Stage], rows_per_step: int, seed: int) -> None:
+    def __init__(
+        self, chunk_rows: dict[str, np.ndarray], phases: list[MixturePhase], rows_per_step: int, seed: int
+    ) -> None:
         self.names = list(chunk_rows)
         self._orders = [EpochOrder(name, rows, seed) for name, rows in chunk_rows.items()]
         self._rows_per_step = rows_per_step
-        self._weights = stages
-        self._stages: list[_Stage] = []
+        self._phases = phases
+        self._planned: list[_PlannedPhase] = []
         start, before = 0, np.zeros(len(self.names), dtype=np.int64)
-        for stage in stages:
-            members = np.array([self.names.index(name) for name in stage.weights], dtype=np.int64)
-            schedule = Schedule(list(stage.weights.values()))
-            self._stages.append(_Stage(start=start, members=members, schedule=schedule, before=before))
+        for phase in phases:
+            members = np.array([self.names.index(name) for name in phase.weights], dtype=np.int64)
+            schedule = Schedule(list(phase.weights.values()))
+            self._planned.append(_PlannedPhase(start=start, members=members, schedule=schedule, before=before))
             before = before.copy()
-            before[members] += schedule.counts((stage.end_step - start) * rows_per_step)
-            start = stage.end_step
+            before[members] += schedule.counts((phase.end_step - start) * rows_per_step)
+            start = phase.end_step
 
     def draw(self, step: int) -> Draws:
         """Return the rows of the global batch of a step."""
-        stage = self._stage(step)
-        first = (step - stage.start) * self._rows_per_step
-        member, earlier = stage.schedule.draw(np.arange(first, first + self._rows_per_step, dtype=np.int64))
-        source = stage.members[member]
-        numbers = stage.before[source] + earlier
+        phase = self._phase_of(step)
+        first = (step - phase.start) * self._rows_per_step
+        member, earlier = phase.schedule.draw(np.arange(first, first + self._rows_per_step, dtype=np.int64))
+        source = phase.members[member]
+        numbers = phase.before[source] + earlier
         epoch, row = np.zeros_like(numbers), np.zeros_like(numbers)
         for index, order in enumerate(self._orders):
             mine = source == index
@@ -229,35 +252,35 @@ class Mixture:
 
     def consumed(self, step: int) -> dict[str, Consumption]:
         """Return what the first `step` steps take from each source."""
-        stage = self._stage(max(step - 1, 0))
-        rows = stage.before.copy()
-        rows[stage.members] += stage.schedule.counts((step - stage.start) * self._rows_per_step)
+        phase = self._phase_of(max(step - 1, 0))
+        rows = phase.before.copy()
+        rows[phase.members] += phase.schedule.counts((step - phase.start) * self._rows_per_step)
         return {
             name: Consumption(rows=int(count), epochs=int(count) / order.rows)
             for name, count, order in zip(self.names, rows, self._orders, strict=True)
         }
 
     def asked(self, step: int) -> dict[str, float]:
-        """Return the share of each source that the weights of the stages ask for in the first `step` steps (>= 1)."""
+        """Return the share of each source that the weights of the phases ask for in the first `step` steps (>= 1)."""
         shares = dict.fromkeys(self.names, 0.0)
         start = 0
-        for stage in self._weights:
-            steps = max(0, min(step, stage.end_step) - start)
-            total = sum(stage.weights.values())
-            for name, weight in stage.weights.items():
+        for phase in self._phases:
+            steps = max(0, min(step, phase.end_step) - start)
+            total = sum(phase.weights.values())
+            for name, weight in phase.weights.items():
                 shares[name] += steps / step * weight / total
-            start = stage.end_step
+            start = phase.end_step
         return shares
 
-    def _stage(self, step: int) -> "_Stage":
-        return next(stage for stage in reversed(self._stages) if step >= stage.start)
+    def _phase_of(self, step: int) -> "_PlannedPhase":
+        return next(phase for phase in reversed(self._planned) if step >= phase.start)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stage:
+class _PlannedPhase:
     start: int
     members: np.ndarray
-    """int64 [sources of the stage]: their positions in `Mixture.names`."""
+    """int64 [sources of the phase]: their positions in `Mixture.names`."""
     schedule: Schedule
     before: np.ndarray
-    """int64 [sources]: rows that earlier stages took."""
+    """int64 [sources]: rows that earlier phases took."""

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from datamodules.packing import pack
+from datamodules.text.packing import pack
 
 
 def naive_fills(lengths: list[int], capacity: int) -> list[int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules import corpus
-from datamodules.corpus import Corpus
+from datamodules.text import corpus
+from datamodules.text.corpus import Corpus
 from modules.errors import UserError
 
 
@@ -62,7 +62,7 @@ def test_urls_are_read_through_litdata(corpus_folder: Path, tmp_path, monkeypatc
 
 def test_few_chunks_are_open_at_a_time_and_those_of_a_url_leave_the_disk(corpus_folder: Path, tmp_path, monkeypatch):
     monkeypatch.setattr("litdata.utilities.dataset_utilities.get_default_cache_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr("datamodules.corpus._OPEN_CHUNKS", 3)
+    monkeypatch.setattr("datamodules.text.corpus._OPEN_CHUNKS", 3)
     far, near = Corpus(f"local:{corpus_folder}").rows("train"), Corpus(str(corpus_folder)).rows("train")
     kept = [near.read(row)[0] for row in range(len(near))]
     for row in [*range(len(near)), *reversed(range(len(near)))]:

@@ -1,4 +1,4 @@
-"""The unit of work of preparation: a stretch of one file, of some megabytes."""
+"""The unit of work of preparation, a stretch of one file of some megabytes, and where files may be cut into such."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -52,3 +52,22 @@ def cut_rows(groups: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]
         start = end
     if end > start:
         yield start, end, size
+
+
+def tail_size(limit: int) -> int:
+    """Return how many of the last of `limit` bytes a cut is looked for in."""
+    return max(4, limit // 5)
+
+
+def cut_tail(tail: bytes) -> int:
+    """Return where to cut: after the last line end, else before a character (of mostly UTF-8).
+
+    Args:
+        tail: the bytes in which to cut and one more.
+    """
+    line = tail.rfind(b"\n", 0, len(tail) - 1)
+    if line >= 0:
+        return line + 1
+    last = len(tail) - 1
+    starts = [end for end in range(last, last - 4, -1) if tail[end] & 0xC0 != 0x80]  # not a continuation byte
+    return starts[0] if starts else last

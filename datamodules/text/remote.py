@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from datamodules.files import write_blocks
-from datamodules.progress import Progress
+from datamodules.progress import ProgressBar
+from datamodules.text.files import write_blocks
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def download(url: str, files: list[RemoteFile], single: bool, folder: Path) -> P
     """
     target = folder / _version(url, files)
     missing = [file for file in files if not (target / file.name).is_file() or not file.version]
-    with Progress(f"downloading {public(url)}", sum(file.size for file in missing)) as progress:
+    with ProgressBar(f"downloading {public(url)}", sum(file.size for file in missing)) as progress:
         lock = threading.Lock()
 
         def fetch(file: RemoteFile) -> None:
@@ -197,7 +197,7 @@ def upload_folder(folder: Path, url: str, last: str) -> int:
         there = _get(store, prefix + last)
         if there is None:
             size = sum((folder / name).stat().st_size for name in names)
-            with Progress(f"uploading to {public(url)}", size) as progress:
+            with ProgressBar(f"uploading to {public(url)}", size) as progress:
                 with ThreadPoolExecutor(_CONNECTIONS) as pool:
                     for done in pool.map(lambda name: _put(store, prefix + name, folder / name), names):
                         progress.advance(done)

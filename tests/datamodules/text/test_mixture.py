@@ -7,7 +7,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from datamodules.mixture import LANES, EpochOrder, Mixture, Schedule, Stage, integer_shares
+from datamodules.text.mixture import (
+    LANES,
+    EpochOrder,
+    Mixture,
+    MixturePhase,
+    Schedule,
+    hash64,
+    integer_shares,
+    permutation,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
@@ -70,16 +79,16 @@ def test_rows_come_from_few_chunks_at_a_time_and_neighbours_from_different_ones(
         assert len(set(chunks[start : start + 10 * LANES].tolist())) <= 2 * LANES
 
 
-def naive_rows(mixture: Mixture, chunk_rows: dict[str, np.ndarray], stages: list[Stage], rows: int) -> list:
+def naive_rows(mixture: Mixture, chunk_rows: dict[str, np.ndarray], phases: list[MixturePhase], rows: int) -> list:
     """Walk through the run draw by draw with a counter per source."""
     orders = {}
     taken = Counter()
     result = []
     start = 0
-    for stage in stages:
-        names = list(stage.weights)
-        schedule = Schedule(list(stage.weights.values()))
-        for draw in range((stage.end_step - start) * rows):
+    for phase in phases:
+        names = list(phase.weights)
+        schedule = Schedule(list(phase.weights.values()))
+        for draw in range((phase.end_step - start) * rows):
             name = names[schedule.order[draw % len(schedule.order)]]
             total = int(chunk_rows[name].sum())
             epoch, place = divmod(taken[name], total)
@@ -88,19 +97,19 @@ def naive_rows(mixture: Mixture, chunk_rows: dict[str, np.ndarray], stages: list
                 orders[name, epoch] = order.locate(np.full(total, epoch), np.arange(total)).tolist()
             result.append((mixture.names.index(name), epoch, orders[name, epoch][place]))
             taken[name] += 1
-        start = stage.end_step
+        start = phase.end_step
     return result
 
 
-def test_batches_equal_a_naive_walk_through_all_stages():
+def test_batches_equal_a_naive_walk_through_all_phases():
     chunk_rows = {"code": np.array([7, 3, 8]), "prose": np.array([5, 5]), "maths": np.array([40, 11, 9, 30])}
-    stages = [
-        Stage(end_step=9, weights={"code": 0.5, "maths": 0.5}),
-        Stage(end_step=10, weights={"prose": 1.0}),
-        Stage(end_step=40, weights={"prose": 0.1, "maths": 0.6, "code": 0.3}),
+    phases = [
+        MixturePhase(end_step=9, weights={"code": 0.5, "maths": 0.5}),
+        MixturePhase(end_step=10, weights={"prose": 1.0}),
+        MixturePhase(end_step=40, weights={"prose": 0.1, "maths": 0.6, "code": 0.3}),
     ]
-    mixture = Mixture(chunk_rows, stages, rows_per_step=6, seed=11)
-    expected = naive_rows(mixture, chunk_rows, stages, 6)
+    mixture = Mixture(chunk_rows, phases, rows_per_step=6, seed=11)
+    expected = naive_rows(mixture, chunk_rows, phases, 6)
     steps = list(range(40))
     random.Random(0).shuffle(steps)  # a step needs nothing of the steps before
     taken = Counter()
@@ -119,7 +128,7 @@ def test_batches_equal_a_naive_walk_through_all_stages():
 def test_a_far_step_costs_no_more_than_the_first():
     mixture = Mixture(
         {"a": np.full(1000, 500), "b": np.full(10, 500)},
-        [Stage(end_step=10**12, weights={"a": 0.9, "b": 0.1})],
+        [MixturePhase(end_step=10**12, weights={"a": 0.9, "b": 0.1})],
         rows_per_step=64,
         seed=0,
     )
@@ -132,8 +141,11 @@ def test_a_far_step_costs_no_more_than_the_first():
 
 def test_what_was_asked_is_what_the_weights_say_step_by_step():
     """The run so far is asked as a whole, and what is read stays within a row of it in every phase."""
-    stages = [Stage(end_step=5, weights={"a": 3, "b": 1}), Stage(end_step=12, weights={"b": 1.0, "c": 4.0})]
-    mixture = Mixture({name: np.array([7, 5]) for name in "abc"}, stages, rows_per_step=4, seed=0)
+    phases = [
+        MixturePhase(end_step=5, weights={"a": 3, "b": 1}),
+        MixturePhase(end_step=12, weights={"b": 1.0, "c": 4.0}),
+    ]
+    mixture = Mixture({name: np.array([7, 5]) for name in "abc"}, phases, rows_per_step=4, seed=0)
     asked = Counter()
     for step in range(1, 13):
         shares = {"a": 0.75, "b": 0.25, "c": 0.0} if step <= 5 else {"a": 0.0, "b": 0.2, "c": 0.8}
@@ -142,3 +154,22 @@ def test_what_was_asked_is_what_the_weights_say_step_by_step():
         assert mixture.asked(step) == pytest.approx({name: rows / (4 * step) for name, rows in asked.items()})
         for name, read in mixture.consumed(step).items():
             assert abs(read.rows - asked[name]) < 2
+
+
+def test_permutations_are_permutations_and_do_not_change_over_time():
+    for size in (0, 1, 2, 1000):
+        assert sorted(permutation(size, 12345)) == list(range(size))
+    # written down once: another order here would break the resumption of every running job
+    assert permutation(8, 0).tolist() == EXPECTED_0
+    assert permutation(8, hash64("rows", 1, "a")).tolist() == EXPECTED_A
+    assert hash64("rows", 1, "a") == EXPECTED_HASH
+
+
+def test_positions_are_uniform():
+    first = np.bincount([permutation(10, hash64("key", n))[0] for n in range(5000)], minlength=10)
+    assert np.abs(first - 500).max() < 110  # five standard deviations
+
+
+EXPECTED_0 = [2, 4, 6, 5, 1, 7, 0, 3]
+EXPECTED_A = [4, 0, 5, 2, 7, 3, 6, 1]
+EXPECTED_HASH = 8024569180868147254

@@ -5,8 +5,8 @@ import numpy as np
 from litdata import StreamingDataset
 from litdata.streaming import Cache
 
-from datamodules.packing import Piece
-from datamodules.rows import build_chunks, build_index, build_row
+from datamodules.text.packing import Piece
+from datamodules.text.rows import build_chunks, build_index, build_row
 
 
 def make_rows(count: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:

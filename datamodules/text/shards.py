@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.documents import Document, read_unit
-from datamodules.files import write_file
-from datamodules.packing import pack
-from datamodules.policies import Policies, Tally
-from datamodules.rows import build_chunks, build_row
-from datamodules.shuffle import hash64, permutation
+from datamodules.text.documents import Document, read_unit
+from datamodules.text.files import write_file
+from datamodules.text.mixture import hash64, permutation
+from datamodules.text.packing import pack
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.rows import build_chunks, build_row
+from datamodules.text.units import Unit
 from datamodules.tokenizer import Tokenizer
-from datamodules.units import Unit
 from modules.errors import UserError
 
 SPLITS = ("train", "validation")

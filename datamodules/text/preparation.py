@@ -24,19 +24,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.documents import read_unit
-from datamodules.files import remove_partial_files, write_file
-from datamodules.hub import SYNTAX
-from datamodules.policies import Policies, Tally
-from datamodules.progress import Progress
-from datamodules.remote import public
-from datamodules.rows import INDEX_NAME, build_index
-from datamodules.scan import Scan, group_sizes, scan_sources
-from datamodules.shards import SPLITS, ShardJob, held_out_path, report_path, work_folder, write_shard
-from datamodules.shuffle import hash64, permutation
-from datamodules.sources import DEFAULT_CORPUS
+from datamodules.progress import ProgressBar
+from datamodules.text.documents import read_unit
+from datamodules.text.files import remove_partial_files, write_file
+from datamodules.text.hub import SYNTAX
+from datamodules.text.mixture import hash64, permutation
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.remote import public
+from datamodules.text.rows import INDEX_NAME, build_index
+from datamodules.text.scan import Scan, group_sizes, scan_sources
+from datamodules.text.shards import SPLITS, ShardJob, held_out_path, report_path, work_folder, write_shard
+from datamodules.text.sources import DEFAULT_CORPUS
+from datamodules.text.workers import Workers
 from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from datamodules.workers import Workers
 from modules.errors import UserError
 
 CORPUS_FILE = "corpus.json"
@@ -242,7 +242,7 @@ def _write_shards(preparation: Preparation, tokenizer: Tokenizer, scan: Scan, wo
     if reports:
         print(f"continuing: {len(reports)} of {len(groups)} shards were done before", flush=True)
     done = sum(sizes[n] for index in reports for n in groups[index])
-    with Progress("tokenising and packing", total, done) as progress:
+    with ProgressBar("tokenising and packing", total, done) as progress:
         for position, report in workers.run(write_shard, jobs):
             reports[jobs[position].index] = report
             progress.advance(sum(sizes[n] for n in groups[jobs[position].index]))

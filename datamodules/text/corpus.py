@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from datamodules.mixture import LANES
-from datamodules.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
-from datamodules.remote import explain, public, s3_endpoint
-from datamodules.rows import INDEX_NAME, CorruptRowError, read_row
+from datamodules.text.mixture import LANES
+from datamodules.text.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
+from datamodules.text.remote import explain, public, s3_endpoint
+from datamodules.text.rows import INDEX_NAME, CorruptRowError, read_row
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.packing import Piece
+from datamodules.text.packing import Piece
 
 INDEX_NAME = "index.json"
 MAX_CHUNK_BYTES = 64 << 20
