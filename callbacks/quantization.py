@@ -114,11 +114,7 @@ class QuantizationHealth(StepCallback):
 
 
 class Watch:
-    """Looks at a network during one step, from now on.
-
-    Args:
-        network: the network.
-    """
+    """Looks at a network during one step, from now on."""
 
     def __init__(self, network: Network) -> None:
         self._weights = list(product_weights(network))

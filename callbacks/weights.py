@@ -146,9 +146,6 @@ class PassingSteps:
 
     A step costs one pass over the gradients (a millisecond for a million of their elements on a CPU) and never waits
     for the device.
-
-    Args:
-        network: the network.
     """
 
     def __init__(self, network: Network) -> None:
@@ -219,11 +216,7 @@ def dead_line(step: int, weights: Sequence[str]) -> str:
 
 
 class ExpertRows:
-    """Counts, from now on, the rows of each expert that a gradient reaches.
-
-    Args:
-        network: the network.
-    """
+    """Counts, from now on, the rows of each expert that a gradient reaches."""
 
     def __init__(self, network: Network) -> None:
         stacks = {name: module for name, module in network.named_modules() if isinstance(module, Experts)}

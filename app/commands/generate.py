@@ -145,7 +145,7 @@ def generate(
 
 def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
-    from app.terminal import write_text
+    from app.options import write_text
 
     def on_text(_: int, text: str) -> None:
         write_text(text)

@@ -52,7 +52,6 @@ class QuantizeRequest:
     rules: Sequence[Rule]
     """Formats of layers by pattern."""
     exclude: Sequence[str]
-    """Patterns of layers to keep."""
     search: ScaleSearch
     """How the block scales of NVFP4 weights are found."""
     kv_cache: bool

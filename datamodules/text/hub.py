@@ -34,7 +34,6 @@ class HubDataset(NamedTuple):
     config: str | None
     """Its configuration; None for the only one."""
     split: str
-    """Its split."""
 
 
 def parse_name(path: str) -> HubDataset:

@@ -16,11 +16,9 @@ class Piece:
     """A stretch of one document in a row."""
 
     document: int
-    """Index of the document."""
     start: int
     """Offset of the first token in the document."""
     length: int
-    """Number of tokens."""
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[Piece]]:

@@ -30,7 +30,6 @@ class Scan:
     """What the sources hold and what becomes of each document."""
 
     units: list[Unit]
-    """What to read, in order."""
     digests: list[bytes]
     """Per unit, `DIGEST_BYTES` a document."""
     sizes: list[np.ndarray]
@@ -38,7 +37,6 @@ class Scan:
     fates: list[bytes]
     """Per unit one byte a document: position in `SPLITS`, or `DUPLICATE`."""
     tally: Tally
-    """What was skipped and changed."""
     fingerprint: str
     """Hex sha256 of the digests of the documents in the corpus, in order."""
 

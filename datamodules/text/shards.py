@@ -56,9 +56,7 @@ class ScanJob:
     """Units to read and digest."""
 
     units: list[Unit]
-    """What to read."""
     policies: Policies
-    """What to do with bad input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,6 @@ class ScanResult:
     sizes: list[np.ndarray]
     """Per unit, int64 [documents]: UTF-8 bytes."""
     tally: Tally
-    """What was skipped and changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,7 @@ class ShardJob:
     """A shard to write."""
 
     index: int
-    """Number of the shard."""
     units: list[Unit]
-    """What to read."""
     places: list[int]
     """Per unit its place in the order of the sources."""
     fates: list[bytes]
@@ -88,9 +83,7 @@ class ShardJob:
     digests: list[bytes]
     """Per unit what the scan saw."""
     policies: Policies
-    """What to do with bad input."""
     output: Path
-    """Folder of the corpus."""
     sequence_length: int
     """T, tokens in a row."""
     seed: int

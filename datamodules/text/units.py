@@ -16,7 +16,6 @@ class Unit:
     """A stretch of one file that is read at once."""
 
     path: str
-    """The file."""
     name: str
     """How messages call it."""
     kind: Literal["text", "jsonl", "parquet", "arrow"]

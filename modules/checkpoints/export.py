@@ -68,7 +68,6 @@ class Exported(NamedTuple):
     files: list[str]
     """Names of all files, sorted."""
     tensors: int
-    """Number of tensors."""
     size: int
     """Bytes of all files."""
 

@@ -153,9 +153,7 @@ class Assignment(NamedTuple):
     """What the recipe decided for a module."""
 
     name: str
-    """Full name of the module."""
     format: Format
-    """Its format."""
     pattern: str
     """Pattern of the rule that decided, or `TAIL`."""
 
