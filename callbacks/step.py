@@ -108,7 +108,9 @@ def curve_name(module: str) -> str:
     return f"layer_{int(number):02d}.{rest}" if block == "backbone" else f"mtp_{number}.{rest}"
 
 
-def summary(name: str, values: Mapping[str, float], worst: Callable[[Iterable[float]], float]) -> dict[str, float]:
+def worst_and_mean(
+    name: str, values: Mapping[str, float], worst: Callable[[Iterable[float]], float]
+) -> dict[str, float]:
     """Return the curves `NAME/worst` and `NAME/mean` of values by module, of which there is one at least."""
     return {f"{name}/worst": worst(values.values()), f"{name}/mean": sum(values.values()) / len(values)}
 
@@ -117,4 +119,4 @@ def with_summary(name: str, values: Mapping[str, float], worst: Callable[[Iterab
     """Return those, and `NAME/MODULE`; nothing where there is no value."""
     if not values:
         return {}
-    return summary(name, values, worst) | {f"{name}/{module}": value for module, value in values.items()}
+    return worst_and_mean(name, values, worst) | {f"{name}/{module}": value for module, value in values.items()}

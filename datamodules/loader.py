@@ -24,7 +24,7 @@ from modules.batch import IGNORED_LABEL, PackedBatch, Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class RankShare:
     """Which part of the rows a rank takes, and how it is cut into micro-batches."""
 
     rank: int
@@ -79,15 +79,15 @@ class Windows(Dataset[Window]):
     Args:
         mixture: says which rows a step has.
         readers: the sources in the order of `mixture.names`.
-        placement: this rank's part.
+        share: this rank's part.
     """
 
-    def __init__(self, mixture: Mixture, readers: list[RowReader], placement: Placement) -> None:
-        self._mixture, self._readers, self._placement = mixture, readers, placement
+    def __init__(self, mixture: Mixture, readers: list[RowReader], share: RankShare) -> None:
+        self._mixture, self._readers, self._share = mixture, readers, share
 
     def __getitem__(self, step: int) -> Window:
         """Return the window after `step` steps."""
-        place = self._placement
+        place = self._share
         draws = self._mixture.draw(step)
         source, row = draws.source[place.rank :: place.ranks], draws.row[place.rank :: place.ranks]
         rows = [self._readers[s].read(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
@@ -121,20 +121,20 @@ class ValidationLoader:
     Args:
         readers: the validation splits.
         rows: (reader, row) of each validation row.
-        placement: this rank's part; the last batches are filled up with rows without targets.
+        share: this rank's part; the last batches are filled up with rows without targets.
     """
 
-    def __init__(self, readers: list[RowReader], rows: list[tuple[int, int]], placement: Placement) -> None:
-        self._readers, self._rows, self._placement = readers, rows, placement
+    def __init__(self, readers: list[RowReader], rows: list[tuple[int, int]], share: RankShare) -> None:
+        self._readers, self._rows, self._share = readers, rows, share
 
     def __len__(self) -> int:
         """Return the batches of each rank."""
-        per_batch = self._placement.ranks * self._placement.micro_batch_size
+        per_batch = self._share.ranks * self._share.micro_batch_size
         return -(-len(self._rows) // per_batch)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield this rank's batches."""
-        place = self._placement
+        place = self._share
         size = place.micro_batch_size
         for batch in range(len(self)):
             numbers = range((batch * size) * place.ranks + place.rank, (batch + 1) * size * place.ranks, place.ranks)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.base import StageData
-from datamodules.loader import Placement, ValidationLoader, Windows
+from datamodules.loader import RankShare, ValidationLoader, Windows
 from datamodules.text.corpus import Corpus, RowReader, is_remote
 from datamodules.text.mixture import Consumption, Mixture, MixturePhase
 from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
@@ -133,19 +133,19 @@ class PretrainingData(StageData):
 
     def windows(self, first: int) -> Iterator[Window]:
         """Yield this rank's windows after the first `first` steps."""
-        windows = Windows(self.mixture, self._readers, self._placement)
+        windows = Windows(self.mixture, self._readers, self._share)
         return windows.load(first, self.total.steps, self.workers)
 
     @property
-    def _placement(self) -> Placement:
-        return Placement(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
+    def _share(self) -> RankShare:
+        return RankShare(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
         readers = self._validation_readers
         if self.validation_rows == 0:
             return []
-        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._placement)
+        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._share)
 
     def test_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the validation rows: the held-out text is one."""

@@ -82,7 +82,7 @@ def generate(
 
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
     from app.rows_file import Answers, read_rows, text_of
-    from app.scoring.rows import Reader
+    from app.scoring import Reader
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 

@@ -11,7 +11,7 @@ from modules.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from app.scoring.rows import Tokens
+    from app.scoring import Tokens
     from modules.backbone.model import Network
     from modules.checkpoints.source import ModelFolder
     from modules.generation.scoring import Scores
@@ -60,8 +60,7 @@ def score(
         UserError: a file, row or option is wrong; the message names it and the mend.
     """
     from app.models import choose_device, load_network, open_source
-    from app.scoring.rows import Reader, same_vocabulary
-    from app.scoring.summary import describe, summarise
+    from app.scoring import Reader, describe, same_vocabulary, summarise
 
     if batch_tokens < 1:
         raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")

@@ -11,7 +11,7 @@ import torch
 from app.quantization.quality import compare
 from app.quantization.report import choice_lines, expected_size, layer_table, mean_bits
 from app.quantization.texts import Texts, missing_data
-from app.scoring.rows import Reader
+from app.scoring import Reader
 from datamodules.progress import ProgressBar
 from modules.backbone.model import Network
 from modules.checkpoints.card import label

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from app.commands.score import windows
-from app.scoring.summary import describe, summarise
+from app.scoring import describe, summarise
 
 
 @pytest.mark.parametrize("lengths", [[5], [3, 4, 100, 0, 0, 2, 50, 1], [0] * 7, [7] * 20])
