@@ -87,11 +87,11 @@ class Windows(Dataset[Window]):
 
     def __getitem__(self, step: int) -> Window:
         """Return the window after `step` steps."""
-        place = self._share
+        share = self._share
         draws = self._mixture.draw(step)
-        source, row = draws.source[place.rank :: place.ranks], draws.row[place.rank :: place.ranks]
+        source, row = draws.source[share.rank :: share.ranks], draws.row[share.rank :: share.ranks]
         rows = [self._readers[s].read(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
-        size = place.micro_batch_size
+        size = share.micro_batch_size
         batches = [build_batch(rows[first : first + size]) for first in range(0, len(rows), size)]
         samples, length = len(draws.row), batches[0].tokens.shape[1]
         return Window(step=step + 1, micro_batches=batches, tokens=samples * length, samples=samples)
@@ -134,10 +134,10 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield this rank's batches."""
-        place = self._share
-        size = place.micro_batch_size
+        share = self._share
+        size = share.micro_batch_size
         for batch in range(len(self)):
-            numbers = range((batch * size) * place.ranks + place.rank, (batch + 1) * size * place.ranks, place.ranks)
+            numbers = range((batch * size) * share.ranks + share.rank, (batch + 1) * size * share.ranks, share.ranks)
             present = [self._rows[number] for number in numbers if number < len(self._rows)]
             # a rank with nothing left repeats a row for its shape and drops its targets
             rows = [self._readers[reader].read(row) for reader, row in present or self._rows[:1]]
