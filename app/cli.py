@@ -26,21 +26,18 @@ from app.noise import silence
 from app.parser import RunParser
 from app.run_folder import SHOWN, RunFolder, differences
 from app.strategies import ShardedStrategy
-from callbacks.checkpoint import Checkpoint
-from callbacks.console import Console, validation_line
+from callbacks.checkpoint import Checkpoint, RandomState
+from callbacks.console import Console, Startup, Summary, validation_line
 from callbacks.dashboard import Dashboard
 from callbacks.data_use import DataUse
 from callbacks.health import Health
 from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
 from callbacks.quantization import QuantizationHealth
-from callbacks.random_state import RandomState
 from callbacks.samples import Samples
 from callbacks.skipped_batches import SkippedBatches
 from callbacks.speed import Speed
-from callbacks.startup import Startup
 from callbacks.step import in_order
-from callbacks.summary import Summary
 from callbacks.validation import Validation
 from modules.base import StageModule
 from modules.batch import HeldOutText

@@ -1,6 +1,7 @@
-"""Options that several commands have, and the one spelling that the rest of the program knows."""
+"""What several commands share: options, in the one spelling that the program knows, and text from and to a terminal."""
 
 import re
+import sys
 from typing import Literal
 
 from modules.errors import UserError
@@ -16,6 +17,7 @@ UNITS = {"": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT")
 }
+_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def short_dtype(name: Dtype) -> Literal["auto", "fp32", "bf16"]:
@@ -42,3 +44,13 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"--max_shard_size: {text!r} is no size; give one like 5GB, 500MB or 2GiB")
     return size
+
+
+def read_text(text: str) -> str:
+    """Return a text of the command line or of stdin with U+FFFD for each byte that is not UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def write_text(text: str) -> None:
+    """Write a piece of text to stdout at once; on a terminal control characters show as U+FFFD and steer nothing."""
+    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)

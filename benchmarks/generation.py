@@ -28,7 +28,7 @@ import torch
 from app.__main__ import settle_process
 from benchmarks import speculative, training_step
 from benchmarks.side import Side, timed
-from datamodules.corpus import Corpus
+from datamodules.text.corpus import Corpus
 from modules.checkpoints.export import export
 from modules.checkpoints.load import load_model
 from modules.checkpoints.source import open_model

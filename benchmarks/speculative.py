@@ -49,9 +49,7 @@ class Turn:
     prompt: int
     """Number of the prompt."""
     tokens: int
-    """Length of the completion."""
     drafts: int
-    """Draft length."""
     temperature: float
     seed: int
     costs: bool = False

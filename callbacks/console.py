@@ -1,17 +1,24 @@
-"""The console: what the run is at, in one readable line every so many steps, and one for each validation.
+"""The console: what the run computes on, what it is at, and what it reached.
 
-Plain lines everywhere: they survive log files, pipes and job schedulers, where a bar becomes noise.
+Plain lines everywhere: they survive log files, pipes and job schedulers, where a bar becomes noise. The table at the
+start tells kernels and formats: most slow runs are slow because a kernel is missing, and most surprising numbers come
+from a format nobody looked at.
 """
 
-from collections.abc import Mapping
+import platform
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks.speed import Speed
 from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
-from callbacks.throughput import Throughput
-from modules.base import VALIDATED
-from modules.batch import HeldOutText
+from modules.base import VALIDATED, StageModule
+from modules.batch import HeldOutText, MixedSources
+from modules.ops.kernels import kernel_table
+from modules.precision.table import precision_lines
 
 
 class Console(StepCallback):
@@ -110,3 +117,118 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Startup(StepCallback):
+    """Prints what is active before training starts.
+
+    Args:
+        speed: knows the peak that the speed is compared with, once training starts.
+    """
+
+    order = -5
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed = speed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        if trainer.is_global_zero:
+            table = start_table(trainer, stage(pl_module)) + self.speed.describe()
+            print("\n".join(f"{name:<12}{text}" for name, text in table), flush=True)
+
+
+def start_table(trainer: Trainer, module: StageModule) -> list[tuple[str, str]]:
+    """Return the lines of the table at the start as (name, text)."""
+    device = trainer.strategy.root_device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    table = [
+        ("run", str(trainer.default_root_dir)),
+        ("device", f"{trainer.world_size} x {device.type} ({kind}), {torch.get_num_threads()} threads"),
+        ("torch", str(torch.__version__)),
+    ]
+    table += [("kernel", f"{operation}: {kernel}: {state}") for operation, kernel, state in kernel_table()]
+    table += [("weights", line) for line in module.initial_weights]
+    lines = precision_lines(module.precision_table, module.built_network, module.mtp_depths, by_module=False)
+    table += [("precision", line) for line in lines]
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]
+
+
+class Summary(StepCallback):
+    """Prints the result when the last step is done."""
+
+    order = 90
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._tokens = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when and where this start of the program began."""
+        self._started, self._tokens = time.perf_counter(), data(trainer).progress.tokens
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary."""
+        if not trainer.is_global_zero:
+            return
+        source = data(trainer)
+        tokens = source.progress.tokens - self._tokens
+        passed = duration(time.perf_counter() - self._started)
+        last = step_loop(trainer).last_step
+        state = "finished" if trainer.global_step >= last else f"stopped before step {last}; the same command goes on"
+        print(f"step {trainer.global_step}: {number(tokens)} tokens in {passed}, {state}", flush=True)
+        reached = stage(pl_module).metrics.get("validation/bits_per_byte")
+        gzip = source.gzip_bits_per_byte() if isinstance(source, HeldOutText) else None
+        if reached is not None and gzip:
+            print(f"held-out text: {float(reached):.3f} bits per byte; gzip -9 needs {gzip:.3f}", flush=True)
+        consumed = source.consumed(trainer.global_step) if isinstance(source, MixedSources) else {}
+        for name, used in consumed.items():
+            print(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs", flush=True)
+        print(f"curves: python -m app.tensorboard --logdir {trainer.default_root_dir}", flush=True)
+
+
+class Throughput:
+    """A stop-watch over training steps; it stands still at first.
+
+    Args:
+        clock: returns seconds; replaced in tests.
+    """
+
+    SMOOTHING = 0.7
+    """Weight of the past in the smoothed speed from which the remaining time is estimated."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started: float | None = None
+        self._seconds = 0.0
+        self._tokens = 0
+        self._smoothed: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock, which runs."""
+        assert self._started is not None
+        self._seconds += self._clock() - self._started
+        self._started = None
+
+    def resume(self) -> None:
+        """Start the clock unless it runs; what passed since `pause` does not count."""
+        if self._started is None:
+            self._started = self._clock()
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of a finished step."""
+        self._tokens += tokens
+
+    def read(self) -> float:
+        """Return tokens per second since the last reading, and start a new interval; call while paused."""
+        speed = self._tokens / max(self._seconds, 1e-9)
+        past = speed if self._smoothed is None else self._smoothed
+        self._smoothed = self.SMOOTHING * past + (1 - self.SMOOTHING) * speed
+        self._tokens, self._seconds = 0, 0.0
+        return speed
+
+    def seconds_left(self, tokens: float) -> float:
+        """Return how long `tokens` more will take at the smoothed speed; `read` was called before."""
+        assert self._smoothed is not None
+        return tokens / max(self._smoothed, 1e-9)

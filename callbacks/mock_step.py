@@ -30,7 +30,7 @@ class MockStep(StepCallback):
     """Tries a step before training.
 
     Args:
-        enabled: Whether to; costs about the time of one micro-batch.
+        enabled: Costs about the time of one micro-batch.
     """
 
     order = -1  # before the first validation

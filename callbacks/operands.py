@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from callbacks.curves import summary, with_summary
+from callbacks.step import with_summary, worst_and_mean
 from modules.precision.scheme import Scheme
 
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.g", "dgrad.w", "wgrad.g", "wgrad.x")
@@ -83,6 +83,6 @@ def operand_metrics(sums: Mapping[tuple[str, str], Sequence[float]]) -> dict[str
         metrics |= with_summary(f"quantization/snr_db/{operand}", values, min)
     worst: dict[str, float] = {}
     for operand, values in saturation.items():
-        metrics |= summary(f"quantization/saturation/{operand}", values, max)
+        metrics |= worst_and_mean(f"quantization/saturation/{operand}", values, max)
         worst |= {module: max(value, worst.get(module, 0.0)) for module, value in values.items()}
     return metrics | {f"quantization/saturation/{module}": value for module, value in worst.items()}

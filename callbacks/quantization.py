@@ -17,17 +17,19 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.curves import curve_name, with_summary
-from callbacks.dead_weights import PassingSteps, dead_and_alive, dead_line, part_losses
-from callbacks.expert_rows import ExpertRows
 from callbacks.operands import OperandSums
-from callbacks.step import StepCallback, begins_due_step, check_interval, stage
+from callbacks.step import StepCallback, begins_due_step, check_interval, curve_name, stage, with_summary
 from callbacks.weights import (
+    ExpertRows,
+    PassingSteps,
     channel_squares,
     count_gradient,
+    dead_and_alive,
+    dead_line,
     decayed_share,
     expert_states,
     gradient_metrics,
+    part_losses,
     product_weights,
     split_gradient,
 )
@@ -112,11 +114,7 @@ class QuantizationHealth(StepCallback):
 
 
 class Watch:
-    """Looks at a network during one step, from now on.
-
-    Args:
-        network: the network.
-    """
+    """Looks at a network during one step, from now on."""
 
     def __init__(self, network: Network) -> None:
         self._weights = list(product_weights(network))

@@ -1,9 +1,11 @@
-"""What our callbacks share: hooks at the end of each optimiser step, their order, and the types of what they look at.
+"""What our callbacks share: hooks at the end of each optimiser step, their order, what they look at, names of curves.
 
 Lightning's batch is a window, so its hooks at the beginning and end of a batch are those of a step; but when the last
 of them runs, its counters still say that the step is unfinished, and the validation that is due is still to come.
 """
 
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -95,3 +97,26 @@ def gather(values: list[float], trainer: Trainer) -> list[list[float]]:
     table = [torch.empty_like(own) for _ in range(trainer.world_size)]
     dist.all_gather(table, own)
     return torch.stack(table).tolist()
+
+
+def curve_name(module: str) -> str:
+    """Return the name of a module in curves: `backbone.layers.3.mixer.in_proj` is `layer_03.in_proj`."""
+    found = re.fullmatch(r"(backbone|mtp)\.layers\.(\d+)\.(?:mixer\.)?(.+)", module)
+    if found is None:
+        return module
+    block, number, rest = found.groups()
+    return f"layer_{int(number):02d}.{rest}" if block == "backbone" else f"mtp_{number}.{rest}"
+
+
+def worst_and_mean(
+    name: str, values: Mapping[str, float], worst: Callable[[Iterable[float]], float]
+) -> dict[str, float]:
+    """Return the curves `NAME/worst` and `NAME/mean` of values by module, of which there is one at least."""
+    return {f"{name}/worst": worst(values.values()), f"{name}/mean": sum(values.values()) / len(values)}
+
+
+def with_summary(name: str, values: Mapping[str, float], worst: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    """Return those, and `NAME/MODULE`; nothing where there is no value."""
+    if not values:
+        return {}
+    return worst_and_mean(name, values, worst) | {f"{name}/{module}": value for module, value in values.items()}

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.corpus import RowReader
-from datamodules.mixture import Mixture
+from datamodules.text.corpus import RowReader
+from datamodules.text.mixture import Mixture
 from modules.batch import IGNORED_LABEL, PackedBatch, Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class RankShare:
     """Which part of the rows a rank takes, and how it is cut into micro-batches."""
 
     rank: int
@@ -79,19 +79,19 @@ class Windows(Dataset[Window]):
     Args:
         mixture: says which rows a step has.
         readers: the sources in the order of `mixture.names`.
-        placement: this rank's part.
+        share: this rank's part.
     """
 
-    def __init__(self, mixture: Mixture, readers: list[RowReader], placement: Placement) -> None:
-        self._mixture, self._readers, self._placement = mixture, readers, placement
+    def __init__(self, mixture: Mixture, readers: list[RowReader], share: RankShare) -> None:
+        self._mixture, self._readers, self._share = mixture, readers, share
 
     def __getitem__(self, step: int) -> Window:
         """Return the window after `step` steps."""
-        place = self._placement
+        share = self._share
         draws = self._mixture.draw(step)
-        source, row = draws.source[place.rank :: place.ranks], draws.row[place.rank :: place.ranks]
+        source, row = draws.source[share.rank :: share.ranks], draws.row[share.rank :: share.ranks]
         rows = [self._readers[s].read(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
-        size = place.micro_batch_size
+        size = share.micro_batch_size
         batches = [build_batch(rows[first : first + size]) for first in range(0, len(rows), size)]
         samples, length = len(draws.row), batches[0].tokens.shape[1]
         return Window(step=step + 1, micro_batches=batches, tokens=samples * length, samples=samples)
@@ -121,23 +121,23 @@ class ValidationLoader:
     Args:
         readers: the validation splits.
         rows: (reader, row) of each validation row.
-        placement: this rank's part; the last batches are filled up with rows without targets.
+        share: this rank's part; the last batches are filled up with rows without targets.
     """
 
-    def __init__(self, readers: list[RowReader], rows: list[tuple[int, int]], placement: Placement) -> None:
-        self._readers, self._rows, self._placement = readers, rows, placement
+    def __init__(self, readers: list[RowReader], rows: list[tuple[int, int]], share: RankShare) -> None:
+        self._readers, self._rows, self._share = readers, rows, share
 
     def __len__(self) -> int:
         """Return the batches of each rank."""
-        per_batch = self._placement.ranks * self._placement.micro_batch_size
+        per_batch = self._share.ranks * self._share.micro_batch_size
         return -(-len(self._rows) // per_batch)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield this rank's batches."""
-        place = self._placement
-        size = place.micro_batch_size
+        share = self._share
+        size = share.micro_batch_size
         for batch in range(len(self)):
-            numbers = range((batch * size) * place.ranks + place.rank, (batch + 1) * size * place.ranks, place.ranks)
+            numbers = range((batch * size) * share.ranks + share.rank, (batch + 1) * size * share.ranks, share.ranks)
             present = [self._rows[number] for number in numbers if number < len(self._rows)]
             # a rank with nothing left repeats a row for its shape and drops its targets
             rows = [self._readers[reader].read(row) for reader, row in present or self._rows[:1]]

@@ -17,17 +17,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.base import StageData
-from datamodules.corpus import Corpus, RowReader, is_remote
-from datamodules.loader import Placement, ValidationLoader, Windows
-from datamodules.mixture import Consumption, Mixture, Stage
-from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
-from datamodules.sources import DEFAULT_CORPUS
+from datamodules.loader import RankShare, ValidationLoader, Windows
+from datamodules.text.corpus import Corpus, RowReader, is_remote
+from datamodules.text.mixture import Consumption, Mixture, MixturePhase
+from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
+from datamodules.text.sources import DEFAULT_CORPUS
 from modules.batch import Progress, Window
 from modules.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CorpusRef:
     """A prepared corpus in a mixture."""
 
     path: str
@@ -65,7 +65,7 @@ class PretrainingData(StageData):
     def __init__(
         self,
         path: str = "data/stdlib",
-        sources: dict[str, Source] | None = None,
+        sources: dict[str, CorpusRef] | None = None,
         phases: list[Phase] | None = None,
         sequence_length: int = 512,
         global_batch_size: int = 16,
@@ -88,7 +88,7 @@ class PretrainingData(StageData):
         if workers < 0:
             raise UserError(f"data.workers: {workers} is negative")
         # the name seeds the order of rows: a fixed one, so that a corpus can be moved
-        self.sources = {"corpus": Source(path=path)} if sources is None else sources
+        self.sources = {"corpus": CorpusRef(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
         self.global_batch_size = global_batch_size
         self.validation_rows = validation_rows
@@ -133,19 +133,19 @@ class PretrainingData(StageData):
 
     def windows(self, first: int) -> Iterator[Window]:
         """Yield this rank's windows after the first `first` steps."""
-        windows = Windows(self.mixture, self._readers, self._placement)
+        windows = Windows(self.mixture, self._readers, self._share)
         return windows.load(first, self.total.steps, self.workers)
 
     @property
-    def _placement(self) -> Placement:
-        return Placement(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
+    def _share(self) -> RankShare:
+        return RankShare(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
 
     def val_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
         readers = self._validation_readers
         if self.validation_rows == 0:
             return []
-        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._placement)
+        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._share)
 
     def test_dataloader(self) -> ValidationLoader | list[Any]:
         """Return the validation rows: the held-out text is one."""
@@ -202,13 +202,13 @@ class PretrainingData(StageData):
     def mixture(self) -> Mixture:
         """Which rows each step takes."""
         chunk_rows = {name: reader.chunk_rows for name, reader in zip(self.corpora, self._readers, strict=True)}
-        stages = []
+        phases = []
         for number, phase in enumerate(self.phases):
             end = self.total.steps
             if phase.until_tokens is not None and number < len(self.phases) - 1:
                 end = -(-phase.until_tokens // self.after(1).tokens)
-            stages.append(Stage(end_step=end, weights=phase.sources))
-        return Mixture(chunk_rows, stages, self.global_batch_size, self.seed)
+            phases.append(MixturePhase(end_step=end, weights=phase.sources))
+        return Mixture(chunk_rows, phases, self.global_batch_size, self.seed)
 
     def consumed(self, step: int) -> dict[str, Consumption]:
         """Return rows and epochs that the first `step` optimiser steps take from each source."""
@@ -282,7 +282,7 @@ def _check_positive(**values: int) -> None:
             raise UserError(f"data.{key}: {value} is not positive")
 
 
-def _check_phases(phases: list[Phase] | None, sources: dict[str, Source]) -> list[Phase]:
+def _check_phases(phases: list[Phase] | None, sources: dict[str, CorpusRef]) -> list[Phase]:
     """Return the phases (one with equal weights by default) after checking names, weights and order."""
     if not sources:
         raise UserError("data.sources: give at least one source")

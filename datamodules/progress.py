@@ -9,7 +9,7 @@ from tqdm import tqdm
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-class Progress:
+class ProgressBar:
     """Shows how much of a job is done; a context manager.
 
     Args:
@@ -26,7 +26,7 @@ class Progress:
             self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, unit_scale=True, leave=False)
         self._last_line = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         """Return itself."""
         return self
 

@@ -74,7 +74,6 @@ class MicroBatchLoss(NamedTuple):
     metrics: Mapping[str, Tensor]
     """Detached scalars by name; summed over the micro-batches and ranks of a step, then recorded."""
     router: list[Routing]
-    """One `Routing` per router."""
 
 
 class TrainingDivergedError(UserError):

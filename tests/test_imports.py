@@ -120,9 +120,9 @@ def test_imports_run_one_way(file: Path):
         ("modules.precision.recipe", "def f():\n    from modules.optim import adamw"),
         ("modules.ops.kernels", "import mamba_ssm"),
         ("modules.pretraining", "from app.strategies import sharded"),
-        ("datamodules.corpus", "from modules.backbone import config"),
+        ("datamodules.text.corpus", "from modules.backbone import config"),
         ("callbacks.samples", "from datamodules.tokenizer import load"),
-        ("datamodules.tables", "import pyarrow.parquet as pq"),
+        ("datamodules.text.tables", "import pyarrow.parquet as pq"),
         ("app.__main__", "from torch import nn"),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_wrong_import_is_found(name: str, source: str):
     ("name", "source"),
     [
         ("modules.ops.kernels", "def f():\n    import mamba_ssm"),
-        ("datamodules.corpus", "from modules.batch import PackedBatch"),
+        ("datamodules.text.corpus", "from modules.batch import PackedBatch"),
         ("app.cli", "import torch\nfrom callbacks.samples import Samples"),
         ("app.__main__", "def main():\n    import torch"),
     ],

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from app.options import Device, Dtype, StateDtype, short_state_dtype
-from app.terminal import read_text, write_text
+from app.options import Device, Dtype, StateDtype, read_text, short_state_dtype, write_text
 from modules.errors import UserError
 
 if TYPE_CHECKING:

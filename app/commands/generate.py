@@ -82,7 +82,7 @@ def generate(
 
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
     from app.rows_file import Answers, read_rows, text_of
-    from app.scoring.rows import Reader
+    from app.scoring import Reader
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
@@ -145,7 +145,7 @@ def generate(
 
 def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
-    from app.terminal import write_text
+    from app.options import write_text
 
     def on_text(_: int, text: str) -> None:
         write_text(text)
@@ -164,10 +164,10 @@ def write_completions(
     complete: Complete, rows: list[dict[str, Any]], samples: int, draft_tokens: int, answers: "Answers"
 ) -> None:
     """Answer the rows that are not answered yet."""
-    from datamodules.progress import Progress
+    from datamodules.progress import ProgressBar
 
     statistics, total = Statistics(draft_tokens), len(rows) * samples
-    with Progress("generating", total, answers.count, unit="completions") as progress:
+    with ProgressBar("generating", total, answers.count, unit="completions") as progress:
         for number, completion in enumerate(complete(first=answers.count), answers.count):
             statistics.add(completion)
             answer = {

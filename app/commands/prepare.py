@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from datamodules.policies import Policies
-from datamodules.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
-from datamodules.remote import STORE_SCHEMES, check_scheme, public, upload_folder
+from datamodules.text.policies import Policies
+from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
+from datamodules.text.remote import STORE_SCHEMES, check_scheme, public, upload_folder
 from modules.errors import UserError
 
 

@@ -11,7 +11,7 @@ from modules.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from app.scoring.rows import Tokens
+    from app.scoring import Tokens
     from modules.backbone.model import Network
     from modules.checkpoints.source import ModelFolder
     from modules.generation.scoring import Scores
@@ -60,8 +60,7 @@ def score(
         UserError: a file, row or option is wrong; the message names it and the mend.
     """
     from app.models import choose_device, load_network, open_source
-    from app.scoring.rows import Reader, same_vocabulary
-    from app.scoring.summary import describe, summarise
+    from app.scoring import Reader, describe, same_vocabulary, summarise
 
     if batch_tokens < 1:
         raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")
@@ -96,12 +95,12 @@ def _answer(
         networks: the network, and the reference if there is one.
         batch_tokens: positions in a forward pass.
     """
-    from datamodules.progress import Progress
+    from datamodules.progress import ProgressBar
     from modules.generation import scoring
 
     lengths = [len(row.ids) for row in tokens]
     todo = [window for window in windows(lengths, WINDOW_BATCHES * batch_tokens) if window.stop > answers.count]
-    with Progress("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
+    with ProgressBar("scoring", sum(lengths), sum(lengths[: todo[0].start]), unit="tokens") as progress:
         for window in todo:
             ids = [tokens[index].ids for index in window]
             scored: dict[int, scoring.Scores] = {}

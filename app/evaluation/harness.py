@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from datamodules.chat_template import ChatTemplate
-from datamodules.progress import Progress
+from datamodules.progress import ProgressBar
 from datamodules.tokenizer import Tokenizer, special_names
 from modules.backbone.model import Network
 from modules.errors import UserError
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
                 tokens = tokens[-max(self._max_length - count, 1) :]
             groups[sampling, stop].append((number, Request(tokens=tokens, max_new_tokens=count, key=(number,))))
         texts = [""] * len(requests)
-        with Progress("generating", len(requests), unit="completions") as progress:
+        with ProgressBar("generating", len(requests), unit="completions") as progress:
             for (sampling, stop), numbered in groups.items():
                 completions = generate(
                     self._network,
@@ -172,7 +172,7 @@ class HarnessModel(TemplateLM):
         most = None if self._max_length is None else self._max_length + 1
         rows = [(context + continuation)[-most if most else 0 :] for context, continuation in pairs]
         found = [(0.0, True)] * len(rows)
-        with Progress("scoring", sum(map(len, rows)), unit="tokens") as progress:
+        with ProgressBar("scoring", sum(map(len, rows)), unit="tokens") as progress:
             for index, scores in score(self._network, rows, batch_tokens=self._batch_tokens):
                 start = max(len(rows[index]) - 1 - len(pairs[index][1]), 0)
                 logprob, greedy = scores.logprobs[start:].double().sum(), scores.greedy[start:].all()

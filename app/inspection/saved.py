@@ -22,13 +22,11 @@ class SavedBatch:
     step: int
     """Optimiser step, from 1."""
     rank: int
-    """Rank that trained on it."""
     reason: str
     loss: float
     gradient_norm: float
     """Gradient norm of the step, before clipping."""
     micro_batches: list[PackedBatch]
-    """Its accumulation window."""
 
 
 def load(file: Path) -> SavedBatch:

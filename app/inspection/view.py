@@ -75,7 +75,6 @@ class BatchView:
 
     rows: list[Row]
     micro_batches: int
-    """Their number."""
     counted: list[int]
     """[1 + M]: the targets of each loss part in these rows."""
     vocabulary: Vocabulary

@@ -11,8 +11,8 @@ import torch
 from app.quantization.quality import compare
 from app.quantization.report import choice_lines, expected_size, layer_table, mean_bits
 from app.quantization.texts import Texts, missing_data
-from app.scoring.rows import Reader
-from datamodules.progress import Progress
+from app.scoring import Reader
+from datamodules.progress import ProgressBar
 from modules.backbone.model import Network
 from modules.checkpoints.card import label
 from modules.checkpoints.card_quantized import Written
@@ -52,7 +52,6 @@ class QuantizeRequest:
     rules: Sequence[Rule]
     """Formats of layers by pattern."""
     exclude: Sequence[str]
-    """Patterns of layers to keep."""
     search: ScaleSearch
     """How the block scales of NVFP4 weights are found."""
     kv_cache: bool
@@ -144,7 +143,7 @@ class Job:
             if self._decisions[group.name].choice in (None, *INPUTS)
         ]
         rows = self._texts.calibration
-        with Progress("calibrating", sum(map(len, rows)), unit="tokens") as progress:
+        with ProgressBar("calibrating", sum(map(len, rows)), unit="tokens") as progress:
             found = calibrate(
                 original,
                 rows,
@@ -166,7 +165,7 @@ class Job:
         searched = [group for group in self._groups if self._decisions[group.name].choice is None]
         passes = 1 + len(searched) * len(CANDIDATES)
         total = sum(map(len, rows)) * passes
-        with Progress("measuring sensitivities", total, unit="tokens") as progress:
+        with ProgressBar("measuring sensitivities", total, unit="tokens") as progress:
             losses = measure(
                 original,
                 searched,

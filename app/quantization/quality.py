@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.progress import Progress
+from datamodules.progress import ProgressBar
 from modules.backbone.model import Network
 from modules.generation.scoring import score
 
@@ -31,7 +31,7 @@ def compare(
     """
     kl = after = before = 0.0
     tokens = agreeing = 0
-    with Progress("comparing", sum(map(len, rows)), unit="tokens") as progress:
+    with ProgressBar("comparing", sum(map(len, rows)), unit="tokens") as progress:
         for index, scores in score(quantized, rows, original, batch_tokens=batch_tokens):
             assert scores.kl is not None
             assert scores.reference_logprobs is not None

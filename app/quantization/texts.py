@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from app.models import open_tokenizer
 from app.rows_file import read_rows
-from app.scoring.rows import Reader
-from datamodules.corpus import Corpus, RowReader, is_remote
-from datamodules.preparation import CORPUS_FILE
+from app.scoring import Reader
+from datamodules.text.corpus import Corpus, RowReader, is_remote
+from datamodules.text.preparation import CORPUS_FILE
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 

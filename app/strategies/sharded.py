@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,13 +50,18 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all devices of a mesh with the axes `AXES`, of which all but `shard` have size 1.
 
     Args:
-        gradient_sync: When gradients are summed over devices: with the last micro-batch of a step, which costs least
-            time and holds the whole network's gradients on each device until then; or with every one.
+        gradient_sync: When gradients are summed over devices: with the `last` micro-batch of a step, which costs least
+            time and holds the whole network's gradients on each device until then; or with `every` one.
+
+    Raises:
+        UserError: it is something else.
     """
 
-    def __init__(self, gradient_sync: Literal["last", "every"] = "last") -> None:
+    def __init__(self, gradient_sync: str = "last") -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=TIMEOUT)
-        self._sync_every = gradient_sync == "every"
+        if gradient_sync not in ("last", "every"):
+            raise UserError(f"trainer.strategy: gradient_sync {gradient_sync!r} must be last or every")
+        self.gradient_sync = gradient_sync
         self._store: dist.TCPStore | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Say whether backward passes from now on sum gradients over ranks, or keep them for the one that does."""
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(sync or self._sync_every, recurse=False)
+                module.set_requires_gradient_sync(sync or self.gradient_sync == "every", recurse=False)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", axes: Sequence[str] = AXES) -> Tensor:
         """Return the sum ("sum") or maximum ("max") over the ranks along mesh axes."""

@@ -36,9 +36,7 @@ class Written(NamedTuple):
     """A quantised model as it is written."""
 
     quantization: Quantization
-    """What of it is quantised."""
     layout: Layout
-    """Of the files."""
     plain: Sequence[str]
     """Modules that have a weight matrix and are not quantised."""
     tensors: Mapping[str, TensorInfo]

@@ -68,7 +68,6 @@ class Exported(NamedTuple):
     files: list[str]
     """Names of all files, sorted."""
     tensors: int
-    """Number of tensors."""
     size: int
     """Bytes of all files."""
 
@@ -286,7 +285,7 @@ def _write_settings(
     """Write tokenizer, configuration, and what else belongs to a model."""
     config = hugging_face_config(source, tensors, code=_copy_files(source, folder))
     if quantized is not None:
-        settings = quantized.layout.documents(quantized.quantization, quantized.plain)
+        settings = quantized.layout.json_files(quantized.quantization, quantized.plain)
         config[QUANTIZATION] = settings.pop(QUANTIZATION)
         for name, content in settings.items():
             write_json(folder / name, content)

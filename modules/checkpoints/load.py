@@ -34,7 +34,6 @@ class Model:
     network: Network
     """In eval mode, without gradients."""
     source: ModelFolder
-    """The folder."""
     note: str | None
     """How a quantised MODEL runs, in a line; None: it is not quantised."""
 

@@ -28,9 +28,7 @@ class TensorInfo(NamedTuple):
     """What a file says of a tensor."""
 
     shape: tuple[int, ...]
-    """Shape."""
     dtype: torch.dtype
-    """Dtype it is stored in."""
 
 
 class Place(NamedTuple):

@@ -36,7 +36,6 @@ class LayerQuantization(NamedTuple):
     """How one linear layer is quantised."""
 
     format: WeightFormat
-    """Of the weight."""
     inputs: bool
     """Whether its inputs are quantised too (W4A4, W8A8), or the weight alone (NVFP4 only: W4A16)."""
 
@@ -79,7 +78,6 @@ class Settings(NamedTuple):
     says: Callable[[str], LayerQuantization | None]
     """By module name; None: that it is plain."""
     kv: bool
-    """Whether the KV cache is FP8."""
     place: str
     """File and key, for messages."""
 
@@ -98,7 +96,7 @@ class Layout:
     """Shape of fp32 scales."""
     kv_names: tuple[str, str]
     """Names of the scales of keys and values below an attention module."""
-    documents: Callable[[Quantization, Sequence[str]], dict[str, dict[str, Any]]]
+    json_files: Callable[[Quantization, Sequence[str]], dict[str, dict[str, Any]]]
     """What to write beside the weights, of the quantisation and the names of the plain modules that have a weight
     matrix: `quantization_config`, which goes into config.json, and other files by name."""
 

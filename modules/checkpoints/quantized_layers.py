@@ -37,7 +37,6 @@ class StoredLayer(NamedTuple):
     """A quantised layer in the files."""
 
     layer: LayerQuantization
-    """How it is quantised."""
     info: TensorInfo
     """Shape [O, I] of its weight; dtype fp32, as which it is read."""
     parts: dict[str, tuple[str, Entry]]

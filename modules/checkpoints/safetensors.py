@@ -58,11 +58,8 @@ class Entry:
     """A tensor in a file."""
 
     file: Path
-    """The file."""
     name: str
-    """Its name there."""
     info: TensorInfo
-    """Shape and dtype."""
     opened: _OpenFile
     """What reads the files of its folder."""
 

@@ -22,7 +22,6 @@ class NextTokenLoss(NamedTuple):
     nats: Tensor
     """fp32 [1 + M], detached: summed cross-entropy of the next token and of each MTP depth."""
     output: Output
-    """What the network returned."""
 
 
 def next_token_loss(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.ops.native import quantization as native
-from modules.precision.scaling import broadcast_scale
+from modules.precision.formats import broadcast_scale
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

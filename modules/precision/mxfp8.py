@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules.ops.native import quantization as native
-from modules.precision.scaling import check_blocks
+from modules.precision.formats import check_blocks
 
 BLOCK = 32
 E4M3_MAX = 448.0

@@ -39,8 +39,8 @@ from modules.precision.blocks import (
     round_blocks,
     search_scales,
 )
+from modules.precision.formats import broadcast_scale, check_blocks, tensor_amax
 from modules.precision.hadamard import rotate
-from modules.precision.scaling import broadcast_scale, check_blocks, tensor_amax
 
 CLIPPED = 7.0
 """Magnitudes beyond this, at the scale of their block, are clipped and not just rounded: 6 and half the step before it.

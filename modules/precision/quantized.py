@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modules.ops.native.quantization import BLOCK, E4M3_MAX, FOUR_OVER_SIX_MAX, Options
 from modules.precision import e2m1, fp8, nvfp4
-from modules.precision.scaling import tensor_amax
+from modules.precision.formats import tensor_amax
 
 WeightFormat = Literal["nvfp4", "fp8"]
 ScaleSearch = Literal["max", "mse", "four_over_six"]

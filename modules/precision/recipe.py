@@ -153,9 +153,7 @@ class Assignment(NamedTuple):
     """What the recipe decided for a module."""
 
     name: str
-    """Full name of the module."""
     format: Format
-    """Its format."""
     pattern: str
     """Pattern of the rule that decided, or `TAIL`."""
 
@@ -199,8 +197,8 @@ def assign_formats(config: PrecisionConfig, network: nn.Module, device_type: str
                     f"{row.pattern!r} says; put a rule for it before that one"
                 )
             products = Products.all_in(row.format)
-            stages = [products for _, products in _stages(config.switches, row.name, products)]
-            chosen = choose(config.backend, row.name, stages, arithmetic, module.weight.shape, device_type)
+            periods = [products for _, products in _periods(config.switches, row.name, products)]
+            chosen = choose(config.backend, row.name, periods, arithmetic, module.weight.shape, device_type)
             module.product = Scheme(products, arithmetic, *chosen)
     return table
 
@@ -215,15 +213,15 @@ class FormatSchedule:
 
     def __init__(self, config: PrecisionConfig, network: nn.Module) -> None:
         self._schemes = quantized_schemes(network)
-        self._stages = {name: _stages(config.switches, name, s.planned) for name, s in self._schemes.items()}
+        self._periods = {name: _periods(config.switches, name, s.planned) for name, s in self._schemes.items()}
         self._arithmetics = {scheme.arithmetic for scheme in self._schemes.values()}
 
     def switch(self, tokens: int) -> list[str]:
         """Set the formats that hold after a number of tokens; return lines for the user on what changed."""
         before = {name: scheme.products for name, scheme in self._schemes.items()}
         for name, scheme in self._schemes.items():
-            stages = reversed(self._stages[name])
-            scheme.products = next(products for start, products in stages if tokens >= start)
+            periods = reversed(self._periods[name])
+            scheme.products = next(products for start, products in periods if tokens >= start)
         changes = Counter(
             (before[name], scheme.products) for name, scheme in self._schemes.items() if scheme.products != before[name]
         )
@@ -248,13 +246,13 @@ def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:
     }
 
 
-def _stages(switches: Sequence[FormatSwitch], name: str, planned: Products) -> list[tuple[int, Products]]:
+def _periods(switches: Sequence[FormatSwitch], name: str, planned: Products) -> list[tuple[int, Products]]:
     """Return (tokens from which they hold, formats of a module's products), one after the other."""
-    stages = [(0, planned)]
+    periods = [(0, planned)]
     for switch in switches:
         if fnmatchcase(name, switch.pattern):
-            stages.append((switch.at_tokens, switch.change(stages[-1][1])))
-    return stages
+            periods.append((switch.at_tokens, switch.change(periods[-1][1])))
+    return periods
 
 
 def _describe(products: Products) -> str:

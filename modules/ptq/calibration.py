@@ -17,8 +17,8 @@ from modules.backbone.model import Network
 from modules.checkpoints.names import MTP
 from modules.errors import UserError
 from modules.ops.experts import row_experts
+from modules.precision.formats import tensor_amax
 from modules.precision.linear import GroupedLinear, Linear
-from modules.precision.scaling import tensor_amax
 
 
 class Packed(NamedTuple):

@@ -67,7 +67,6 @@ class Group(NamedTuple):
     name: str
     """Shell pattern that matches the module names of its layers, and no others."""
     layers: tuple[LinearGroup, ...]
-    """The layers."""
 
     @property
     def size(self) -> int:

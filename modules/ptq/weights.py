@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modules.checkpoints.names import STACKED
 from modules.checkpoints.source import ModelFolder
+from modules.precision.formats import tensor_amax
 from modules.precision.quantized import QuantizedWeight, ScaleSearch, WeightFormat, quantize_weight, tensor_scale
-from modules.precision.scaling import tensor_amax
 from modules.ptq.calibration import Calibration
 from modules.ptq.layers import INPUTS, Choice, Group
 
@@ -93,9 +93,7 @@ class ExpertCoverage(NamedTuple):
     """How well calibration reached the experts of a layer."""
 
     layer: str
-    """Name of the experts' group."""
     tokens: list[int]
-    """Tokens of each expert."""
     unreached: list[int]
     """Experts that saw no token."""
     few: list[int]

@@ -32,7 +32,7 @@ def test_what_we_refuse_is_a_mistake():
 
 
 def test_any_other_value_error_is_a_defect_even_of_our_own_code():
-    from datamodules.mixture import integer_shares
+    from datamodules.text.mixture import integer_shares
 
     assert mistake(caught(lambda: int("x"))) is None
     assert mistake(caught(lambda: list(zip([1], [], strict=True)))) is None

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from callbacks.dashboard import BAND, LAYOUT
-from datamodules.preparation import Preparation, prepare_corpus
+from datamodules.text.preparation import Preparation, prepare_corpus
 from modules.checkpoints import folder
 from tests.app.helpers import ROOT, Program, kill_when, load_tensors, same_checkpoint, scalars
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.data_loading import collate, main
-from datamodules.corpus import Corpus
 from datamodules.loader import build_batch
+from datamodules.text.corpus import Corpus
 from modules.batch import count_targets
 
 

@@ -5,17 +5,14 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch import Callback
 
-from callbacks.checkpoint import Checkpoint
-from callbacks.console import Console
+from callbacks.checkpoint import Checkpoint, RandomState
+from callbacks.console import Console, Startup, Summary
 from callbacks.dashboard import Dashboard
 from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
-from callbacks.random_state import RandomState
 from callbacks.samples import Samples, markdown
 from callbacks.speed import Speed
-from callbacks.startup import Startup
 from callbacks.step import in_order, is_due
-from callbacks.summary import Summary
 from callbacks.validation import Validation
 from modules.errors import UserError
 
@@ -37,21 +34,6 @@ from modules.errors import UserError
 def test_options_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
-
-
-def test_the_newest_up_to_this_step_are_kept(tmp_path):
-    """A later checkpoint is one that was damaged: counting it would delete good ones in its place."""
-    for step in (50, 100, 150, 200):
-        (tmp_path / f"step={step:08d}").mkdir()
-    (tmp_path / "step=00000300.partial").mkdir()
-    strategy = SimpleNamespace(remove_checkpoint=lambda path: path.rmdir())
-    trainer = SimpleNamespace(global_step=150, is_global_zero=True, strategy=strategy)
-    Checkpoint(keep_last=2)._remove_old(trainer, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step=00000100",
-        "step=00000150",
-        "step=00000300.partial",
-    ]
 
 
 @pytest.mark.parametrize(("step", "last", "due"), [(4, 10, True), (5, 10, False), (8, 10, True), (10, 10, True)])

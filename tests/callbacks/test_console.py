@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from callbacks.console import Console, duration, number, progress_line, validation_line
-from callbacks.throughput import Throughput
+from callbacks.console import Console, Throughput, duration, number, progress_line, validation_line
 from modules.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks.checkpoint import random_state
 from callbacks.mock_step import MockStep, is_out_of_memory
-from callbacks.random_state import random_state
 from modules.base import MicroBatchLoss
 from modules.batch import PackedBatch
 from modules.errors import UserError

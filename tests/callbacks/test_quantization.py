@@ -14,11 +14,10 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from callbacks.curves import curve_name
-from callbacks.dead_weights import PassingSteps, dead_line
 from callbacks.operands import OPERANDS
 from callbacks.quantization import QuantizationHealth, Watch, unseen_lines
-from callbacks.weights import DECAYED
+from callbacks.step import curve_name
+from callbacks.weights import DECAYED, PassingSteps, dead_line
 from modules.backbone.initialization import initialize, local_rows
 from modules.batch import IGNORED_LABEL, PackedBatch
 from modules.errors import UserError

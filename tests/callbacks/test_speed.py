@@ -1,6 +1,7 @@
-"""Seconds by part and MFU, of a run whose parts take known times."""
+"""Seconds by part and MFU, of a run whose parts take known times, and of moments that may lie ahead of the host."""
 
 import mmap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import callbacks.speed
 from callbacks.peak import Peak
-from callbacks.speed import PAUSES, STEP, Speed, gather, resident_bytes
+from callbacks.speed import PAUSES, STEP, CudaClock, HostClock, PartClock, Speed, gather, resident_bytes
 from callbacks.step import StepCallback
 from modules.backbone.flops import training_flops_per_token
 from modules.pretraining import Pretraining
@@ -139,3 +140,76 @@ def test_host_memory_grows_with_what_is_held():
 
 def test_one_process_gathers_its_own_numbers():
     assert gather([1.0, 2.0], SimpleNamespace(world_size=1)) == [[1.0, 2.0]]
+
+
+class Queue:
+    """A clock whose device has only come to `reached`: the host runs ahead of it, as on CUDA."""
+
+    time = 0.0
+    reached = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def is_past(self, moment: float) -> bool:
+        return moment <= self.reached
+
+    def seconds(self, start: float, end: float) -> float:
+        assert end <= self.reached, "asked before the device is there"
+        return end - start
+
+
+def test_each_part_gets_the_time_until_the_next():
+    queue = Queue()
+    queue.reached = 100.0
+    parts = PartClock(queue)
+    for moment, part in ((1.0, "data"), (1.5, "forward"), (4.0, "data"), (4.25, "forward"), (8.0, "rest")):
+        queue.time = moment
+        parts.enter(part)
+    times, seconds = parts.read()
+    assert seconds == {"data": 0.75, "forward": 6.25}
+    assert times == {"data": 2, "forward": 2}
+    queue.time = 9.0
+    parts.enter("data")
+    assert parts.read() == ({"rest": 1}, {"rest": 1.0})
+
+
+def test_what_the_device_has_not_reached_is_told_at_a_later_reading():
+    queue = Queue()
+    parts = PartClock(queue)
+    for moment, part in enumerate(["a", "b", "a", "b"]):
+        queue.time = float(moment)
+        parts.enter(part)
+    assert parts.read() == ({}, {})
+    queue.reached = 1.5
+    assert parts.read() == ({"a": 1}, {"a": 1.0})
+    queue.reached = 3.0
+    assert parts.read() == ({"a": 1, "b": 1}, {"a": 1.0, "b": 1.0})
+
+
+def test_the_host_clock_tells_seconds():
+    parts = PartClock(HostClock())
+    parts.enter("sleep")
+    time.sleep(0.02)
+    parts.enter("end")
+    assert 0.02 <= parts.read()[1]["sleep"] < 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_clock_tells_the_time_of_the_device_without_waiting():
+    parts = PartClock(CudaClock())
+    x = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts.enter("work")
+        start = time.perf_counter()
+        for _ in range(20):
+            x @ x
+        queued = time.perf_counter() - start
+        parts.enter("end")
+        parts.read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert parts.read()[1]["work"] > queued

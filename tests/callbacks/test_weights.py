@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.curves import curve_name
+from callbacks.step import curve_name
 from callbacks.weights import (
     DECAYED,
     Weight,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.preparation import Preparation, prepare_corpus
+from datamodules.text.preparation import Preparation, prepare_corpus
 
 WORDS = (
     "def return self value for in range len print if else None True αβγ naïve 日本 😀 0 17 204 x_1 </s> <think>".split()

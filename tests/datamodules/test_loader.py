@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.corpus import Corpus, RowReader
-from datamodules.loader import Placement, ValidationLoader, Windows, build_batch
-from datamodules.mixture import Mixture, Stage
+from datamodules.loader import RankShare, ValidationLoader, Windows, build_batch
+from datamodules.text.corpus import Corpus, RowReader
+from datamodules.text.mixture import Mixture, MixturePhase
 from modules.batch import IGNORED_LABEL, Window
 from modules.ops.documents import document_boundaries
 
@@ -20,9 +20,9 @@ def reader(corpus_folder: Path) -> RowReader:
 
 
 def load(reader: RowReader, ranks: int = 1, rank: int = 0, micro: int = 2, workers: int = 0, first: int = 0):
-    stages = [Stage(end_step=STEPS, weights={"a": 1.0})]
-    mixture = Mixture({"a": reader.chunk_rows}, stages, rows_per_step=8, seed=5)
-    windows = Windows(mixture, [reader], Placement(rank=rank, ranks=ranks, micro_batch_size=micro))
+    phases = [MixturePhase(end_step=STEPS, weights={"a": 1.0})]
+    mixture = Mixture({"a": reader.chunk_rows}, phases, rows_per_step=8, seed=5)
+    windows = Windows(mixture, [reader], RankShare(rank=rank, ranks=ranks, micro_batch_size=micro))
     return windows.load(first, STEPS, workers)
 
 
@@ -103,7 +103,7 @@ def test_validation_has_equal_batches_everywhere_and_every_row_once(
 ):
     rows = [(0, n) for n in range(count)]
     loaders = [
-        ValidationLoader([reader], rows, Placement(rank=rank, ranks=ranks, micro_batch_size=micro))
+        ValidationLoader([reader], rows, RankShare(rank=rank, ranks=ranks, micro_batch_size=micro))
         for rank in range(ranks)
     ]
     batches = [list(loader) for loader in loaders]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.corpus import Corpus
 from datamodules.loader import ValidationLoader
-from datamodules.preparation import prepare_corpus
-from datamodules.pretraining import Phase, PretrainingData, Source
+from datamodules.pretraining import CorpusRef, Phase, PretrainingData
+from datamodules.text.corpus import Corpus
+from datamodules.text.preparation import prepare_corpus
 from modules.batch import PackedBatch, Progress, Window
 from modules.errors import UserError
 from tests.datamodules.conftest import small
@@ -157,7 +157,7 @@ def second_folder(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_sources_are_mixed_by_phase(corpus_folder: Path, second_folder: Path):
     data = make_data(
         corpus_folder,
-        sources={"big": Source(path=str(corpus_folder)), "small": Source(path=str(second_folder))},
+        sources={"big": CorpusRef(path=str(corpus_folder)), "small": CorpusRef(path=str(second_folder))},
         phases=[Phase(sources={"big": 3, "small": 1}, until_tokens=6 * 512 - 100), Phase(sources={"small": 1})],
     )
     data.setup("fit")
@@ -214,7 +214,7 @@ def test_mistakes_name_the_key_and_the_mend(corpus_folder: Path, second_folder: 
         check(rf"^data\.{key}: 0 is not positive", corpus_folder, **{key: 0})
     for key in ("validation_rows", "workers"):
         check(rf"^data\.{key}: -1 is negative", corpus_folder, **{key: -1})
-    mixed = {"a": Source(path=str(corpus_folder)), "b": Source(path=str(second_folder))}
+    mixed = {"a": CorpusRef(path=str(corpus_folder)), "b": CorpusRef(path=str(second_folder))}
     for phases, message in (
         ([], r"^data\.phases: give at least one"),
         ([Phase(sources={})], r"^data\.phases\[0\]\.sources: give at least one"),
@@ -233,7 +233,7 @@ def test_mistakes_name_the_key_and_the_mend(corpus_folder: Path, second_folder: 
 
 def test_different_tokenizers_cannot_be_mixed(sources: Path, corpus_folder: Path, tmp_path):
     prepare_corpus(small(sources / "part2", tmp_path / "other"))
-    mixed = {"a": Source(path=str(corpus_folder)), "b": Source(path=str(tmp_path / "other"))}
+    mixed = {"a": CorpusRef(path=str(corpus_folder)), "b": CorpusRef(path=str(tmp_path / "other"))}
     check(
         r"^data\.sources: .*other and .* have different tokenizers; prepare .*--tokenizer", corpus_folder, sources=mixed
     )

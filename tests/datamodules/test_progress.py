@@ -3,7 +3,7 @@
 import pytest
 
 from datamodules import progress
-from datamodules.progress import Progress
+from datamodules.progress import ProgressBar
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,6 @@ from datamodules.progress import Progress
 )
 def test_a_line_says_how_much_is_done(capsys, monkeypatch, unit: str, line: str) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
-    with Progress("reading", 6_000_000, done=500_000, unit=unit) as shown:
+    with ProgressBar("reading", 6_000_000, done=500_000, unit=unit) as shown:
         shown.advance(1_000_000)
     assert capsys.readouterr().out == line + "\n"

@@ -21,10 +21,10 @@ from modules.batch import PackedBatch, Progress, Window, count_targets, next_tok
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from modules.precision import e2m1, nvfp4
+from modules.precision.formats import broadcast_scale
 from modules.precision.hadamard import SIGNS
 from modules.precision.quantized import QuantizedWeight, gemm_values
 from modules.precision.recipe import PrecisionConfig, assign_formats
-from modules.precision.scaling import broadcast_scale
 from modules.pretraining import Pretraining
 
 FP32 = PrecisionConfig(recipe="fp32")

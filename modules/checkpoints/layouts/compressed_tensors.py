@@ -129,8 +129,8 @@ def _means(said: Any, wanted: Mapping[str, Any] | None) -> bool:
     return all(said.get(key, defaults.get(key)) == wanted.get(key) for key in keys)
 
 
-def documents(quantization: Quantization, plain: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """See `Layout.documents`.
+def json_files(quantization: Quantization, plain: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """See `Layout.json_files`.
 
     The layers of one kind, the routed experts' if there are any, are the target `Linear`; the others are listed.
     """
@@ -178,5 +178,5 @@ COMPRESSED_TENSORS = Layout(
     reciprocal=True,
     scalar=(1,),
     kv_names=("k_scale", "v_scale"),
-    documents=documents,
+    json_files=json_files,
 )

@@ -92,8 +92,8 @@ def _layer(entry: Mapping[str, Any], place: str, name: str = "") -> LayerQuantiz
     return layer
 
 
-def documents(quantization: Quantization, plain: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """See `Layout.documents`."""
+def json_files(quantization: Quantization, plain: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """See `Layout.json_files`."""
     algorithms = {module_of(name): _NAMES[layer] for name, layer in quantization.weights.items()}
     used = [name for name in ALGORITHMS if name in algorithms.values()]
     excluded = _excluded(quantization, plain)
@@ -160,5 +160,5 @@ MODELOPT = Layout(
     reciprocal=False,
     scalar=(),
     kv_names=("k_proj.k_scale", "v_proj.v_scale"),
-    documents=documents,
+    json_files=json_files,
 )

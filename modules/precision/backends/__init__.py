@@ -20,7 +20,7 @@ BACKENDS: tuple[Backend, ...] = (TransformerEngine(), TorchAO(), EMULATED)
 def choose(
     name: BackendName,
     module: str,
-    stages: Iterable[Products],
+    periods: Iterable[Products],
     arithmetic: Arithmetic,
     shape: torch.Size,
     device_type: str,
@@ -30,7 +30,7 @@ def choose(
     Args:
         name: what the run file says.
         module: full name of the module, for messages.
-        stages: formats of its products, one after the other.
+        periods: formats of its products, one after the other.
         arithmetic: of the network.
         shape: of its weight.
         device_type: where it will be, cpu or cuda.
@@ -38,7 +38,7 @@ def choose(
     Raises:
         UserError: the backend that is asked for cannot compute it here.
     """
-    quantized = [products for products in stages if not products.plain]
+    quantized = [products for products in periods if not products.plain]
     refused: dict[str, str] = {}
     for backend in BACKENDS:
         if name not in ("auto", backend.name):

@@ -24,9 +24,8 @@ from modules.ops.experts import multiply_rows, outer_products, padded_places, ro
 from modules.ops.kernels import uncompiled
 from modules.ops.scaled import scaled_product
 from modules.precision import fp8, mxfp8, nvfp4
-from modules.precision.formats import QUANTIZED, Format
+from modules.precision.formats import QUANTIZED, Format, broadcast_scale, tensor_amax
 from modules.precision.hadamard import rotate
-from modules.precision.scaling import broadcast_scale, tensor_amax
 from modules.precision.scheme import Arithmetic, Products, Scheme
 
 _BLOCKS: dict[Format, int] = {"nvfp4": nvfp4.BLOCK, "mxfp8": mxfp8.BLOCK}

@@ -161,7 +161,7 @@ def test_one_prompt_prints_its_completion(model, expected, capsys) -> None:
 def test_a_terminal_gets_the_text_in_pieces(model, expected, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     pieces: list[str] = []
-    monkeypatch.setattr("app.terminal.print", lambda text, end, flush: pieces.append(text), raising=False)
+    monkeypatch.setattr("app.options.print", lambda text, end, flush: pieces.append(text), raising=False)
     options = ["--prompt", "def add", "--max_new_tokens", "12", "--ignore_eos", "true"]
     assert main(["generate", str(model), *options]) == 0
     assert len(pieces) > 3

@@ -11,9 +11,9 @@ import torch
 
 from app.__main__ import main
 from app.commands.inspect import choose_rows
-from datamodules.corpus import Corpus
-from datamodules.preparation import Preparation, prepare_corpus
 from datamodules.pretraining import PretrainingData
+from datamodules.text.corpus import Corpus
+from datamodules.text.preparation import Preparation, prepare_corpus
 from modules.batch import PackedBatch, Window
 from modules.errors import UserError
 from tests.app.inspection.test_page import Page

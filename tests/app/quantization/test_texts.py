@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from app.quantization.texts import missing_data, read_texts
-from datamodules.corpus import Corpus
-from datamodules.preparation import Preparation, prepare_corpus
+from datamodules.text.corpus import Corpus
+from datamodules.text.preparation import Preparation, prepare_corpus
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import open_model
 from modules.errors import UserError

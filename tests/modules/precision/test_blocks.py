@@ -8,7 +8,7 @@ import torch
 from modules.ops.native import library, quantization
 from modules.ops.native.quantization import Options
 from modules.precision import fp8, mxfp8, nvfp4
-from modules.precision.scaling import tensor_amax
+from modules.precision.formats import tensor_amax
 
 SHAPES = [(32,), (32, 48), (20, 32), (48, 21), (3, 16, 32), (2, 16, 21), (2, 2, 16, 16)]
 OPTIONS = list(itertools.product((False, True), ("nearest", "stochastic"), (None, "mse", "mae"), (False, True)))

@@ -8,8 +8,8 @@ from torch import Tensor
 from modules.ops.native.quantization import Options
 from modules.precision import e2m1, fp8, mxfp8, nvfp4
 from modules.precision.backends import EMULATED
+from modules.precision.formats import tensor_amax
 from modules.precision.linear import GroupedLinear, Linear
-from modules.precision.scaling import tensor_amax
 from modules.precision.scheme import Arithmetic, Products, Scheme
 from tests.modules.helpers import assert_close, dequantize_nvfp4, hadamard_matrix
 

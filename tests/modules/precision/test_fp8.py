@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modules.precision import fp8
-from modules.precision.scaling import tensor_amax
+from modules.precision.formats import tensor_amax
 
 
 def scale_of(x, dtype=torch.float8_e4m3fn, stacked=False):

@@ -1,0 +1,119 @@
+"""Reading units of text: from bytes to documents, under the policies for bad input."""
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datamodules.text.policies import Policies, Tally
+from datamodules.text.tables import CorruptTableError, read_rows
+from datamodules.text.units import Unit, cut_tail, tail_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A text, or a stretch of one that was over the size limit."""
+
+    name: str
+    """Where it came from, for messages."""
+    text: str
+    """Its text; encodes to UTF-8."""
+    ends: bool
+    """Whether the text ends here, so that an end-of-text token follows (false inside a split one)."""
+
+
+def read_unit(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
+    """Yield the documents of a unit in order.
+
+    Args:
+        unit: what to read.
+        policies: what to do with bad input.
+        tally: takes what is skipped and changed.
+
+    Raises:
+        UserError: for bad input whose policy is `strict`.
+    """
+    try:
+        if unit.kind == "jsonl":
+            yield from _read_lines(unit, policies, tally)
+        elif unit.kind != "text":
+            yield from _read_table(unit, policies, tally)
+        else:
+            with open(unit.path, "rb") as file:
+                file.seek(unit.start)
+                data = file.read(unit.end - unit.start)
+            text = policies.decode(data if unit.start else data.removeprefix(BOM_UTF8), unit.name, tally)
+            if text is not None:
+                yield from _checked(unit.name, text, unit.last, policies, tally)
+    except OSError as error:
+        policies.unreadable(unit.name, error, tally)
+
+
+def _read_lines(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
+    with open(unit.path, "rb") as file:
+        if unit.start:  # the line that runs over the start belongs to the unit before
+            file.seek(unit.start - 1)
+            file.readline()
+        position = file.tell()
+        if position == 0 and file.peek(3).startswith(BOM_UTF8):
+            position = file.seek(3)
+        while position < unit.end and (line := file.readline()):
+            yield from _read_line(line, f"{unit.name} at byte {position}", policies, tally)
+            position += len(line)
+
+
+def _read_line(line: bytes, name: str, policies: Policies, tally: Tally) -> Iterator[Document]:
+    if not line.strip():
+        return
+    decoded = policies.decode(line, name, tally)
+    if decoded is None:
+        return
+    try:
+        record = json.loads(decoded)
+    except (json.JSONDecodeError, RecursionError):
+        return policies.no_text(name, "not JSON", len(line), tally)
+    if not isinstance(record, dict):
+        return policies.no_text(name, "not a JSON object", len(line), tally)
+    text = record.get(policies.text_key)
+    if not isinstance(text, str):
+        return policies.no_text(name, f"no string under the key '{policies.text_key}'", len(line), tally)
+    # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    whole = policies.decode(text.encode("utf-8", "surrogatepass"), name, tally)
+    if whole is not None:
+        yield from _split(name, whole, policies, tally)
+
+
+def _read_table(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
+    row = unit.start
+    try:
+        for data in read_rows(unit, policies.text_key):
+            name = f"{unit.name} row {row}"
+            row += 1
+            if data is None:
+                policies.no_text(name, f"null in the column '{policies.text_key}'", 0, tally)
+            elif (text := policies.decode(data, name, tally)) is not None:
+                yield from _split(name, text, policies, tally)
+    except CorruptTableError as error:
+        policies.corrupt(f"{unit.name} rows {row} to {unit.end - 1}", str(error), unit.end - row, tally)
+
+
+def _split(name: str, text: str, policies: Policies, tally: Tally) -> Iterator[Document]:
+    data = text.encode()
+    limit = policies.max_document_bytes
+    position = 0
+    if len(data) > limit:
+        if not policies.keeps_oversized(name, len(data), tally):
+            return
+        while len(data) - position > limit:
+            near = position + limit - tail_size(limit)
+            cut = near + cut_tail(data[near : position + limit + 1])
+            yield from _checked(name, data[position:cut].decode(), False, policies, tally)
+            position = cut
+    yield from _checked(name, data[position:].decode(), True, policies, tally)
+
+
+def _checked(name: str, text: str, ends: bool, policies: Policies, tally: Tally) -> Iterator[Document]:
+    if text.strip():
+        yield Document(name=name, text=text, ends=ends)
+    else:
+        policies.skip_empty(name, len(text.encode()), tally)
