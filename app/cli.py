@@ -216,6 +216,8 @@ class RunCLI(LightningCLI):
         given["default_root_dir"] = str(self.run_folder.path)
         try:
             trainer = Trainer(**given, **FORCED)
+        except UserError:
+            raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {shorten(str(error))}") from error
         if not isinstance(trainer.strategy, ShardedStrategy):

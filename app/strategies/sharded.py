@@ -52,21 +52,18 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         gradient_sync: When gradients are summed over devices: with the `last` micro-batch of a step, which costs least
             time and holds the whole network's gradients on each device until then; or with `every` one.
-
-    Raises:
-        UserError: it is something else.
     """
 
     def __init__(self, gradient_sync: str = "last") -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=TIMEOUT)
-        if gradient_sync not in ("last", "every"):
-            raise UserError(f"trainer.strategy: gradient_sync {gradient_sync!r} must be last or every")
         self.gradient_sync = gradient_sync
         self._store: dist.TCPStore | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
+        if self.gradient_sync not in ("last", "every"):  # not when made: the parser would answer for us
+            raise UserError(f"trainer.strategy: gradient_sync {self.gradient_sync!r} must be last or every")
         environment = self.cluster_environment
         if isinstance(environment, LightningEnvironment) and self.num_nodes > 1:
             raise UserError(

@@ -107,6 +107,11 @@ MISTAKES = {
     "a seed out of range": (RUN_FILE, ["--seed_everything=-1"], "seed_everything: -1 must lie between"),
     "no steps": (RUN_FILE, ["--trainer.max_steps=0"], "trainer.max_steps: 0 trains nothing"),
     "machines without a launcher": (RUN_FILE, ["--trainer.num_nodes=2"], "trainer.num_nodes: 2 machines need torchrun"),
+    "another time to sum gradients": (
+        RUN_FILE,
+        ["--trainer.strategy={class_path: app.strategies.ShardedStrategy, init_args: {gradient_sync: never}}"],
+        "error: trainer.strategy: gradient_sync 'never' must be last or every",
+    ),
     "unknown key of an extra callback": (
         RUN_FILE.replace(
             "devices: 1",
