@@ -250,6 +250,18 @@ class StageModule(LightningModule):
         """Check that the schedule fits the run."""
         self.schedule.check_length(self.data.total.tokens)
 
+    def on_train_start(self) -> None:
+        """Check that the data stand where the run does: what saved them, restores them.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.data.progress.steps != self.trainer.global_step:
+            raise UserError(
+                f"data: the checkpoint is of step {self.trainer.global_step}, {type(self.data).__name__} stands at "
+                f"{self.data.progress.steps}; keep data.class_path, or start a new run with model.init_args.init_from"
+            )
+
     # ------------------------------------------------------------------------------------------------------ one step
 
     def on_before_batch_transfer(self, batch: Window | PackedBatch, dataloader_idx: int) -> Window | PackedBatch:

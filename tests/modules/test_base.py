@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from modules.base import MicroBatchLoss, TrainingDivergedError
-from modules.batch import PackedBatch
+from modules.batch import PackedBatch, Progress
 from modules.errors import UserError
 from modules.optim.spikes import SpikeGuardConfig
 from modules.pretraining import Pretraining
@@ -158,6 +158,14 @@ def built(**changes) -> Pretraining:
     module = make_module(**changes)
     build(module)
     return module
+
+
+def test_data_that_stand_elsewhere_than_the_run_are_refused() -> None:
+    """A checkpoint of another datamodule: Lightning would restore nothing, and say nothing."""
+    data = ListData(row_batches(4))
+    data.progress = Progress(steps=2, tokens=32, samples=2)
+    with pytest.raises(UserError, match=r"^data: the checkpoint is of step 0, ListData stands at 2; keep [^\n]*$"):
+        fit(make_module(), data)
 
 
 def test_building_needs_no_trainer_and_no_memory() -> None:
