@@ -29,6 +29,7 @@ WARNED = {
     r".*You have overridden `on_before_batch_transfer`.*": "the stage knows which positions are targets",
     r".*It is recommended to use `self.log\(.*sync_dist=True.*": "the modules add up counts over ranks themselves",
     r"FSDP2-wrapped module .* returned a view tensor.*": "no module of ours changes another's output in place",
+    r".*your dataloader is not resumable.*": "the datamodule saves what was handed out, and goes on from there",
     r".*find unused parameters.*": "concerns DDP",
     r".*barrier\(\): using the device under current context.*": "the device is set by the strategy",
     r".*Guessing device ID based on global rank.*": "the same",

@@ -19,6 +19,7 @@ from callbacks.step import StepCallback, data, stage
 from modules.base import StageModule
 from modules.batch import PackedBatch
 from modules.errors import UserError
+from modules.metrics import Metrics
 from modules.optim.adamw import AdamW
 
 GIB = 2**30
@@ -79,10 +80,12 @@ def mock_step(module: StageModule, micro_batches: list[PackedBatch]) -> None:
     optimizer.step()  # only makes the moments
     optimizer.zero_grad()
     module.switch_formats(module.data.progress.tokens)
+    recorded, module.metrics = module.metrics, Metrics()  # what a stage tells of random tokens is of no step
     totals = module.totals(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
         module.strategy.sync_gradients(module.built_network, number == len(micro_batches))
         module.micro_batch_loss(batch, totals).loss.backward()
+    module.metrics = recorded
     optimizer.step()
     optimizer.zero_grad()
     for parameter in new:

@@ -289,7 +289,7 @@ class StageModule(LightningModule):
             del router
             self.manual_backward(loss)
         norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
-        values = self.metrics.end_step(self.strategy.all_reduce)
+        values = self.metrics.end_step(self.strategy.all_reduce, norm.device)
         skip = self.step_guard.judge(values["training/loss"], norm)
         for group in optimizer.param_groups:
             group["lr"] = self._learning_rate()

@@ -24,8 +24,9 @@ class Metrics(dict[str, Tensor | float]):
         Args:
             name: TensorBoard name.
             value: scalar; a detached tensor may stay on its device.
-            reduce: how it joins those of the step's other micro-batches and ranks; it has no value before `end_step`.
-                None: it is the same on all ranks already, and is written next.
+            reduce: how it joins those of the step's other micro-batches and ranks, of which each rank must record it,
+                in the same order; it has no value before `end_step`. None: it is the same on all ranks already, and is
+                written next.
         """
         if reduce is None:
             self[name] = self._unwritten[name] = value
@@ -44,16 +45,18 @@ class Metrics(dict[str, Tensor | float]):
         for name, value in values.items():
             self.record(name, value)
 
-    def end_step(self, all_reduce: Callable[[Tensor, str], Tensor]) -> dict[str, Tensor]:
+    def end_step(self, all_reduce: Callable[[Tensor, str], Tensor], device: torch.device) -> dict[str, Tensor]:
         """Reduce what was recorded in a step, and return it.
 
         Args:
             all_reduce: returns a tensor summed ("sum") or its maximum taken ("max") over ranks.
+            device: where it reduces; numbers of the host go there.
         """
         step: dict[str, Tensor] = {}
         for reduce, parts in self._parts.items():
             if parts:
-                reduced = all_reduce(torch.stack([*parts.values()]), "max" if reduce == "max" else "sum")
+                stacked = torch.stack([part.to(device) for part in parts.values()])
+                reduced = all_reduce(stacked, "max" if reduce == "max" else "sum")
                 values = reduced[:, 0] / reduced[:, 1] if reduce == "mean" else reduced
                 step |= dict(zip(parts, values, strict=True))
                 parts.clear()

@@ -100,6 +100,7 @@ def test_changed_configuration_is_shown_and_wins(program, tmp_path):
     result = run.start("--trainer.max_steps=9", "--model.init_args.decay=0.5", "--model.init_args.rate=0.5")
     assert result.code == 0, result.output
     assert "goes on after step 6 of 6" in result.output
+    assert "not resumable" not in result.output, "Lightning knows nothing of how a run is resumed"
     assert "  trainer.max_steps: 6 -> 9" in result.output
     assert "  model.init_args.decay: 0.1 -> 0.5" in result.output
     assert "lr 4.50e-01" in result.output, "the new rate times what the schedule says at step 9 of a warm-up of 10"

@@ -36,6 +36,8 @@ class Seen(Pretraining):
         self.moments = [*getattr(self, "moments", []), len(self.trainer.optimizers[0].state)]
         gradients = [parameter.grad is not None for parameter in self.built_network.parameters()]
         self.gradients = [*getattr(self, "gradients", []), all(gradients) and len(gradients) > 0]
+        self.metrics.record("training/passes", 1.0, "sum")
+        self.metrics.record("training/own", 1.0)
         for draw in (random.random, numpy.random.rand, lambda: torch.rand(1)):
             draw()
         if self.error is not None:
@@ -86,6 +88,7 @@ def test_a_run_after_a_mock_step_is_the_run_without(window: int) -> None:
         assert torch.equal(before.network[name], tensor), name
     assert all(not value.nansum().any() for value in before.guard.values())
     assert steps.steps == expected.steps
+    assert steps.steps[0]["training/passes"] == window
     for name, tensor in network_state(plain).items():
         assert torch.equal(network_state(ours)[name], tensor), name
     first, second = moments(ours), moments(plain)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from modules.metrics import Metrics
 
+CPU = torch.device("cpu")
+
 
 def two_ranks(other: dict[str, list[float]]):
     """Reduces with what another rank has recorded."""
@@ -23,13 +25,22 @@ def test_values_join_over_micro_batches_and_ranks() -> None:
         metrics.record("sum", torch.tensor(value), "sum")
         metrics.record("max", value, "max")
     assert dict(metrics) == {}, "nothing is known before the step ends"
-    found = metrics.end_step(two_ranks({"sum": [10.0], "max": [2.0]}))
+    found = metrics.end_step(two_ranks({"sum": [10.0], "max": [2.0]}), CPU)
     assert {name: value.item() for name, value in found.items()} == {"sum": 13.5, "max": 2.5}
     assert metrics["sum"] == 13.5
-    assert metrics.end_step(two_ranks({})) == {}, "a step begins anew"
+    assert metrics.end_step(two_ranks({}), CPU) == {}, "a step begins anew"
     for value in (1.0, 2.0, 6.0):
         metrics.record("mean", value, "mean")
-    assert metrics.end_step(two_ranks({"sum": [7.0, 1.0]}))["mean"] == pytest.approx((1 + 2 + 6 + 7) / 4)
+    assert metrics.end_step(two_ranks({"sum": [7.0, 1.0]}), CPU)["mean"] == pytest.approx((1 + 2 + 6 + 7) / 4)
+
+
+def test_numbers_of_the_host_join_those_of_a_device() -> None:
+    metrics, device = Metrics(), torch.device("meta")
+    metrics.record("on the device", torch.ones((), device=device), "sum")
+    for reduce in ("sum", "mean", "max"):
+        metrics.record(f"host {reduce}", 2.0, reduce)
+    found = metrics.end_step(lambda tensor, op: tensor, device)
+    assert {value.device for value in found.values()} == {device}
 
 
 def test_what_is_recorded_is_written_once() -> None:
