@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
@@ -56,7 +56,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def __init__(self, gradient_sync: Literal["last", "every"] = "last") -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=TIMEOUT)
-        self._sync_every = gradient_sync == "every"
+        self.gradient_sync = gradient_sync
         self._store: dist.TCPStore | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -85,9 +85,13 @@ class ShardedStrategy(ModelParallelStrategy):
         reset_seed()
         if not dist.is_initialized():
             self._start_process_group()
-        sizes = tuple(self.world_size if axis == "shard" else 1 for axis in AXES)
-        mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
-        self._device_mesh = self.lightning_module._device_mesh = mesh
+        self.lightning_module._device_mesh = self.make_mesh(self.root_device.type)
+
+    def make_mesh(self, device_type: str) -> DeviceMesh:
+        """Lay the mesh over all ranks of the process group, make it the strategy's own and return it."""
+        sizes = tuple(dist.get_world_size() if axis == "shard" else 1 for axis in AXES)
+        self._device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+        return self._device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -171,7 +175,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Say whether backward passes from now on sum gradients over ranks, or keep them for the one that does."""
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(sync or self._sync_every, recurse=False)
+                module.set_requires_gradient_sync(sync or self.gradient_sync == "every", recurse=False)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum", axes: Sequence[str] = AXES) -> Tensor:
         """Return the sum ("sum") or maximum ("max") over the ranks along mesh axes."""

@@ -7,13 +7,36 @@ its package imports. `kernel_table` says what is active and why not, so that nob
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+_assumed: str | None = None
+
+
+@contextmanager
+def computing_on(kind: str) -> Iterator[None]:
+    """Let operations choose for a while what they do on another kind of device, for tensors without values.
+
+    Not thread-safe: a plain variable costs the operations nothing, and torch.compile reads it.
+    """
+    global _assumed
+    before, _assumed = _assumed, kind
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def device_kind(tensor: Tensor) -> str:
+    """Return what a tensor computes on, cpu or cuda."""
+    return _assumed or tensor.device.type
 
 
 def uncompiled(function: _Function) -> _Function:
@@ -51,7 +74,7 @@ def takes_argument(kernel: Callable[..., Any], name: str) -> bool:
 
 def _fits(x: Tensor) -> bool:
     """Not fp32: attention kernels refuse it, and the products inside Triton's scan would be TF32."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return device_kind(x) == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def kernel_table() -> list[tuple[str, str, str]]:
