@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from app.planning.live import LiveBytes
-from app.strategies.sharded import ShardedStrategy
+from app.strategies import ShardedStrategy
 from modules.backbone.initialization import local_part
 from modules.backbone.layer import Layer
-from modules.backbone.model import Network
+from modules.backbone.model import Network, Output
+from modules.backbone.router import Routing
 from modules.base import StageModule
 from modules.batch import PackedBatch
 from modules.ops.documents import document_boundaries
@@ -114,9 +115,9 @@ def measure_step(
     module = copy.deepcopy(module)
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
     boundaries = document_boundaries(ids)
-    network = module.build_network(kind).train()
+    network = module.build_network().train()
     layers = [*network.backbone.layers]
-    places = [*range(len(layers))] if whole else _places(layers)
+    places = [*range(len(layers))] if whole else places_of(layers)
     network.backbone.layers = nn.ModuleList(layers[place] for place in sorted(set(places)))
     repeats = [sorted(set(places)).index(place) for place in places]
     with ExitStack() as stack:
@@ -170,7 +171,7 @@ def _measure(
     if summed_each:
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter)
-    passes = _Passes(network, live)
+    passes = _Passes(network, repeats, live)
     module.network = network
     totals = {name: value.float() for name, value in module.count(batch).items()}
     level, kept = update["gradients"] if summed_each else 0, 0
@@ -205,8 +206,12 @@ def _measure(
 class _Passes:
     """Cuts passes through a network into stretches: one for each layer, up to its result or the gradient of that."""
 
-    def __init__(self, network: Network, live: LiveBytes) -> None:
+    def __init__(self, network: Network, repeats: Sequence[int], live: LiveBytes) -> None:
         self._live = live
+        routed = [layer.letter == "E" for layer in network.backbone.layers]
+        self._own_routers, self._all_routers = sum(routed), sum(routed[place] for place in repeats)
+        self._routings: list[Routing] = []
+        network.register_forward_hook(self._repeat_routings)
         self._start = 0
         self._stretches: list[Stretch] = []
         self.loss_peak = 0
@@ -218,6 +223,7 @@ class _Passes:
 
     def begin(self) -> None:
         """Start a pass."""
+        self._routings = []
         self._live.restart()
         self._start, self._stretches = self._live.now, []
 
@@ -233,6 +239,17 @@ class _Passes:
         self._stretches.append(Stretch(now - self._start, self._live.peak - self._start))
         self._start = now
         self._live.restart()
+
+    def _repeat_routings(self, _: nn.Module, args: object, output: Output) -> Output:
+        """Let the loss see the routings of all layers: what it makes of one it holds until the backward pass ends.
+
+        Their memory is that of the layers; the gradients of probabilities are freed in the stretches of layers.
+        """
+        own = output.router[: self._own_routers]
+        for _ in range(self._all_routers - self._own_routers):
+            probabilities, counts = map(self._live.uncounted_like, own[0])
+            self._routings.append(Routing(probabilities.requires_grad_(), counts))
+        return output._replace(router=[*own, *self._routings, *output.router[self._own_routers :]])
 
     def _leave_layer(self, _: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
         self._cut()
@@ -273,7 +290,7 @@ def _measure_update(module: StageModule, parameters: Sequence[Tensor], live: Liv
     }
 
 
-def _places(layers: Sequence[Layer]) -> list[int]:
+def places_of(layers: Sequence[Layer]) -> list[int]:
     """Return for each layer the number of one that stands for it, so few that each pair of neighbours is one as before.
 
     Loops are cut out of the sequence of layers as long as each kind of layer that has certain neighbours is left.

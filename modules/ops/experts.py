@@ -36,7 +36,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [R, O] in the dtype of `x`.
     """
-    if device_kind(x) != "cuda":
+    if device_kind(x) != "cuda" or x.dtype == torch.float32:  # whose `F.grouped_mm` is a loop too, and needs values
         return _LoopedLinear.apply(x, weight, offsets)
     return _grouped_mm(x, weight, offsets) if len(x) else F.linear(x, weight[0])
 

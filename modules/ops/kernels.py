@@ -45,14 +45,21 @@ def uncompiled(function: _Function) -> _Function:
 
 
 @functools.cache
-def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+def _import(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
     """Return (function or None, reason). Any failure of a foreign import is a reason, never an error."""
-    if not torch.cuda.is_available():
-        return None, "no CUDA device"
     try:
         return uncompiled(getattr(importlib.import_module(module), attribute)), "active"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+    """Return what `_import` does for a kernel that can run: torch's own also on tensors without values."""
+    if _assumed is None and not torch.cuda.is_available():
+        return None, "no CUDA device"
+    if _assumed is not None and not module.startswith("torch."):
+        return None, "needs values"
+    return _import(module, attribute)
 
 
 def ssd_kernel(x: Tensor) -> Callable[..., Any] | None:

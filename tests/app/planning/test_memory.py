@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from app.planning.memory import StepMemory, measure_step
+from app.planning.memory import StepMemory, measure_step, places_of
 from app.strategies import ShardedStrategy
 from modules.backbone.initialization import initialize
 from modules.optim.clipping import clip_gradients
@@ -160,6 +160,33 @@ def test_gradients_are_whole_until_they_are_summed(sync: Sync, micro_batches: in
     planned = measure_step(module, documents, micro_batches, ShardedStrategy(sync), 4)
     with fake_ranks(4, sync) as sharded:
         assert_same_peaks(planned, peaks(module, documents, micro_batches, sharded))
+
+
+LONG = {"hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EME", "mtp_hybrid_override_pattern": "*E"}
+WHOLE = {
+    "one process": (BF16, "last", 1, 1, "MEMEM*EMEMEM*EMEM-ME"),
+    "summed with the last": (BF16, "last", 3, 4, LONG["hybrid_override_pattern"]),
+    "summed with each": (PrecisionConfig(bf16_tail=0.2), "every", 2, 4, LONG["hybrid_override_pattern"]),
+    "runs of a kind": (FP32, "last", 1, 4, "MMMMMMEEEEEE****--M"),
+    "one kind": (BF16, "every", 2, 2, "M" * 12),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("case", WHOLE)
+def test_layers_of_a_kind_stand_for_each_other(case: str, checkpointed: bool) -> None:
+    recipe, sync, micro_batches, devices, letters = WHOLE[case]
+    config = tiny_config(**SIZES | {"hybrid_override_pattern": letters})
+    module = make_module(config, precision=recipe, activation_checkpointing=checkpointed, mtp_depths=2)
+    arguments = module, [[40, 24]], micro_batches, ShardedStrategy(sync), devices
+    assert measure_step(*arguments) == measure_step(*arguments, whole=True)
+
+
+def test_few_layers_of_a_long_network_run() -> None:
+    layers = [*make_module(tiny_config(hybrid_override_pattern="ME" * 40 + "*")).build_network().backbone.layers]
+    places = places_of(layers)
+    assert len(set(places)) <= 6
+    assert [layers[place].letter for place in places] == [layer.letter for layer in layers]
 
 
 def test_parts_by_hand() -> None:
