@@ -54,14 +54,6 @@ class LiveBytes(TorchDispatchMode):
             self._look_again()
             self.peak = max(self.peak, self._now)
 
-    def uncounted_like(self, tensor: FakeTensor) -> FakeTensor:
-        """Return a new tensor that is never counted."""
-        out = _make(tensor.shape, tensor.stride(), tensor.dtype, tensor.fake_device, tensor.fake_mode)
-        storage = out.untyped_storage()
-        self._references[storage._cdata] = weakref.ref(storage, functools.partial(self._free, storage._cdata))
-        self._sizes[storage._cdata] = 0
-        return out
-
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors whose storages may change their size, no two with the same storage."""
         tensors = list(tensors)

@@ -171,7 +171,7 @@ def _measure(
     if summed_each:
         for parameter in network.parameters():
             parameter.grad = torch.empty_like(parameter)
-    passes = _Passes(network, repeats, live)
+    passes = _Passes(network, repeats, batch.tokens.shape, live)
     module.network = network
     totals = {name: value.float() for name, value in module.count(batch).items()}
     level, kept = update["gradients"] if summed_each else 0, 0
@@ -206,12 +206,15 @@ def _measure(
 class _Passes:
     """Cuts passes through a network into stretches: one for each layer, up to its result or the gradient of that."""
 
-    def __init__(self, network: Network, repeats: Sequence[int], live: LiveBytes) -> None:
+    def __init__(self, network: Network, repeats: Sequence[int], shape: torch.Size, live: LiveBytes) -> None:
         self._live = live
         routed = [layer.letter == "E" for layer in network.backbone.layers]
-        self._own_routers, self._all_routers = sum(routed), sum(routed[place] for place in repeats)
+        self._routers = sum(routed)
+        missing = sum(routed[place] for place in repeats) - self._routers
+        size = *shape, network.config.n_routed_experts
+        self._scores = [torch.empty(size, requires_grad=True) for _ in range(missing)]
         self._routings: list[Routing] = []
-        network.register_forward_hook(self._repeat_routings)
+        network.register_forward_hook(self._add_routings)
         self._start = 0
         self._stretches: list[Stretch] = []
         self.loss_peak = 0
@@ -222,16 +225,19 @@ class _Passes:
         network.lm_head.register_forward_hook(self._leave_head)
 
     def begin(self) -> None:
-        """Start a pass."""
+        """Start a forward pass."""
         self._routings = []
+        for scores in self._scores:
+            scores.grad = None
+            counts = scores.new_empty((len(scores), scores.shape[-1]), dtype=torch.int64)
+            self._routings.append(Routing(scores.clone(), counts))
         self._live.restart()
         self._start, self._stretches = self._live.now, []
 
     def end(self) -> list[Stretch]:
         """End a pass, start the next and return the stretches."""
         self._cut()
-        stretches = self._stretches
-        self.begin()
+        stretches, self._stretches = self._stretches, []
         return stretches
 
     def _cut(self, *_: object) -> None:
@@ -240,16 +246,10 @@ class _Passes:
         self._start = now
         self._live.restart()
 
-    def _repeat_routings(self, _: nn.Module, args: object, output: Output) -> Output:
-        """Let the loss see the routings of all layers: what it makes of one it holds until the backward pass ends.
-
-        Their memory is that of the layers; the gradients of probabilities are freed in the stretches of layers.
-        """
-        own = output.router[: self._own_routers]
-        for _ in range(self._all_routers - self._own_routers):
-            probabilities, counts = map(self._live.uncounted_like, own[0])
-            self._routings.append(Routing(probabilities.requires_grad_(), counts))
-        return output._replace(router=[*own, *self._routings, *output.router[self._own_routers :]])
+    def _add_routings(self, _: nn.Module, args: object, output: Output) -> Output:
+        """Show the loss the routings of all layers; it frees them, and holds what comes of them."""
+        added, self._routings = self._routings, []
+        return output._replace(router=[*output.router[: self._routers], *added, *output.router[self._routers :]])
 
     def _leave_layer(self, _: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
         self._cut()
