@@ -117,9 +117,8 @@ def measure_step(
     boundaries = document_boundaries(ids)
     network = module.build_network().train()
     layers = [*network.backbone.layers]
-    places = [*range(len(layers))] if whole else places_of(layers)
-    network.backbone.layers = nn.ModuleList(layers[place] for place in sorted(set(places)))
-    repeats = [sorted(set(places)).index(place) for place in places]
+    left, repeats = ([*range(len(layers))],) * 2 if whole else shorten(layers)
+    network.backbone.layers = nn.ModuleList(layers[place] for place in left)
     with ExitStack() as stack:
         if strategy is not None:
             stack.enter_context(_ranks_without_values(devices))
@@ -290,8 +289,8 @@ def _measure_update(module: StageModule, parameters: Sequence[Tensor], live: Liv
     }
 
 
-def places_of(layers: Sequence[Layer]) -> list[int]:
-    """Return for each layer the number of one that stands for it, so few that each pair of neighbours is one as before.
+def shorten(layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
+    """Return (numbers of the layers of a shorter network, which of those stands for each layer).
 
     Loops are cut out of the sequence of layers as long as each kind of layer that has certain neighbours is left.
     """
@@ -313,7 +312,7 @@ def places_of(layers: Sequence[Layer]) -> list[int]:
                 break
         else:
             first += 1
-    return [next(other for other in left if labels[other] == label) for label in labels]
+    return left, [[labels[place] for place in left].index(label) for label in labels]
 
 
 def _repeated(network: Network, repeats: Sequence[int], parts: Callable[[nn.Module], Iterable[Tensor]]) -> list[Tensor]:
