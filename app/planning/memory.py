@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,7 @@ def measure_step(
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
     boundaries = document_boundaries(ids)
     network = module.build_network().train()
-    layers = [*network.backbone.layers]
+    layers = [cast(Layer, layer) for layer in network.backbone.layers]
     left, repeats = ([*range(len(layers))],) * 2 if whole else shorten(layers)
     network.backbone.layers = nn.ModuleList(layers[place] for place in left)
     with ExitStack() as stack:
@@ -270,14 +270,15 @@ def _add_up(stretches: Iterable[Stretch]) -> tuple[int, int]:
 
 def _measure_update(module: StageModule, parameters: Sequence[Tensor], live: LiveBytes) -> dict[str, int]:
     """Clip gradients and take a step of the optimiser on tensors like `parameters`."""
-    module.network = nn.ParameterList(torch.empty_like(parameter) for parameter in parameters)  # type: ignore
+    stored = nn.ParameterList(torch.empty_like(parameter) for parameter in parameters)
+    module.network = cast(Network, stored)
     optimizer: Any = module.configure_optimizers()
     optimizer.found_inf = torch.zeros(())
-    for parameter in module.network.parameters():
+    for parameter in stored.parameters():
         parameter.grad = torch.empty_like(parameter)
     held = live.now
     live.restart()
-    clip_gradients(module.network.parameters(), module.optimizer_config.gradient_clip_norm)
+    clip_gradients(stored.parameters(), module.optimizer_config.gradient_clip_norm)
     clip_peak = live.peak - held
     live.restart()
     optimizer.step()
