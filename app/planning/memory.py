@@ -4,7 +4,7 @@ Nothing here knows the network: forward pass, chunked loss, backward pass, FSDP2
 stays right when they change. What is counted are the bytes of tensors; an allocator adds to them (CUDA's rounds up and
 fragments), and a process has more than tensors.
 
-A layer runs once for all that are of its kind and have neighbours of the same kinds (FSDP2 gathers a layer ahead);
+A layer runs once for all that are of its kind and have two neighbours of the same sizes on each side (FSDP2 works ahead);
 what the step holds is then put together from how much each stretch of it added and held at most.
 """
 
@@ -300,20 +300,23 @@ def shorten(layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
     sizes = [
         (layer.letter, *(COMPUTE_DTYPE[name] for name in names)) for layer, names in zip(layers, formats, strict=True)
     ]
-    sizes = [None, *sizes, None]
-    labels = [(sizes[place], kinds[place], sizes[place + 2]) for place in range(len(layers))]
+
+    def labels_of(numbers: Sequence[int]) -> list[tuple]:
+        around = [None, None, *(sizes[number] for number in numbers), None, None]
+        return [(kinds[number], *around[place : place + 5]) for place, number in enumerate(numbers)]
+
     left = [*range(len(layers))]
+    labels = labels_of(left)
     first = 0
     while first < len(left) - 1:
         for last in range(len(left) - 2, first, -1):
-            ends = [(sizes[left[end] + 1], sizes[left[end + 1] + 1]) for end in (first, last)]
             shorter = left[: first + 1] + left[last + 1 :]
-            if ends[0] == ends[1] and {labels[place] for place in shorter} == set(labels):
+            if sizes[left[first]] == sizes[left[last]] and set(labels_of(shorter)) == set(labels):
                 left = shorter
                 break
         else:
             first += 1
-    return left, [[labels[place] for place in left].index(label) for label in labels]
+    return left, [labels_of(left).index(label) for label in labels]
 
 
 def _repeated(network: Network, repeats: Sequence[int], parts: Callable[[nn.Module], Iterable[Tensor]]) -> list[Tensor]:

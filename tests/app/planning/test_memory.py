@@ -174,9 +174,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("case", WHOLE)
-def test_layers_of_a_kind_stand_for_each_other(case: str, checkpointed: bool, request) -> None:
-    if case == "runs of a kind" and checkpointed:  # the backward pass depends on the second neighbour too: 2% too much
-        request.node.add_marker(pytest.mark.xfail(strict=True))
+def test_layers_of_a_kind_stand_for_each_other(case: str, checkpointed: bool) -> None:
     recipe, sync, micro_batches, devices, letters = WHOLE[case]
     config = tiny_config(**SIZES | {"hybrid_override_pattern": letters})
     module = make_module(config, precision=recipe, activation_checkpointing=checkpointed, mtp_depths=2)
@@ -187,7 +185,7 @@ def test_layers_of_a_kind_stand_for_each_other(case: str, checkpointed: bool, re
 def test_few_layers_of_a_long_network_run() -> None:
     layers = [*make_module(tiny_config(hybrid_override_pattern="ME" * 40 + "*")).build_network().backbone.layers]
     left, repeats = shorten(layers)
-    assert len(left) <= 7
+    assert len(left) <= 10
     assert [layers[left[place]].letter for place in repeats] == [layer.letter for layer in layers]
 
 
