@@ -4,7 +4,7 @@ Nothing here knows the network: forward pass, chunked loss, backward pass, FSDP2
 stays right when they change. What is counted are the bytes of tensors; an allocator adds to them (CUDA's rounds up and
 fragments), and a process has more than tensors.
 
-A layer runs once for all that are of its kind and have two neighbours of the same sizes on each side (FSDP2 works ahead);
+A layer runs once for all of its kind that have two neighbours of the same sizes on each side (FSDP2 works ahead);
 what the step holds is then put together from how much each stretch of it added and held at most.
 """
 
