@@ -10,6 +10,7 @@ from modules.errors import UserError
 
 if TYPE_CHECKING:
     from app.cli import RunCLI
+    from app.strategies import ShardedStrategy
 
 
 def plan(
@@ -58,7 +59,8 @@ def plan(
         f"Parameters of {run.config.name}": parameter_lines(network, depths),
         "Precision": precision_lines(module.precision_table, network, depths, by_module=True),
         "FLOPs per token": flop_lines(network.config, module.precision_table, length, depths, checkpointing),
-        "Memory of a device": assumed + memory_lines(module, rows, length, accumulation, count, kind),
+        "Memory of a device": assumed
+        + memory_lines(module, rows, length, accumulation, _strategy(run.config.trainer.strategy), count, kind),
         "Run": length_of_run,
         "Time": _time_lines(run, module, data, count, tokens_per_second, mfu, peak_tflops),
     }
@@ -97,6 +99,12 @@ def _accelerator(given: Any) -> str:
     if given in ("gpu", "cuda"):
         return "gpu"
     return "gpu" if given == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def _strategy(given: Any) -> "ShardedStrategy":
+    from app.strategies import ShardedStrategy
+
+    return ShardedStrategy() if isinstance(given, str) else ShardedStrategy(**given.init_args.as_dict())
 
 
 def _accumulation(rows: int, micro_batch: int, devices: int) -> int:

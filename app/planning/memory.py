@@ -1,29 +1,39 @@
-"""The memory of a training step: live tensor storages, counted while the step runs on the meta device.
+"""The memory of a training step: live tensor storages, counted while the step runs on tensors without values.
 
-Nothing here knows the network: forward pass, chunked loss, backward pass and optimiser really run, without data, so
-the count stays right when operations change. What is counted are the bytes of tensors; an allocator adds to them
-(CUDA's rounds up and fragments), and a process has more than tensors.
+Nothing here knows the network: forward pass, chunked loss, backward pass, FSDP2 and optimiser really run, so the count
+stays right when they change. What is counted are the bytes of tensors; an allocator adds to them (CUDA's rounds up and
+fragments), and a process has more than tensors.
+
+A layer runs once for all of its kind that have two neighbours of the same sizes on each side (FSDP2 works ahead);
+what the step holds is then put together from how much each stretch of it added and held at most.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
-from unittest.mock import patch
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from app.planning.live import LiveBytes
-from app.planning.meta import MetaExecution
-from app.planning.sharding import Sharding, replace_by_shards
-from modules.backbone.model import Network
+from app.strategies import ShardedStrategy
+from modules.backbone.initialization import local_part
+from modules.backbone.layer import Layer
+from modules.backbone.model import Network, Output
+from modules.backbone.router import Routing
 from modules.base import StageModule
 from modules.batch import PackedBatch
-from modules.ops import chunked_head
 from modules.ops.documents import document_boundaries
+from modules.ops.kernels import computing_on
 from modules.optim.clipping import clip_gradients
+from modules.precision.formats import COMPUTE_DTYPE
+from modules.precision.linear import FormattedModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,32 +43,29 @@ class StepMemory:
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """Gradients of all parameters."""
+    """Gradients of all parameters, summed over devices."""
     optimizer: int
     """State of the optimiser."""
     batch: int
-    """The micro-batch."""
+    """The window: all micro-batches of the step."""
     kept: int
     """What the forward pass keeps for the backward pass."""
     forward_peak: int
-    """Most that the forward pass and loss hold at once, beside weights, gradients, optimiser and batch."""
+    """Most that the forward pass and loss hold at once, beside weights, optimiser and batch; gradients included."""
     backward_peak: int
-    """Most that the backward pass holds at once beside weights, optimiser and batch; gradients included."""
+    """Most that the backward pass holds at once, likewise."""
     update_peak: int
     """Most that clipping and the optimiser hold at once beside weights, gradients, optimiser and batch."""
     loss_peak: int
     """Most that the head and the loss hold at once: logits of a chunk, gradients of the head and its inputs."""
     gathered_peak: int
-    """Most that FSDP2 holds at once in whole weights of single units and in buffers."""
-    accumulates: bool
-    """Whether a step has several micro-batches, whose gradients add up."""
+    """Most whole weights that FSDP2 holds at once."""
 
     @property
     def peak(self) -> int:
         """Most that any step but the first holds."""
-        forward = self.forward_peak + (self.gradients if self.accumulates else 0)
-        update = self.gradients + self.update_peak
-        return self.weights + self.optimizer + self.batch + max(forward, self.backward_peak, update)
+        most = max(self.forward_peak, self.backward_peak, self.gradients + self.update_peak)
+        return self.weights + self.optimizer + self.batch + most
 
     @property
     def passing(self) -> int:
@@ -68,133 +75,257 @@ class StepMemory:
     @property
     def first_peak(self) -> int:
         """Most that the first step holds at once: the optimiser's state is made at its end."""
-        forward = self.forward_peak + (self.gradients if self.accumulates else 0)
         update = self.gradients + self.optimizer + self.update_peak
-        return self.weights + self.batch + max(forward, self.backward_peak, update)
+        return self.weights + self.batch + max(self.forward_peak, self.backward_peak, update)
+
+
+class Stretch(NamedTuple):
+    """A part of a pass, such as that through a layer."""
+
+    change: int
+    """Bytes more at its end than at its start."""
+    peak: int
+    """Most bytes more than at its start."""
 
 
 def measure_step(
     module: StageModule,
     documents: list[list[int]],
-    accumulates: bool = False,
-    devices: int | None = None,
+    micro_batches: int = 1,
+    strategy: ShardedStrategy | None = None,
+    devices: int = 1,
     kind: str = "cpu",
+    whole: bool = False,
 ) -> StepMemory:
-    """Run a training step on the meta device and count its memory.
+    """Run a training step without values and count its memory.
 
     Args:
         module: the stage, without a network.
         documents: lengths of the documents of each row of a micro-batch; rows have equal lengths.
-        accumulates: whether a step has several micro-batches.
-        devices: over which FSDP2 lays the network, as `fit` does; None: a plain network on one device.
-        kind: what the devices are, cpu or cuda; the portable operations run in either case.
+        micro_batches: of a device in a step.
+        strategy: lays the network over devices, as in `fit`; None: a plain network on one device. No process group may
+            exist yet.
+        devices: in all.
+        kind: what the devices are, cpu or cuda.
+        whole: run every layer, whether or not it has been met before.
 
     Returns:
         What the first of the devices holds.
     """
-    live = LiveBytes()
-    execution = MetaExecution(live.observe)
-    computing = stored = module.build_network().train()
-    sharding = None
-    if devices is not None:
-        stored = module.build_network()
-        replace_by_shards(stored, devices)
-        sharding = Sharding(computing, devices, live, accumulates)
-    with _training(module, stored, kind) as trial:
-        optimizer: Any = trial.configure_optimizers()
-        optimizer.found_inf = torch.zeros((), device="meta")
-        weights = live.add([*stored.parameters(), *stored.buffers()])
-        batch = _batch(execution, documents)
-        held = weights + (batch_bytes := live.add(batch.tensors().values()))
-        if accumulates:
-            held += live.add(_make_gradients(stored))
-        trial.network = computing
-        loss_peak = _watch(computing.lm_head, live)
-        with execution.running():
-            live.restart()
-            totals = {name: value.float() for name, value in trial.count(batch).items()}
-            loss = trial.micro_batch_loss(batch, totals).loss
-            kept, forward_peak = live.now - held, live.peak - held
-            live.restart()
-            loss.backward()
-            del loss
-            if sharding is not None:
-                sharding.finish_backward()
-                backward_peak = live.peak - weights - batch_bytes
-                sharding.gradients.clear()
-                live.add(_make_gradients(stored))
-            else:
-                backward_peak = live.peak - weights - batch_bytes
-            held = live.now
-            live.restart()
-            clip_gradients(stored.parameters(), module.optimizer_config.gradient_clip_norm)
-            clip_peak = live.peak - held
-            live.restart()
-            optimizer.step()
-            state = sum(value.untyped_storage().nbytes() for value in _tensors(optimizer))
-            update_peak = max(clip_peak, live.peak - held - state)
-    return StepMemory(
-        weights=weights,
-        gradients=sum(parameter.numel() * parameter.element_size() for parameter in stored.parameters()),
-        optimizer=state,
-        batch=batch_bytes,
-        kept=kept,
-        forward_peak=forward_peak,
-        backward_peak=backward_peak,
-        update_peak=update_peak,
-        loss_peak=max(loss_peak),
-        gathered_peak=0 if sharding is None else sharding.buffers.peak,
-        accumulates=accumulates,
-    )
-
-
-def _watch(module: nn.Module, live: LiveBytes) -> list[int]:
-    """Return a list that gets what each forward pass of `module` holds at most."""
-    found: list[int] = []
-    before: list[tuple[int, int]] = []
-
-    def enter(*_: object) -> None:
-        before.append((live.now, live.peak))
-        live.restart()
-
-    def leave(*_: object) -> None:
-        start, peak = before.pop()
-        found.append(live.peak - start)
-        live.peak = max(live.peak, peak)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
-    return found
-
-
-def _make_gradients(network: Network) -> Iterator[Tensor]:
-    for parameter in network.parameters():
-        parameter.grad = torch.empty_like(parameter)
-        yield parameter.grad
-
-
-def _batch(execution: MetaExecution, documents: list[list[int]]) -> PackedBatch:
+    module = copy.deepcopy(module)
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
-    tokens = torch.empty(ids.shape, dtype=torch.int64, device="meta")
-    return PackedBatch(
-        tokens=tokens,
-        labels=torch.empty_like(tokens),
-        document_ids=execution.make_known(ids),
-        boundaries=document_boundaries(ids),
-    )
-
-
-def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+    boundaries = document_boundaries(ids)
+    network = module.build_network().train()
+    layers = [cast(Layer, layer) for layer in network.backbone.layers]
+    left, repeats = ([*range(len(layers))],) * 2 if whole else shorten(layers)
+    network.backbone.layers = nn.ModuleList(layers[place] for place in left)
+    with ExitStack() as stack:
+        if strategy is not None:
+            stack.enter_context(_ranks_without_values(devices))
+            strategy.make_mesh("cpu")
+            strategy.shard(network)
+        stack.enter_context(computing_on(kind))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        live = stack.enter_context(LiveBytes())
+        network.to_empty(device="cpu")
+        network.tie_weights()
+        tokens = torch.empty(ids.shape, dtype=torch.int64)
+        batch = PackedBatch(
+            tokens=tokens,
+            labels=torch.empty_like(tokens),
+            document_ids=torch.empty(ids.shape, dtype=torch.int32),
+            boundaries=boundaries,
+        )
+        return _measure(module, network, repeats, batch, micro_batches, strategy, live)
 
 
 @contextmanager
-def _training(module: StageModule, network: Network, kind: str) -> Iterator[StageModule]:
-    """Yield a copy of `module` that trains a meta network as if it lay on a device of the given kind."""
-    module = copy.deepcopy(module)
+def _ranks_without_values(devices: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(
+    module: StageModule,
+    network: Network,
+    repeats: Sequence[int],
+    batch: PackedBatch,
+    micro_batches: int,
+    strategy: ShardedStrategy | None,
+    live: LiveBytes,
+) -> StepMemory:
+    """Measure a step of `network` as if its layers were those with the numbers `repeats`."""
+    units = [unit for unit in network.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    live.watch(network.parameters() if units else ())
+    for unit in units:
+        unit.reshard()
+    parameters = [*map(local_part, _repeated(network, repeats, nn.Module.parameters))]
+    update = _measure_update(module, parameters, live)
+    summed_each = micro_batches > 1 and (strategy is None or strategy.gradient_sync == "every")
+    if summed_each:
+        for parameter in network.parameters():
+            parameter.grad = torch.empty_like(parameter)
+    passes = _Passes(network, repeats, batch.tokens.shape, live)
     module.network = network
-    chunks = chunked_head.CHUNK_LOGITS
-    fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
-    with patch.dict(chunks, {"meta": chunks[kind]}), patch(fused, lambda: ["meta"]):
-        yield module
+    totals = {name: value.float() for name, value in module.count(batch).items()}
+    level, kept = update["gradients"] if summed_each else 0, 0
+    forward_peak = backward_peak = 0
+    runs = 1 if summed_each else min(micro_batches, 3)  # without gradients, adding to them, summing them over devices
+    for number in range(1, runs + 1):
+        if strategy is not None:
+            strategy.sync_gradients(network, number == runs)
+        passes.begin()
+        loss = module.micro_batch_loss(batch, totals).loss
+        forward = passes.end()
+        loss.backward()
+        del loss
+        backward = passes.end()
+        layers = len(network.backbone.layers)
+        kept, most = _add_up([*(forward[place] for place in repeats), *forward[layers:]])
+        forward_peak, level = max(forward_peak, level + most), level + kept
+        change, most = _add_up([backward[0], *(backward[layers - place] for place in reversed(repeats))])
+        backward_peak, level = max(backward_peak, level + most), level + change
+    return StepMemory(
+        weights=_bytes(parameters) + _bytes(_repeated(network, repeats, nn.Module.buffers)),
+        batch=_bytes(batch.tensors().values()) * micro_batches,
+        kept=kept,
+        forward_peak=forward_peak,
+        backward_peak=backward_peak,
+        loss_peak=passes.loss_peak,
+        gathered_peak=live.watched_peak,
+        **update,
+    )
+
+
+class _Passes:
+    """Cuts passes through a network into stretches: one for each layer, up to its result or the gradient of that."""
+
+    def __init__(self, network: Network, repeats: Sequence[int], shape: torch.Size, live: LiveBytes) -> None:
+        self._live = live
+        routed = [layer.letter == "E" for layer in network.backbone.layers]
+        self._routers = sum(routed)
+        missing = sum(routed[place] for place in repeats) - self._routers
+        size = *shape, network.config.n_routed_experts
+        self._scores = [torch.empty(size, requires_grad=True) for _ in range(missing)]
+        self._routings: list[Routing] = []
+        network.register_forward_hook(self._add_routings)
+        self._start = 0
+        self._stretches: list[Stretch] = []
+        self.loss_peak = 0
+        """Most that the head and what it calls have added."""
+        for layer in network.backbone.layers:
+            layer.register_forward_hook(self._leave_layer)
+        network.lm_head.register_forward_pre_hook(self._cut)
+        network.lm_head.register_forward_hook(self._leave_head)
+
+    def begin(self) -> None:
+        """Start a forward pass."""
+        self._routings = []
+        for scores in self._scores:
+            scores.grad = None
+            counts = scores.new_empty((len(scores), scores.shape[-1]), dtype=torch.int64)
+            self._routings.append(Routing(scores.clone(), counts))
+        self._live.restart()
+        self._start, self._stretches = self._live.now, []
+
+    def end(self) -> list[Stretch]:
+        """End a pass, start the next and return the stretches."""
+        self._cut()
+        stretches, self._stretches = self._stretches, []
+        return stretches
+
+    def _cut(self, *_: object) -> None:
+        now = self._live.now
+        self._stretches.append(Stretch(now - self._start, self._live.peak - self._start))
+        self._start = now
+        self._live.restart()
+
+    def _add_routings(self, _: nn.Module, args: object, output: Output) -> Output:
+        """Show the loss the routings of all layers; it frees them, and holds what comes of them."""
+        added, self._routings = self._routings, []
+        return output._replace(router=[*output.router[: self._routers], *added, *output.router[self._routers :]])
+
+    def _leave_layer(self, _: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
+        self._cut()
+        output[0].register_hook(self._cut)
+
+    def _leave_head(self, *_: object) -> None:
+        self._cut()
+        self.loss_peak = max(self.loss_peak, self._stretches[-1].peak)
+
+
+def _add_up(stretches: Iterable[Stretch]) -> tuple[int, int]:
+    """Return (the change over all stretches, the most that there is more than at their start)."""
+    level = peak = 0
+    for stretch in stretches:
+        peak = max(peak, level + stretch.peak)
+        level += stretch.change
+    return level, peak
+
+
+def _measure_update(module: StageModule, parameters: Sequence[Tensor], live: LiveBytes) -> dict[str, int]:
+    """Clip gradients and take a step of the optimiser on tensors like `parameters`."""
+    stored = nn.ParameterList(torch.empty_like(parameter) for parameter in parameters)
+    module.network = cast(Network, stored)
+    optimizer: Any = module.configure_optimizers()
+    optimizer.found_inf = torch.zeros(())
+    for parameter in stored.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    held = live.now
+    live.restart()
+    clip_gradients(stored.parameters(), module.optimizer_config.gradient_clip_norm)
+    clip_peak = live.peak - held
+    live.restart()
+    optimizer.step()
+    state = _bytes(value for state in optimizer.state.values() for value in state.values())
+    return {
+        "gradients": _bytes(parameters),
+        "optimizer": state,
+        "update_peak": max(clip_peak, live.peak - held - state),
+    }
+
+
+def shorten(layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
+    """Return (numbers of the layers of a shorter network, which of those stands for each layer).
+
+    Loops are cut out of the sequence of layers as long as each kind of layer that has certain neighbours is left.
+    """
+    formats = [[part.format for part in layer.modules() if isinstance(part, FormattedModule)] for layer in layers]
+    kinds = [(layer.letter, *names) for layer, names in zip(layers, formats, strict=True)]
+    sizes = [
+        (layer.letter, *(COMPUTE_DTYPE[name] for name in names)) for layer, names in zip(layers, formats, strict=True)
+    ]
+
+    def labels_of(numbers: Sequence[int]) -> list[tuple]:
+        around = [None, None, *(sizes[number] for number in numbers), None, None]
+        return [(kinds[number], *around[place : place + 5]) for place, number in enumerate(numbers)]
+
+    left = [*range(len(layers))]
+    labels = labels_of(left)
+    first = 0
+    while first < len(left) - 1:
+        for last in range(len(left) - 2, first, -1):
+            shorter = left[: first + 1] + left[last + 1 :]
+            if sizes[left[first]] == sizes[left[last]] and set(labels_of(shorter)) == set(labels):
+                left = shorter
+                break
+        else:
+            first += 1
+    return left, [labels_of(left).index(label) for label in labels]
+
+
+def _repeated(network: Network, repeats: Sequence[int], parts: Callable[[nn.Module], Iterable[Tensor]]) -> list[Tensor]:
+    """Return parameters or buffers, those of a layer as often as it is repeated."""
+    layers = network.backbone.layers
+    inside = set(parts(layers))
+    outside = [tensor for tensor in parts(network) if tensor not in inside]
+    return [*(tensor for place in repeats for tensor in parts(layers[place])), *outside]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -5,19 +5,20 @@ from collections.abc import Sequence
 
 from app.planning.memory import StepMemory, measure_step
 from app.planning.text import align, byte_unit
+from app.strategies import ShardedStrategy
 from modules.base import StageModule
 
 _ROWS = {
     "weights, fp32": "weights",
     "gradients": "gradients",
     "optimiser state": "optimizer",
-    "micro-batch": "batch",
+    "micro-batches": "batch",
     "activations kept for the backward pass": "kept",
     "more at the peak": "passing",
     "peak of a step": "peak",
     "peak of the first step": "first_peak",
     "most held by the loss (logits in chunks)": "loss_peak",
-    "most gathered by FSDP2 at a time": "gathered_peak",
+    "most whole weights that FSDP2 holds": "gathered_peak",
 }
 
 _MUCH_PADDING = 0.05
@@ -26,7 +27,13 @@ _DEVICES = {"cuda": ("GPU", "GPUs"), "cpu": ("CPU process", "CPU processes")}
 
 
 def memory_lines(
-    module: StageModule, rows: int, sequence_length: int, accumulation: int, devices: int, kind: str
+    module: StageModule,
+    rows: int,
+    sequence_length: int,
+    micro_batches: int,
+    strategy: ShardedStrategy,
+    devices: int,
+    kind: str,
 ) -> list[str]:
     """Count the memory of a device for the run as it is, and with activation checkpointing the other way.
 
@@ -34,7 +41,8 @@ def memory_lines(
         module: the stage, without a network.
         rows: of a micro-batch.
         sequence_length: positions in a row.
-        accumulation: micro-batches in a step.
+        micro_batches: of a device in a step.
+        strategy: lays the network over the devices.
         devices: in all.
         kind: what the devices are, cpu or cuda.
     """
@@ -42,22 +50,35 @@ def memory_lines(
     other = copy.deepcopy(module)
     other.activation_checkpointing = not module.activation_checkpointing
     columns = {
-        "this run": measure_step(module, documents, accumulation > 1, devices, kind),
+        "this run": measure_step(module, documents, micro_batches, strategy, devices, kind),
         f"checkpointing {'off' if module.activation_checkpointing else 'on'}": measure_step(
-            other, documents, accumulation > 1, devices, kind
+            other, documents, micro_batches, strategy, devices, kind
         ),
     }
     if devices == 1:
-        columns["without FSDP2"] = measure_step(module, documents, accumulation > 1, None, kind)
+        columns["without FSDP2"] = measure_step(module, documents, micro_batches, kind=kind)
     device = _DEVICES[kind][devices > 1]
     return [
-        f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {accumulation:,} in a step; "
+        f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {micro_batches:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",
         *_columns([*columns], [*columns.values()]),
+        *_gradient_lines(strategy, micro_batches, devices),
         *_padding_lines(module, columns["this run"], devices),
         "",
-        "counted: bytes of all tensors while a step runs on the meta device, portable operations and one document per",
-        "row; fast kernels (SSD, packed attention) need less, an allocator's rounding and other processes' needs more",
+        "counted: bytes of all tensors while a step runs without values, one document per row; mamba-ssm's SSD kernel",
+        "needs less, an allocator's rounding and other processes' needs more",
+    ]
+
+
+def _gradient_lines(strategy: ShardedStrategy, micro_batches: int, devices: int) -> list[str]:
+    """Say when gradients are summed, where that decides how long a device holds those of the whole network."""
+    if micro_batches == 1 or devices == 1:
+        return []
+    if strategy.gradient_sync == "every":
+        return ["gradients are summed over devices with every micro-batch: a device holds its part of them"]
+    return [
+        "gradients are summed over devices with the last micro-batch of a step: until then a device holds them whole;",
+        "trainer.strategy.init_args.gradient_sync: every needs less memory and more time",
     ]
 
 

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
@@ -87,9 +87,13 @@ class ShardedStrategy(ModelParallelStrategy):
         reset_seed()
         if not dist.is_initialized():
             self._start_process_group()
-        sizes = tuple(self.world_size if axis == "shard" else 1 for axis in AXES)
-        mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
-        self._device_mesh = self.lightning_module._device_mesh = mesh
+        self.lightning_module._device_mesh = self.make_mesh(self.root_device.type)
+
+    def make_mesh(self, device_type: str) -> DeviceMesh:
+        """Lay the mesh over all ranks of the process group, make it the strategy's own and return it."""
+        sizes = tuple(dist.get_world_size() if axis == "shard" else 1 for axis in AXES)
+        self._device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+        return self._device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.ops.documents import DocumentLayout
-from modules.ops.kernels import takes_argument, uncompiled, varlen_attention_kernel
+from modules.ops.kernels import device_kind, takes_argument, uncompiled, varlen_attention_kernel
 
 _MASK_ELEMENTS = 2**22
 """Largest mask made at once, so that memory does not grow with the length of a row times that of a chunk."""
@@ -36,7 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, documents: DocumentLayo
     kernel = varlen_attention_kernel(query)
     if kernel is not None:
         return _attend_by_kernel(kernel, query, key, value, documents)
-    if query.is_cuda:  # spans are read on the host
+    if device_kind(query) == "cuda":  # spans are read on the host
         return _attend(query, key, value, documents.mask)
     return _attend_by_span(query, key, value, documents)
 

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from modules.batch import IGNORED_LABEL
+from modules.ops.kernels import device_kind
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once (fp32): 16 MiB stay in a CPU's cache, 512 MiB keep a GPU busy."""
@@ -189,7 +190,7 @@ class _Products:
             torch.zeros_like(weight, dtype=sums) if needed[1] else None,
             weight.new_zeros(len(weight), dtype=sums) if needed[2] else None,
         ]
-        chunk = max(1, min(len(hidden), CHUNK_LOGITS[hidden.device.type] // len(weight)))
+        chunk = max(1, min(len(hidden), CHUNK_LOGITS[device_kind(hidden)] // len(weight)))
         # Buffers are reused: a fresh allocation of this size costs more in page faults than the arithmetic in it.
         self._rounded = hidden.new_empty(chunk, len(weight))
         self._logits = self._rounded.float()

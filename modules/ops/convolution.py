@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from modules.ops.documents import DocumentLayout
-from modules.ops.kernels import uncompiled
+from modules.ops.kernels import device_kind, uncompiled
 
 
 def causal_convolution(
@@ -33,7 +33,7 @@ def causal_convolution(
     Returns:
         [B, T, C] in the dtype of `x`.
     """
-    convolution = shifted_convolution if x.is_cuda else spaced_convolution
+    convolution = shifted_convolution if device_kind(x) == "cuda" else spaced_convolution
     return convolution(x, weight, bias, documents)
 
 

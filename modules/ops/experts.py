@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from modules.ops.kernels import uncompiled
+from modules.ops.kernels import device_kind, uncompiled
 
 _ALIGNMENT_BYTES = 16
 _ROWS = 16
@@ -36,7 +36,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [R, O] in the dtype of `x`.
     """
-    if not x.is_cuda:
+    if device_kind(x) != "cuda" or x.dtype == torch.float32:  # whose `F.grouped_mm` is a loop too, and needs values
         return _LoopedLinear.apply(x, weight, offsets)
     return _grouped_mm(x, weight, offsets) if len(x) else F.linear(x, weight[0])
 
@@ -87,7 +87,7 @@ def multiply_rows(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | No
     Returns:
         [R, M] in the dtype of `x`.
     """
-    if x.is_cuda:
+    if device_kind(x) == "cuda":
         out = _grouped_mm(x, weight.transpose(1, 2), offsets) if len(x) else F.linear(x, weight[0].T)
         return out if scale is None else (out * scale[row_experts(len(x), offsets), None]).to(x.dtype)
     out, factors = x.new_empty(len(x), weight.shape[2]), None if scale is None else scale.tolist()
@@ -115,7 +115,7 @@ def outer_products(grad: Tensor, x: Tensor, offsets: Tensor, scale: Tensor | Non
         [E, O, I] in the dtype of `grad`.
     """
     features = grad.shape[1]
-    if x.is_cuda:
+    if device_kind(x) == "cuda":
         multiple = _ALIGNMENT_BYTES // x.element_size()
         grad, others = (F.pad(rows, (0, -rows.shape[1] % multiple)) for rows in (grad, x))
         out = F.grouped_mm(grad.T, others, offs=offsets)[:, :features, : x.shape[1]]

@@ -7,7 +7,8 @@ its package imports. `kernel_table` says what is active and why not, so that nob
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,20 +17,49 @@ from torch import Tensor
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+_assumed: str | None = None
+
+
+@contextmanager
+def computing_on(kind: str) -> Iterator[None]:
+    """Let operations choose for a while what they do on another kind of device, for tensors without values.
+
+    Not thread-safe: a plain variable costs the operations nothing, and torch.compile reads it.
+    """
+    global _assumed
+    before, _assumed = _assumed, kind
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def device_kind(tensor: Tensor) -> str:
+    """Return what a tensor computes on, cpu or cuda."""
+    return _assumed or tensor.device.type
+
+
 def uncompiled(function: _Function) -> _Function:
     """Keep torch.compile out of a function: its graphs end before a call and go on after it."""
     return cast(_Function, torch.compiler.disable(function))
 
 
 @functools.cache
-def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+def _import(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
     """Return (function or None, reason). Any failure of a foreign import is a reason, never an error."""
-    if not torch.cuda.is_available():
-        return None, "no CUDA device"
     try:
         return uncompiled(getattr(importlib.import_module(module), attribute)), "active"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+def _load(module: str, attribute: str) -> tuple[Callable[..., Any] | None, str]:
+    """Return what `_import` does for a kernel that can run: torch's own also on tensors without values."""
+    if _assumed is None and not torch.cuda.is_available():
+        return None, "no CUDA device"
+    if _assumed is not None and not module.startswith("torch."):
+        return None, "needs values"
+    return _import(module, attribute)
 
 
 def ssd_kernel(x: Tensor) -> Callable[..., Any] | None:
@@ -51,7 +81,7 @@ def takes_argument(kernel: Callable[..., Any], name: str) -> bool:
 
 def _fits(x: Tensor) -> bool:
     """Not fp32: attention kernels refuse it, and the products inside Triton's scan would be TF32."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return device_kind(x) == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def kernel_table() -> list[tuple[str, str, str]]:

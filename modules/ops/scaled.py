@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from modules.ops.kernels import device_kind
+
 
 # An operation of its own: a CPU reads the scale on the host, which has no value on the meta device.
 @torch.library.custom_op("superbolt::scaled_product", mutates_args=())
@@ -48,6 +50,6 @@ def multiply(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     Returns:
         bf16 [M, N].
     """
-    if a.is_cuda:
+    if device_kind(a) == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32).mul_(scale).to(a.dtype)
     return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale))

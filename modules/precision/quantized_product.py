@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.ops.experts import multiply_rows, row_experts
+from modules.ops.kernels import device_kind
 from modules.ops.scaled import multiply
 from modules.precision import fp8, nvfp4
 from modules.precision.linear import GroupedLinear, Linear
@@ -108,7 +109,7 @@ def install(module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight]) 
 
 def _multiplies_fp8(weight: Tensor) -> bool:
     """Return whether the device of a weight multiplies it in FP8."""
-    if not weight.is_cuda or torch.version.hip is not None:
+    if device_kind(weight) != "cuda" or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(weight.device)
     return capability >= (8, 9) and weight.ndim == 2 and not any(size % _MULTIPLE for size in weight.shape)

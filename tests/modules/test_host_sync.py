@@ -1,6 +1,6 @@
 """A training step asks the device for nothing: no `.item()`, `.tolist()` or shape that depends on values.
 
-The step runs on tensors without values (FakeTensor) that say they are on CUDA, with stand-ins for the kernels, so that
+The step runs on tensors without values (FakeTensor) as it does on CUDA, with stand-ins for the kernels, so that
 a CPU is enough. What needs a value to go on raises: in the forward and backward pass, clipping, the optimiser,
 Lightning's loop. `test_cuda.py` asks CUDA itself.
 """
@@ -82,9 +82,10 @@ STAND_INS = {"mamba_chunk_scan_combined": scan, "varlen_attn": varlen_attention}
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Tensors without values say that they are on CUDA, and the kernels are there."""
-    monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda self: True))
+    """Operations do with tensors without values what they do on CUDA, and the kernels are there."""
     monkeypatch.setattr(kernels, "_load", lambda module, attribute: (STAND_INS[attribute], "active"))
+    with kernels.computing_on("cuda"):
+        yield
 
 
 def train(recipe=BF16, known_boundaries: bool = True, **module_changes) -> Pretraining:

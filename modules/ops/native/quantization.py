@@ -11,7 +11,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from modules.ops.kernels import device_kind
 from modules.ops.native.library import load_library
 
 SOURCE = Path(__file__).parent / "quantization.c"
@@ -93,17 +95,22 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, status
 
 
-def _library() -> ctypes.CDLL:
-    library, _ = load()
-    assert library is not None
-    return library
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def _call(function: str, x: Tensor, job: Job, *arguments: float | None) -> None:
+    """Call a function of the library; of tensors without values, which have shapes alone, nothing is to be written."""
+    if not isinstance(x, FakeTensor):
+        library, _ = load()
+        getattr(library, f"superbolt_{function}")(ctypes.byref(job), *arguments)
 
 
 def applies(x: Tensor) -> bool:
     """Return whether the functions below take this tensor."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
+        type(x) in (Tensor, torch.nn.Parameter, FakeTensor)
+        and device_kind(x) == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.ndim > 0
         and x.numel() > 0
@@ -116,7 +123,7 @@ def _job(x: Tensor, axis: int, hadamard: bool) -> Job:
     """Return a job that says where the numbers of contiguous `x` lie."""
     rows = x.shape[-2] if x.ndim > 1 else 1
     return Job(
-        x=x.data_ptr(),
+        x=_address(x),
         bf16=x.dtype == torch.bfloat16,
         matrices=x.numel() // (rows * x.shape[-1]),
         rows=rows,
@@ -142,7 +149,7 @@ def amax(x: Tensor, *, axis: int = -1, hadamard: bool = False, stacked: bool = F
     x = x.detach().contiguous()
     job = _job(x, axis, hadamard)
     strips = torch.empty(job.matrices, (job.rows + BLOCK - 1) // BLOCK)
-    _library().superbolt_amax(ctypes.byref(job), strips.data_ptr())
+    _call("amax", x, job, _address(strips))
     return strips.view(len(x), -1).amax(1) if stacked else strips.amax()
 
 
@@ -185,14 +192,14 @@ def quantize(
     bits = None if bits is None else bits.contiguous()
     given = None if options.scales is None else options.scales.float().contiguous()
     choice = "search" if search else "given" if given is not None else options.four_over_six or "maximum"
-    job.inverse_scale, job.amax = inverse_scale.data_ptr(), largest.data_ptr()
+    job.inverse_scale, job.amax = _address(inverse_scale), _address(largest)
     job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
     job.tiles, job.choice, job.denominator = options.tiles, CHOICES.index(choice), 6 * options.bound
     job.kind, job.unscaled = KINDS[kind], unscaled
-    job.out, job.scales = out.data_ptr(), scales.data_ptr()
-    job.bits = None if bits is None else bits.data_ptr()
-    job.given = None if given is None else given.data_ptr()
-    _library().superbolt_quantize(ctypes.byref(job))
+    job.out, job.scales = _address(out), _address(scales)
+    job.bits = _address(bits)
+    job.given = _address(given)
+    _call("quantize", x, job)
     return out, scales
 
 
@@ -201,8 +208,8 @@ def _map(function: str, x: Tensor, axis: int, hadamard: bool) -> Tensor:
     x = x.detach().contiguous()
     out = torch.empty_like(x)
     job = _job(x, axis, hadamard)
-    job.out, job.kind = out.data_ptr(), KINDS[x.dtype]
-    getattr(_library(), function)(ctypes.byref(job))
+    job.out, job.kind = _address(out), KINDS[x.dtype]
+    _call(function, x, job)
     return out
 
 
@@ -213,7 +220,7 @@ def rotate(x: Tensor, axis: int = -1) -> Tensor:
         x: [..., R, K], fp32 or bf16.
         axis: along which blocks of 16 lie: -1 or -2.
     """
-    return _map("superbolt_rotate", x, axis, hadamard=True)
+    return _map("rotate", x, axis, hadamard=True)
 
 
 def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
@@ -223,7 +230,7 @@ def mxfp8(x: Tensor, axis: int = -1) -> Tensor:
         x: [..., R, K], fp32 or bf16.
         axis: along which blocks of 32 lie: -1 or -2.
     """
-    return _map("superbolt_mxfp8", x, axis, hadamard=False)
+    return _map("mxfp8", x, axis, hadamard=False)
 
 
 def fp8(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype, unscaled: bool = False) -> Tensor:
@@ -238,8 +245,8 @@ def fp8(x: Tensor, inverse_scale: Tensor, dtype: torch.dtype, unscaled: bool = F
     x, inverse_scale = x.detach().contiguous(), inverse_scale.contiguous()
     out = torch.empty_like(x, dtype=torch.bfloat16 if unscaled else None)
     job = _job(x, -2, hadamard=False)
-    job.out, job.kind, job.unscaled = out.data_ptr(), KINDS[out.dtype], unscaled
-    job.inverse_scale = inverse_scale.data_ptr()
+    job.out, job.kind, job.unscaled = _address(out), KINDS[out.dtype], unscaled
+    job.inverse_scale = _address(inverse_scale)
     job.rows_per_scale = job.matrices * job.rows // inverse_scale.numel()
-    _library().superbolt_fp8(ctypes.byref(job), torch.finfo(dtype).max)
+    _call("fp8", x, job, torch.finfo(dtype).max)
     return out

@@ -1,15 +1,16 @@
 """Memory counted on the meta device against what torch's MemTracker counts over real steps on the CPU."""
 
-from types import SimpleNamespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from app.planning.memory import StepMemory, measure_step
+from app.planning.memory import StepMemory, measure_step, shorten
 from app.strategies import ShardedStrategy
 from modules.backbone.initialization import initialize
 from modules.optim.clipping import clip_gradients
@@ -46,6 +47,7 @@ CASES = {
     "nvfp4_checkpointed": ({}, NVFP4, True, [[60, 28]]),
 }
 TOLERANCE = 0.005
+Sync = Literal["last", "every"]
 
 
 class Tracker(MemTracker):
@@ -68,23 +70,32 @@ def stage(case: str) -> tuple[Pretraining, list[list[int]]]:
     return make_module(config, **options), documents
 
 
-def peaks(module: Pretraining, documents: list[list[int]], accumulates: bool = False, mesh=None, tracker=Tracker):
+def peaks(
+    module: Pretraining,
+    documents: list[list[int]],
+    micro_batches: int = 1,
+    sharded: ShardedStrategy | None = None,
+    tracker=Tracker,
+) -> list[int]:
     """Peaks in bytes over the first real step, and over the first two."""
     network = module.build_network().train()
-    if mesh is not None:
-        ShardedStrategy.shard(SimpleNamespace(device_mesh=mesh), network)
+    if sharded is not None:
+        sharded.shard(network)
     network.to_empty(device="cpu")
     network.tie_weights()
     initialize(network, 0)
     module.network = network
     optimizer = module.configure_optimizers()
-    batch = packed_batch(document_ids(*documents), module.backbone_config.vocab_size)
-    totals = {name: value.float() for name, value in module.count(batch).items()}
+    vocabulary = module.backbone_config.vocab_size
+    window = [packed_batch(document_ids(*documents), vocabulary, seed) for seed in range(micro_batches)]
+    totals = {name: value.float() for name, value in module.count(window[0]).items()}
     counted, found = tracker(), []
-    counted.track_external(network, *batch.tensors().values())
+    counted.track_external(network, *(tensor for batch in window for tensor in batch.tensors().values()))
     with counted:
         for _ in range(2):
-            for _ in range(1 + accumulates):
+            for batch in window:
+                if sharded is not None:
+                    sharded.sync_gradients(network, batch is window[-1])
                 loss = module.micro_batch_loss(batch, totals).loss
                 loss.backward()
                 del loss
@@ -110,7 +121,7 @@ def test_a_step_holds_what_mem_tracker_counts(case: str) -> None:
 @pytest.mark.parametrize("case", ["bf16", "documents_checkpointed"])
 def test_accumulation_keeps_the_gradients(case: str) -> None:
     module, documents = stage(case)
-    assert_same_peaks(measure_step(module, documents, accumulates=True), peaks(module, documents, accumulates=True))
+    assert_same_peaks(measure_step(module, documents, micro_batches=2), peaks(module, documents, micro_batches=2))
 
 
 def test_the_quick_tracker_counts_as_mem_tracker_does() -> None:
@@ -118,19 +129,64 @@ def test_the_quick_tracker_counts_as_mem_tracker_does() -> None:
     assert peaks(module, documents) == peaks(module, documents, tracker=MemTracker)
 
 
-@pytest.fixture(params=[1, 4])
-def mesh(request):
-    """A mesh of devices that exist only in name; what a rank holds is real."""
-    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("shard",))
-    dist.destroy_process_group()
+@contextmanager
+def fake_ranks(devices: int, sync: Sync = "last") -> Iterator[ShardedStrategy]:
+    """Our layout over devices that exist only in name; what a rank holds is real."""
+    dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
+    strategy = ShardedStrategy(sync)
+    strategy.make_mesh("cpu")
+    try:
+        yield strategy
+    finally:
+        dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", ["bf16", "documents_checkpointed", "tied", "large_vocabulary", "short"])
-def test_a_rank_of_fsdp2_holds_what_mem_tracker_counts(case: str, mesh) -> None:
+SHARDED_CASES = ["bf16", "documents_checkpointed", "tied", "large_vocabulary", "short"]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("case", SHARDED_CASES)
+def test_a_rank_of_fsdp2_holds_what_mem_tracker_counts(case: str, devices: int) -> None:
     module, documents = stage(case)
-    planned = measure_step(module, documents, devices=mesh.size())
-    assert_same_peaks(planned, peaks(module, documents, mesh={"shard": mesh}))
+    planned = measure_step(module, documents, strategy=ShardedStrategy(), devices=devices)
+    with fake_ranks(devices) as sharded:
+        assert_same_peaks(planned, peaks(module, documents, sharded=sharded))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 4])
+@pytest.mark.parametrize("sync", ["last", "every"])
+def test_gradients_are_whole_until_they_are_summed(sync: Sync, micro_batches: int) -> None:
+    module, documents = stage("bf16")
+    planned = measure_step(module, documents, micro_batches, ShardedStrategy(sync), 4)
+    with fake_ranks(4, sync) as sharded:
+        assert_same_peaks(planned, peaks(module, documents, micro_batches, sharded))
+
+
+LONG = {"hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EME", "mtp_hybrid_override_pattern": "*E"}
+WHOLE = {
+    "one process": (BF16, "last", 1, 1, "MEMEM*EMEMEM*EMEM-ME"),
+    "summed with the last": (BF16, "last", 3, 4, LONG["hybrid_override_pattern"]),
+    "summed with each": (PrecisionConfig(bf16_tail=0.2), "every", 2, 4, LONG["hybrid_override_pattern"]),
+    "runs of a kind": (FP32, "last", 1, 4, "MMMMMMEEEEEE****--M"),
+    "one kind": (BF16, "every", 2, 2, "M" * 12),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("case", WHOLE)
+def test_layers_of_a_kind_stand_for_each_other(case: str, checkpointed: bool) -> None:
+    recipe, sync, micro_batches, devices, letters = WHOLE[case]
+    config = tiny_config(**SIZES | {"hybrid_override_pattern": letters})
+    module = make_module(config, precision=recipe, activation_checkpointing=checkpointed, mtp_depths=2)
+    arguments = module, [[40, 24]], micro_batches, ShardedStrategy(sync), devices
+    assert measure_step(*arguments) == measure_step(*arguments, whole=True)
+
+
+def test_few_layers_of_a_long_network_run() -> None:
+    layers = [*make_module(tiny_config(hybrid_override_pattern="ME" * 40 + "*")).build_network().backbone.layers]
+    left, repeats = shorten(layers)
+    assert len(left) <= 10
+    assert [layers[left[place]].letter for place in repeats] == [layer.letter for layer in layers]
 
 
 def test_parts_by_hand() -> None:
@@ -141,8 +197,8 @@ def test_parts_by_hand() -> None:
     assert measured.weights == 4 * parameters + sum(4 * buffer.numel() for buffer in network.buffers())
     assert measured.gradients == 4 * parameters
     assert measured.optimizer == 8 * parameters + 4 * len([*network.parameters()]), "two moments and a step count"
-    assert measured.batch == 8 * (8 + 4 + 8) + 8 * 3
-    shared = measure_step(module, documents, devices=4)
+    assert measured.batch == 8 * (8 + 4 + 8)
+    shared = measure_step(module, documents, strategy=ShardedStrategy(), devices=4)
     assert shared.weights - (measured.weights - 4 * parameters) == pytest.approx(parameters, rel=0.01)
     assert shared.gathered_peak > 0 == measured.gathered_peak
 

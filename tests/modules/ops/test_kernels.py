@@ -130,7 +130,7 @@ def test_cuda_equals_the_portable_version(operation: Callable, dtype: torch.dtyp
 class CudaLike:
     """What detection asks of a tensor."""
 
-    is_cuda = True
+    device = torch.device("cuda")
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, *shape: int) -> None:
         self.dtype, self.shape = dtype, shape or (2, 8, 4, 64)
@@ -138,9 +138,9 @@ class CudaLike:
 
 @pytest.fixture
 def fresh_detection():
-    kernels._load.cache_clear()
+    kernels._import.cache_clear()
     yield
-    kernels._load.cache_clear()
+    kernels._import.cache_clear()
 
 
 def test_without_cuda_nothing_is_active_and_the_table_says_why(fresh_detection, monkeypatch) -> None:
