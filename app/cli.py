@@ -39,6 +39,7 @@ from callbacks.skipped_batches import SkippedBatches
 from callbacks.speed import Speed
 from callbacks.step import in_order
 from callbacks.validation import Validation
+from datamodules.base import StageData
 from modules.base import StageModule
 from modules.batch import HeldOutText
 from modules.checkpoints import folder
@@ -56,6 +57,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": Checkpoint,
 }
 """Group of keys -> callback."""
+
+BASES = {"model": StageModule, "data": StageData}
+"""Key -> what its class must be. The parser asks for less: it would take the arguments of a base as keys of its own."""
 
 FORCED: dict[str, Any] = {
     "precision": "32-true",
@@ -196,7 +200,7 @@ class RunCLI(LightningCLI):
         from jsonargparse import Namespace
 
         try:
-            return self.parser.instantiate(Namespace({key: self.config[key]}))[key]
+            made = self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
@@ -204,10 +208,13 @@ class RunCLI(LightningCLI):
             if cause is None:
                 raise
             raise UserError(shorten(str(cause))) from error
+        if not isinstance(made, BASES.get(key, object)):
+            raise UserError(f"{key}: {self.config[key].class_path} is no {BASES[key].__name__}")
+        return made
 
     def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
-        if checkpoint is not None and isinstance(self.model, StageModule):
+        if checkpoint is not None:
             self.model.init_from = None  # Lightning tells no module what it will load
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []

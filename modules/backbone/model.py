@@ -209,7 +209,8 @@ class Network(nn.Module):
         """Return what a strategy should gather together, inner before outer, the network itself last.
 
         The matrix products of a layer form one unit per format, gathered in that format's dtype, the routed experts
-        others; what is left of the layer (norms, router, `A_log D dt_bias`, convolution) forms an fp32 unit.
+        others; what is left of the layer (norms, router, `A_log D dt_bias`, convolution, products in fp32) forms an
+        fp32 unit.
         """
         blocks = [*self.backbone.layers] + ([self.mtp] if self.mtp is not None else [])
         units = []
@@ -275,7 +276,7 @@ def _format_units(block: nn.Module) -> list[ShardingUnit]:
     routed = {part for module in block.modules() if isinstance(module, Experts) for part in module.children()}
     groups: dict[tuple[torch.dtype, bool], list[nn.Module]] = {}
     for module in block.modules():
-        if isinstance(module, FormattedModule) and module.compute_dtype != torch.float32:
+        if isinstance(module, FormattedModule) and (module in routed or module.compute_dtype != torch.float32):
             groups.setdefault((module.compute_dtype, module in routed), []).append(module)
     return [
         ShardingUnit(modules, dtype, ("shard", "context")) if experts else ShardingUnit(modules, dtype)

@@ -88,16 +88,17 @@ def chunked_loss(
         hidden: [N, D], fp32 or bf16.
         weight: [V, D], dtype of `hidden`.
         objective: see `Objective`.
-        token_weights: fp32 [N], weight of each token's loss in the sum.
+        token_weights: fp32 [N], weight of each token's loss in the sum; detached.
         positions: int64 [n], distinct: the tokens that count, and cost; None: all.
         transform: of the logits.
-        per_token: inputs of the objective [N, ...]. Where one named `labels` is `IGNORED_LABEL`, the token does not
-            count, whatever its weight: the objective sees label 0 there.
+        per_token: inputs of the objective [N, ...], detached. Where one named `labels` is `IGNORED_LABEL`, the token
+            does not count, whatever its weight: the objective sees label 0 there.
 
     Returns:
         (sum over tokens of weight x loss, fp32 scalar, differentiable in `hidden`, `weight` and the transform's bias;
         the objective's results, detached, [N, ...], 0 where a token does not count).
     """
+    assert not any(given.requires_grad for given in (token_weights, *per_token.values())), "they would get no gradient"
     tokens, kept = len(hidden), None
     hidden, scales = _select(hidden, positions), _select(token_weights, positions)
     inputs = {name: _select(tensor, positions) for name, tensor in per_token.items()}

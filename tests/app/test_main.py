@@ -75,6 +75,7 @@ def test_mistakes_before_a_run_file_is_read(program: Program, args, code, answer
 
 MODEL = "model: {class_path: tests.app.standin.Model"
 DATA = "data: {class_path: tests.app.standin.Data"
+OTHERS = "lightning.pytorch.demos.boring_classes"
 MISTAKES = {
     "unknown top key": (RUN_FILE + "traner: {}\n", [], "unknown key traner; did you mean trainer?"),
     "unknown trainer key": (
@@ -148,6 +149,16 @@ MISTAKES = {
         RUN_FILE.replace("standin.Data", "standin.Model"),
         [],
         "data: Import path tests.app.standin.Model does not correspond to a subclass of LightningDataModule",
+    ),
+    "another's LightningModule": (
+        RUN_FILE.replace("tests.app.standin.Model", f"{OTHERS}.BoringModel"),
+        [],
+        f"model: {OTHERS}.BoringModel is no StageModule",
+    ),
+    "another's LightningDataModule": (
+        RUN_FILE.replace("tests.app.standin.Data", f"{OTHERS}.BoringDataModule"),
+        [],
+        f"data: {OTHERS}.BoringDataModule is no StageData",
     ),
     "no model": (RUN_FILE.replace(MODEL + "}\n", ""), [], "run.yaml: missing key model"),
     "broken YAML": (RUN_FILE.replace("name: run", "name: run: x"), [], "run.yaml, line 1, column 10: not valid YAML: "),

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from modules.backbone.latent_moe import Experts
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.normalization import GatedGroupRMSNorm, RMSNorm
 from modules.backbone.router import Router
 from modules.objectives.next_token import next_token_loss
 from modules.precision.linear import FormattedModule
-from modules.precision.recipe import PrecisionConfig, PrecisionRule
+from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats
 from tests.modules.helpers import (
     BF16,
     FP32,
@@ -179,3 +180,15 @@ def test_sharding_units_cover_each_parameter_once_in_the_dtype_it_computes_in() 
         expected = module.compute_dtype if isinstance(module, FormattedModule) else torch.float32
         for parameter in module.parameters(recurse=False):
             assert owner[id(parameter)] == expected, name
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "super"])
+def test_routed_experts_are_a_unit_of_their_own_in_every_format(recipe: str) -> None:
+    """Along the axis of the experts each rank has its own: nothing else may be laid out with them."""
+    with torch.device("meta"):
+        network = Network(tiny_config())
+    assign_formats(PrecisionConfig(recipe=recipe), network)
+    routed = {part for module in network.modules() if isinstance(module, Experts) for part in module.children()}
+    found = [unit for unit in network.sharding_units() if routed.intersection(unit.modules)]
+    assert {part for unit in found for part in unit.modules} == routed
+    assert {unit.axes for unit in found} == {("shard", "context")}

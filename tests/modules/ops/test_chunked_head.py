@@ -305,6 +305,17 @@ def test_without_gradients_the_values_are_the_same(name: str) -> None:
     assert not frozen.requires_grad
 
 
+@pytest.mark.parametrize("name", ["token_weights", "teacher_hidden"])
+def test_an_input_that_would_silently_get_no_gradient_is_refused(name: str) -> None:
+    hidden, weight, _, token_weights = make_inputs(5, 11)
+    inputs = {"token_weights": token_weights, "teacher_hidden": hidden.detach().clone()}
+    objective = per_token.against(per_token.forward_kl, lambda x: x @ weight.detach().T)
+    chunked_loss(hidden, weight, objective, **inputs)
+    inputs[name].requires_grad_()
+    with pytest.raises(AssertionError, match="no gradient"):
+        chunked_loss(hidden, weight, objective, **inputs)
+
+
 def test_an_objective_returns_what_it_wants_by_name() -> None:
     """Its own results of any width, spread to all tokens; a second input of each token."""
 
