@@ -27,7 +27,6 @@ class SyncedLogger(Protocol):
 
     def sync(self) -> None:
         """Do so."""
-        ...
 
 
 class Checkpoint(StepCallback):

@@ -22,7 +22,7 @@ from torch import Tensor
 from callbacks.peak import Peak, combine, find_peak, format_shares
 from callbacks.step import StepCallback, data, gather, is_due, stage
 from modules.backbone.flops import training_flops_per_token
-from modules.batch import Window
+from modules.batch import Progress, Window
 from modules.precision.formats import Format
 
 DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, OTHER = "data_wait", "forward", "backward", "optimizer", "other"
@@ -51,6 +51,7 @@ class Speed(StepCallback):
         self.peaks: dict[Format, Peak] = {}
         """Peak of a device in each format that the model computes in."""
         self._peak = 0.0
+        self._read = Progress()  # of the run, at the last point
         self._left = 0  # micro-batches of this step whose backward pass is not done
         self._parts = PartClock(HostClock())
 
@@ -63,6 +64,7 @@ class Speed(StepCallback):
         shares = format_shares(module.built_network, depths)
         self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
         self._peak = combine(shares, self.peaks)
+        self._read = data(trainer).progress
         self._parts = PartClock(CudaClock() if device.type == "cuda" else HostClock())
         self._parts.enter(BETWEEN)
 
@@ -127,8 +129,9 @@ class Speed(StepCallback):
         metrics = {f"speed/seconds/{part}": value for part, value in mean.items()}
         metrics["speed/data_wait_share"] = max(rank[DATA_WAIT] / sum(rank[part] for part in STEP) for rank in ranks)
         metrics["speed/pause_share"] = sum(mean[part] for part in PAUSES) / sum(mean.values())
-        done = data(trainer).progress
-        flops = self.flops_per_token * done.tokens / done.steps
+        done, before = data(trainer).progress, self._read
+        flops = self.flops_per_token * (done.tokens - before.tokens) / (done.steps - before.steps)
+        self._read = done
         metrics["speed/mfu"] = flops / (sum(mean[part] for part in STEP) * trainer.world_size * self._peak)
         return metrics | {name: max(rank[name] for rank in ranks) for name in memory(trainer)}
 

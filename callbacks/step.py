@@ -32,7 +32,6 @@ class StepLoop(Protocol):
 
     def validate(self) -> None:
         """Validate before the first step."""
-        ...
 
 
 class StepCallback(Callback):

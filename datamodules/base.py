@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from modules.batch import Progress, Window
+from modules.errors import UserError
 
 
 class StageData(LightningDataModule):
@@ -52,7 +53,15 @@ class StageData(LightningDataModule):
         return {"progress": dataclasses.asdict(self.progress)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            UserError: the checkpoint is from before the data counted progress.
+        """
+        if "progress" not in state_dict:
+            raise UserError(
+                "data: the checkpoint does not say how far it is; start from it by model.init_args.init_from"
+            )
         self.progress = Progress(**state_dict["progress"])
 
 

@@ -47,11 +47,9 @@ class StageStrategy(Protocol):
 
     def shard(self, network: nn.Module) -> None:
         """Lay a network over the devices, in place, before weights exist."""
-        ...
 
     def sync_gradients(self, network: nn.Module, sync: bool) -> None:
         """Say whether the next backward passes add up gradients over ranks, or leave that to a later one."""
-        ...
 
     def lend(self, head: Head) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
         """Gather the head of a network for calls inside another one's; yields a map from hidden states to logits."""
@@ -96,10 +94,10 @@ class StageModule(LightningModule):
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
         max_skipped_steps: stop after this many skipped steps in a row: not finite, or spikes.
         spike_guard: skip steps whose loss or gradient norm is a spike; null: only those that are not finite.
-        mtp_depths: depths M the MTP block is trained at; 0 without an MTP block.
+        mtp_depths: depths M that the MTP block is trained at; 0: it is not.
 
     Raises:
-        UserError: if a value is out of range, or mtp_depths does not fit the network.
+        UserError: if a value is out of range.
     """
 
     mtp_loss_factor = 0.0
@@ -131,11 +129,6 @@ class StageModule(LightningModule):
         self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
         if max_skipped_steps < 1:
             raise UserError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
-        if (mtp_depths > 0) != (backbone.num_nextn_predict_layers > 0):
-            raise UserError(
-                f"model.mtp_depths: {mtp_depths} does not fit model.backbone.num_nextn_predict_layers "
-                f"{backbone.num_nextn_predict_layers}; set both or neither to 0"
-            )
         self.mtp_depths = mtp_depths
         self.network: Network | None = None
         self.precision_table: list[Assignment] = []
@@ -268,11 +261,14 @@ class StageModule(LightningModule):
         """Find the targets of a window, or of a validation's batch, while they are on the host."""
         parts, depths = (batch.micro_batches, self.mtp_depths) if isinstance(batch, Window) else ([batch], 0)
         for part in parts:
-            part.positions = target_positions(part.labels, part.document_ids, depths)
+            positions = target_positions(part.labels, part.document_ids, depths)
+            if positions is not None and part.labels.is_pinned():
+                positions = positions.pin_memory()  # or its copy to the device would be waited for
+            part.positions = positions
         return batch
 
     def training_step(self, window: Window) -> None:
-        """Take one optimiser step."""
+        """Take one optimiser step; what callbacks see before the optimiser's are clipped gradients."""
         optimizer, micro_batches = self.optimizers(), window.micro_batches
         assert isinstance(optimizer, LightningOptimizer)
         self.switch_formats(self.data.progress.tokens - window.tokens)
@@ -403,21 +399,8 @@ class StageModule(LightningModule):
         self.metrics.record_all(metrics)
         self.log_dict(metrics, logger=False, rank_zero_only=True)  # for what monitors Lightning's own metrics
 
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-        self.on_validation_start()
-
-    def on_test_epoch_start(self) -> None:
-        """As `on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """As `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """As `on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
+    on_test_start, on_test_epoch_start = on_validation_start, on_validation_epoch_start
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

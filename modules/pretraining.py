@@ -22,7 +22,7 @@ class Pretraining(StageModule):
         stage: what every stage takes, see `StageModule`.
 
     Raises:
-        UserError: if a value is out of range.
+        UserError: if a value is out of range, or mtp_depths does not fit the network.
     """
 
     def __init__(
@@ -33,6 +33,12 @@ class Pretraining(StageModule):
         **stage: Any,
     ) -> None:
         super().__init__(mtp_depths=mtp_depths, **stage)
+        blocks = self.backbone_config.num_nextn_predict_layers
+        if (mtp_depths > 0) != (blocks > 0):
+            raise UserError(
+                f"model.mtp_depths: {mtp_depths} does not fit model.backbone.num_nextn_predict_layers {blocks}; set "
+                "both or neither to 0"
+            )
         for key, value in (
             ("mtp_loss_factor", mtp_loss_factor),
             ("auxiliary_loss_coefficient", auxiliary_loss_coefficient),

@@ -21,10 +21,15 @@ class LiveBytes(TorchDispatchMode):
 
     FakeTensor's own bookkeeping takes most of the time of a run; what an operation returned once for tensors of certain
     layouts is made again without it.
+
+    Args:
+        mode: of the tensors.
+        results: what operations returned, for runs that share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode, results: dict[object, tuple]) -> None:
         super().__init__()
+        self._mode, self._results = mode, results
         self.peak = 0
         """Most since the last `restart`."""
         self.watched_peak = 0
@@ -33,7 +38,6 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
         self._watched: list[torch.UntypedStorage] = []
-        self._results: dict[object, tuple] = {}
 
     @property
     def now(self) -> int:
@@ -81,39 +85,43 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # half of all calls
             return args[0].fake_device
         out = self._run(func, types, args, kwargs or {})
-        if func._schema.is_mutable:
+        if func.namespace == "fsdp" and func._schema.is_mutable:
             self._look_again()
         self.count([value for value in tree_leaves(out) if isinstance(value, Tensor)])
         return out
 
     def _run(self, func: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        effect = _effect(func) if all(kind is FakeTensor for kind in types) else "other"
+        effect = _effect(func) if types and all(kind is FakeTensor for kind in types) else "other"
         if effect == "overwrites":
             return args[0]
+        if effect == "views":
+            with torch._C._DisableTorchDispatch():
+                out = func(*args, **kwargs)
+                views = [FakeTensor(self._mode, view, args[0].fake_device) for view in tree_leaves(out)]
+            return views[0] if isinstance(out, Tensor) else views
         if effect == "other":
             return func(*args, **kwargs)
         key = func, _layout(args), _layout(kwargs)
         if key not in self._results:
             out = func(*args, **kwargs)
             storage = out.untyped_storage()
-            layout = out.shape, out.stride(), out.dtype, out.fake_device, out.fake_mode
-            if storage._cdata not in self._sizes and storage.nbytes() == _make(*layout).untyped_storage().nbytes():
+            layout = out.shape, out.stride(), out.dtype, out.fake_device
+            if storage._cdata not in self._sizes and storage.nbytes() == self._make(*layout).untyped_storage().nbytes():
                 self._results[key] = layout
             return out
-        return _make(*self._results[key])
+        return self._make(*self._results[key])
 
-
-def _make(
-    size: torch.Size, stride: tuple, dtype: torch.dtype, device: torch.device, mode: FakeTensorMode
-) -> FakeTensor:
-    with torch._C._DisableTorchDispatch():
-        return FakeTensor(mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+    def _make(self, size: torch.Size, stride: tuple, dtype: torch.dtype, device: torch.device) -> FakeTensor:
+        with torch._C._DisableTorchDispatch():
+            return FakeTensor(self._mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
 
 
 @functools.cache
-def _effect(func: Any) -> Literal["makes", "overwrites", "other"]:
-    """Return whether an operation does no more than to make a tensor, or to write over its first argument."""
+def _effect(func: Any) -> Literal["makes", "overwrites", "views", "other"]:
+    """Return whether an operation only makes a tensor, writes over its first argument, or views it."""
     schema, plain = func._schema, func.namespace in ("aten", "superbolt") and torch.Tag.inplace_view not in func.tags
+    if plain and func.is_view:
+        return "views"
     if not plain or [str(value.type) for value in schema.returns] != ["Tensor"]:
         return "other"
     alias = schema.returns[0].alias_info

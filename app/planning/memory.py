@@ -96,6 +96,7 @@ def measure_step(
     devices: int = 1,
     kind: str = "cpu",
     whole: bool = False,
+    results: dict[object, tuple] | None = None,
 ) -> StepMemory:
     """Run a training step without values and count its memory.
 
@@ -108,6 +109,7 @@ def measure_step(
         devices: in all.
         kind: what the devices are, cpu or cuda.
         whole: run every layer, whether or not it has been met before.
+        results: see `LiveBytes`; of other steps of the same shapes.
 
     Returns:
         What the first of the devices holds.
@@ -125,8 +127,8 @@ def measure_step(
             strategy.make_mesh("cpu")
             strategy.shard(network)
         stack.enter_context(computing_on(kind))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        live = stack.enter_context(LiveBytes())
+        mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        live = stack.enter_context(LiveBytes(mode, {} if results is None else results))
         network.to_empty(device="cpu")
         network.tie_weights()
         tokens = torch.empty(ids.shape, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 from app.planning.memory import StepMemory, measure_step
 from app.planning.text import align, byte_unit
@@ -49,14 +50,15 @@ def memory_lines(
     documents = [[sequence_length]] * rows
     other = copy.deepcopy(module)
     other.activation_checkpointing = not module.activation_checkpointing
+    measure = partial(measure_step, documents=documents, micro_batches=micro_batches, kind=kind, results={})
     columns = {
-        "this run": measure_step(module, documents, micro_batches, strategy, devices, kind),
-        f"checkpointing {'off' if module.activation_checkpointing else 'on'}": measure_step(
-            other, documents, micro_batches, strategy, devices, kind
+        "this run": measure(module, strategy=strategy, devices=devices),
+        f"checkpointing {'off' if module.activation_checkpointing else 'on'}": measure(
+            other, strategy=strategy, devices=devices
         ),
     }
     if devices == 1:
-        columns["without FSDP2"] = measure_step(module, documents, micro_batches, kind=kind)
+        columns["without FSDP2"] = measure(module)
     device = _DEVICES[kind][devices > 1]
     return [
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {micro_batches:,} in a step; "

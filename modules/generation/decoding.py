@@ -92,11 +92,9 @@ class Decoder(Protocol):
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Let the rows go on by a prompt each, at least one token."""
-        ...
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows in this order; a row may come several times."""
-        ...
 
     def step(self, rows: list[Row]) -> Step:
         """Choose the next tokens of each row."""

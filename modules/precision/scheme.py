@@ -78,7 +78,6 @@ class OperandObserver(Protocol):
                 its block it lies above the format's largest number by more than half of the last step below that.
                 Infinity where nothing is clipped, or nothing is left of the block.
         """
-        ...
 
 
 class Arithmetic:

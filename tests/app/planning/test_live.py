@@ -11,7 +11,7 @@ from app.planning.live import LiveBytes
 
 @pytest.fixture
 def live():
-    with FakeTensorMode(), LiveBytes() as live:
+    with FakeTensorMode() as mode, LiveBytes(mode, {}) as live:
         yield live
 
 
