@@ -16,7 +16,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that are alive of what operations return inside it, and of what it is given.
 
     The storages given to `watch` may change their size without an operation, as those of FSDP2's gathered weights do.
-    They are looked at again where their size matters: when an operation writes (the first to use more memory) and
+    They are looked at again where their size matters: when an operation writes into one (the first to use it) and
     before a peak is believed (less).
 
     FakeTensor's own bookkeeping takes most of the time of a run; what an operation returned once for tensors of certain
@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         self._now = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
-        self._watched: list[torch.UntypedStorage] = []
+        self._watched: dict[int, torch.UntypedStorage] = {}
 
     @property
     def now(self) -> int:
@@ -62,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors whose storages may change their size, no two with the same storage."""
         tensors = list(tensors)
         self.count(tensors)
-        self._watched = [tensor.untyped_storage() for tensor in tensors]
+        self._watched = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
 
     def restart(self) -> None:
         """Start a new peak."""
@@ -74,18 +74,22 @@ class LiveBytes(TorchDispatchMode):
 
     def _look_again(self) -> None:
         total = 0
-        for storage in self._watched:
+        for key, storage in self._watched.items():
             size = storage.nbytes()
             total += size
-            self._now += size - self._sizes[storage._cdata]
-            self._sizes[storage._cdata] = size
+            self._now += size - self._sizes[key]
+            self._sizes[key] = size
         self.watched_peak = max(self.watched_peak, total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls
             return args[0].fake_device
         out = self._run(func, types, args, kwargs or {})
-        if func.namespace == "fsdp" and func._schema.is_mutable:
+        if func._schema.is_mutable and any(
+            value.untyped_storage()._cdata in self._watched
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, Tensor)
+        ):
             self._look_again()
         self.count([value for value in tree_leaves(out) if isinstance(value, Tensor)])
         return out
