@@ -26,3 +26,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    from tests.app.helpers import Program
+
+    started = Program(tmp_path_factory.mktemp("program"))
+    yield started
+    started.close()

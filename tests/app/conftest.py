@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.app.helpers import RUN_FILE, Program
+from tests.app.helpers import RUN_FILE
 from tests.app.models import write_models
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    started = Program(tmp_path_factory.mktemp("program"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")
