@@ -4,6 +4,7 @@ They are written down with their gradients because that takes a few lines and a 
 cross-entropy work in one buffer. See `Objective` in modules/ops/chunked_head.py: `head(hidden, cross_entropy, ...)`.
 Distillation: `head(hidden, against(forward_kl, teacher_head), teacher_hidden=..., ...)`, or `top_k_kl` with what a
 cache holds.
+Logits are finite, the teacher's too: a vocabulary that is masked with -inf has no divergence here.
 Shapes: C tokens of a chunk, V vocabulary, K entries of a cache, D hidden of the teacher.
 """
 
