@@ -45,8 +45,7 @@ class DataUse(StepCallback):
             metrics["data/mixture_error"] = max(abs(asked[name] - read[name]) for name in read)
             metrics |= {f"data/epochs/{name}": source.epochs for name, source in used.items()}
         if self._text is not None:
-            text = sum(count for (count,) in gather([float(self._text)], trainer))
-            positions = sum(count for (count,) in gather([float(self._positions)], trainer))
+            text, positions = map(sum, zip(*gather([float(self._text), self._positions], trainer), strict=True))
             metrics["data/packing_use"] = text / positions
             self._text, self._positions = None, 0
         stage(module).metrics.record_all(metrics)

@@ -141,7 +141,7 @@ class StageModule(LightningModule):
         self.step_guard = StepGuard(spike_guard)
         self.expert_counts: Tensor | None = None
         """int64 [routers, E]: choices of each expert in the last step, over all ranks; None without routers."""
-        self._validation = self._token_bytes = torch.empty(0)
+        self._validation = torch.empty(0)
 
     # ------------------------------------------------------------------------------------------------ for the stages
 
@@ -287,13 +287,15 @@ class StageModule(LightningModule):
         norm = clip_gradients(self.built_network.parameters(), self.optimizer_config.gradient_clip_norm)
         values = self.metrics.end_step(self.strategy.all_reduce, norm.device)
         skip = self.step_guard.judge(values["training/loss"], norm)
+        factor = self.schedule.factor(self.data.progress.tokens, self.data.total.tokens)
+        rate = self.optimizer_config.learning_rate * factor
         for group in optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = rate
         cast(AdamW, optimizer.optimizer).found_inf = skip.float()
         optimizer.step()
         optimizer.zero_grad()
         self._update_expert_bias(router_counts, skip)
-        self._record_step(values, norm, skip)
+        self._record_step({**values, "training/gradient_norm": norm, "training/learning_rate": rate}, skip)
 
     def totals(self, micro_batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
         """Return the sums of what `count` returns over micro-batches and all ranks, fp32, in one reduction."""
@@ -338,14 +340,12 @@ class StageModule(LightningModule):
         for router, delta in zip(self.built_network.routers(), change, strict=True):
             router.e_score_correction_bias += delta
 
-    def _record_step(self, values: Mapping[str, Tensor], norm: Tensor, skip: Tensor) -> None:
+    def _record_step(self, values: Mapping[str, Tensor | float], skip: Tensor) -> None:
         """Record what a step was like; it is written on the logging interval."""
         self.skipped_steps += skip
         self.skipped_streak.copy_(torch.where(skip, self.skipped_streak + 1, 0))
-        recorded: dict[str, Tensor | float] = {
+        recorded = {
             **values,
-            "training/gradient_norm": norm,
-            "training/learning_rate": self._learning_rate(),
             "training/skipped_steps": self.skipped_steps.clone(),
             **self.step_guard.metrics(self.skipped_steps),
         }
@@ -353,11 +353,6 @@ class StageModule(LightningModule):
             self.metrics.record_all(recorded)
         else:
             self.metrics.update(recorded)
-
-    def _learning_rate(self) -> float:
-        """Return the learning rate of the step whose window was handed out last."""
-        factor = self.schedule.factor(self.data.progress.tokens, self.data.total.tokens)
-        return self.optimizer_config.learning_rate * factor
 
     def _is_logged(self, step: int) -> bool:
         return step % self.trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
@@ -373,6 +368,11 @@ class StageModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- validation
 
+    @cached_property
+    def _token_bytes(self) -> Tensor:
+        text = self.data.token_bytes() if isinstance(self.data, HeldOutText) else torch.zeros(self.data.vocab_size)
+        return text.to(self.device)
+
     def on_validation_start(self) -> None:
         """Set the formats that hold now."""
         self.switch_formats(self.data.progress.tokens)
@@ -380,8 +380,6 @@ class StageModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
         self._validation = torch.zeros(3, device=self.device, dtype=torch.float64)  # nats, targets, bytes
-        text = self.data.token_bytes() if isinstance(self.data, HeldOutText) else torch.zeros(self.data.vocab_size)
-        self._token_bytes = text.to(self.device)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add up nats, targets and the bytes the targets stand for."""
