@@ -58,11 +58,17 @@ class Program:
         *args: str | Path,
         meanwhile: Callable[[int], None] | None = None,
         environment: dict[str, str] | None = None,
+        folder: Path = ROOT,
     ) -> Result:
-        """Run a command; `meanwhile` gets the process number while it runs."""
+        """Run a command in a folder; `meanwhile` gets the process number while it runs."""
         self.count += 1
         output = self.folder / f"output{self.count}.txt"
-        command = {"args": [str(arg) for arg in args], "output": str(output), "environment": environment or {}}
+        command = {
+            "args": [str(arg) for arg in args],
+            "output": str(output),
+            "environment": environment or {},
+            "folder": str(folder),
+        }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")

@@ -1,7 +1,7 @@
 """A process that has imported the program once and forks a child per command: starting Python anew costs seconds.
 
-Reads one JSON line per command: {"args": [...], "output": file, "environment": {...}}; answers with the child's process
-number, then, when the child has ended, with its exit code (negative: killed by that signal).
+Reads one JSON line per command: {"args": [...], "output": file, "environment": {...}, "folder": where}; answers with
+the child's process number, then, when the child has ended, with its exit code (negative: killed by that signal).
 """
 
 import json
@@ -17,6 +17,8 @@ import tests.app.standin  # noqa: F401
 
 def child(command: dict) -> int:
     os.environ.update(command["environment"])
+    os.chdir(command["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what this process reads are commands
     descriptor = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for target in (1, 2):
         os.dup2(descriptor, target)
