@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from app.options import Device, Dtype, short_dtype
+from datamodules.text.corpus import Corpus, is_remote
+from datamodules.text.preparation import CORPUS_FILE
 from datamodules.tokenizer import Tokenizer
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
@@ -54,6 +56,51 @@ def open_tokenizer(source: ModelFolder) -> Tokenizer:
             "it is the tokenizer of another model"
         )
     return tokenizer
+
+
+def check_same_tokenizer(one: ModelFolder, other: ModelFolder, key: str) -> None:
+    """Check that token ids mean the same text to two models; one that brings no tokenizer is taken at its word.
+
+    Args:
+        one: a model.
+        other: another one.
+        key: option or argument that named it, for the message.
+
+    Raises:
+        UserError: they do not.
+    """
+    folders = one.tokenizer_folder, other.tokenizer_folder
+    if None not in folders and open_tokenizer(one).fingerprint != open_tokenizer(other).fingerprint:
+        raise UserError(
+            f"{key}: {other.path} has another tokenizer than {one.path}, so the same ids mean other text to it; take "
+            "models that share one"
+        )
+
+
+def open_corpus(path: str, source: ModelFolder) -> Corpus:
+    """Open a prepared corpus, given as --data, of a MODEL's tokenizer.
+
+    Raises:
+        UserError: it is none, or has another tokenizer.
+    """
+    if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
+        problem = "a file, not" if Path(path).is_file() else "neither a file nor"
+        raise UserError(
+            f"--data: {path} is {problem} a folder that prepare wrote; make one with: "
+            f"python -m app prepare FILES --tokenizer {source.path} --output {path}"
+        )
+    corpus = Corpus(path)
+    if source.tokenizer_folder is not None and open_tokenizer(source).fingerprint != corpus.tokenizer.fingerprint:
+        raise UserError(
+            f"--data: {path} was prepared with another tokenizer than that of {source.path}; prepare its text with "
+            f"--tokenizer {source.path} and another --output"
+        )
+    if corpus.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"--data: {path} has a vocabulary of {corpus.vocab_size:,}, {source.path} one of "
+            f"{source.config.vocab_size:,}; prepare the text with the model's tokenizer (prepare --tokenizer)"
+        )
+    return corpus
 
 
 def choose_device(name: Device) -> torch.device:

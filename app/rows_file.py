@@ -12,33 +12,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datamodules.text.plain import parse_row, read_plain
 from modules.errors import UserError
 
 RUN_SUFFIX = ".run.json"
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of objects.
+def read_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """Read a JSONL file of objects, plain or compressed; blank lines are passed over.
+
+    Returns:
+        Place (FILE:LINE, for messages) -> row, in the order of the file.
 
     Raises:
-        UserError: a line is no JSON object (the line's number is named), or there is none.
+        UserError: a line is no JSON object (its place is named), the file cannot be decoded, or has no row.
     """
-    rows = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line.strip():
-            raise UserError(f"{file}:{number}: the line is empty; remove it")
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(read_plain(file).split(b"\n"), 1):
+        where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_row(line)
         except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: a row must be a JSON object, like {{...}}")
+            reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+            raise UserError(f"{where}: {reason}; each line must be one object, like {{...}}") from None
+        if row is None:
+            continue
         try:
             encode_row(row)
         except ValueError:
             what = "NaN, an infinite number or half of a surrogate pair, which the output cannot hold"
-            raise UserError(f"{file}:{number}: a value is {what}; remove it") from None
-        rows.append(row)
+            raise UserError(f"{where}: a value is {what}; remove it") from None
+        rows[where] = row
     if not rows:
         raise UserError(f"{file}: the file has no rows")
     return rows

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from app.models import open_tokenizer
+from app.models import check_same_tokenizer, open_tokenizer
 from app.rows_file import text_of
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
@@ -38,6 +38,11 @@ class Reader:
     def tokenizer(self) -> Tokenizer:
         """The MODEL's tokenizer."""
         return open_tokenizer(self._source)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the MODEL's tokenizer, which rows of token ids carry; None: it brings none."""
+        return None if self._source.tokenizer_folder is None else self.tokenizer.fingerprint
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -91,13 +96,8 @@ class Reader:
 
     def token_bytes(self) -> list[int] | None:
         """Return the UTF-8 bytes of each of the V ids; None without a tokenizer, or if its tokens stand for none."""
-        if self._source.tokenizer_folder is None:
-            return None
-        try:
-            known = self.tokenizer.token_bytes().tolist()
-        except UserError:
-            return None
-        return known + [0] * (self._source.config.vocab_size - len(known))
+        known = None if self._source.tokenizer_folder is None else token_bytes(self.tokenizer)
+        return None if known is None else known + [0] * (self._source.config.vocab_size - len(known))
 
     def _given(self, row: dict[str, Any], where: str) -> Tokens:
         ids = self._ids(row, "token_ids", where)
@@ -143,7 +143,20 @@ class Reader:
         ids, size = row[key], self._source.config.vocab_size
         if not isinstance(ids, list) or not all(type(index) is int and 0 <= index < size for index in ids):
             raise UserError(f"{where}: {key} must be a list of token ids from 0 to {size - 1}, the model's vocabulary")
+        if self.fingerprint is not None and row.get("tokenizer", self.fingerprint) != self.fingerprint:
+            raise UserError(
+                f"{where}: {key} were written by another tokenizer (key tokenizer) than that of {self._source.path}; "
+                f"take the model that wrote them, or remove {key} where the row has the text"
+            )
         return ids
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[int] | None:
+    """Return the UTF-8 bytes of each token id; None if the tokenizer's tokens stand for no exact bytes."""
+    try:
+        return tokenizer.token_bytes().tolist()
+    except UserError:
+        return None
 
 
 def same_vocabulary(source: ModelFolder, reference: ModelFolder) -> None:
@@ -157,11 +170,7 @@ def same_vocabulary(source: ModelFolder, reference: ModelFolder) -> None:
         raise UserError(
             f"reference: {reference.path} has a vocabulary of {sizes[1]:,}, {source.path} one of {sizes[0]:,}"
         )
-    folders = source.tokenizer_folder, reference.tokenizer_folder
-    if None not in folders and open_tokenizer(source).fingerprint != open_tokenizer(reference).fingerprint:
-        raise UserError(
-            f"reference: {reference.path} has another tokenizer than {source.path}; take models that share one"
-        )
+    check_same_tokenizer(source, reference, "reference")
 
 
 def summarise(rows: Iterable[dict[str, Any]], token_bytes: Sequence[int] | None) -> dict[str, Any]:

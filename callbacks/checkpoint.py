@@ -89,6 +89,7 @@ class Checkpoint(StepCallback):
             "metrics": {
                 name: float(stage(pl_module).metrics[name]) for name in VALIDATED if name in stage(pl_module).metrics
             },
+            "order": dict(data(trainer).order),
             "devices": trainer.world_size,
             "torch": str(torch.__version__),
         }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -33,6 +33,11 @@ class StageData(LightningDataModule):
         self.progress = Progress()
         self.rank, self.ranks = 0, 1
         """This process among those that read different rows."""
+
+    @property
+    def order(self) -> Mapping[str, Any]:
+        """What decides which rows come, and in which order, as plain JSON values; empty: unknown."""
+        return {}
 
     @abstractmethod
     def windows(self, first: int) -> Iterator[Window]:

@@ -7,7 +7,7 @@ step trains on.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,12 @@ from datamodules.text.corpus import Corpus, RowReader, is_remote
 from datamodules.text.mixture import Consumption, Mixture, MixturePhase
 from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.text.sources import DEFAULT_CORPUS
+from datamodules.tokenizer import Tokenizer
 from modules.batch import Progress, Window
 from modules.errors import UserError
+
+_ONLY = "corpus"
+"""Name of the source that `path` is. It seeds the order of rows: a fixed one, so that a corpus can be moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,7 @@ class PretrainingData(StageData):
             raise UserError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
         if workers < 0:
             raise UserError(f"data.workers: {workers} is negative")
-        # the name seeds the order of rows: a fixed one, so that a corpus can be moved
-        self.sources = {"corpus": CorpusRef(path=path)} if sources is None else sources
+        self.sources = {_ONLY: CorpusRef(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
         self.global_batch_size = global_batch_size
         self.validation_rows = validation_rows
@@ -153,7 +156,7 @@ class PretrainingData(StageData):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the run is, and of what."""
-        fingerprints = {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()}
+        fingerprints = self.order["fingerprints"]
         return {**super().state_dict(), "tokens_per_step": self.after(1).tokens, "fingerprints": fingerprints}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,6 +243,25 @@ class PretrainingData(StageData):
     def tokenizer_folder(self) -> Path:
         """The Hugging Face tokenizer folder (goes into checkpoints)."""
         return self._corpus.tokenizer_folder
+
+    def check_tokenizer(self, folder: Path, model: Path) -> None:
+        """Check that token ids mean the same text to these data and to a model; see `TrainingData`."""
+        if Tokenizer.load(folder).fingerprint != self._corpus.tokenizer.fingerprint:
+            key = "path" if list(self.sources) == [_ONLY] else "sources"
+            raise UserError(
+                f"data.init_args.{key}: {self._corpus.path} has another tokenizer than {model}, to which ids mean "
+                f"other text; prepare the text with --tokenizer {model} and another --output"
+            )
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides which rows come, and in which order."""
+        return {
+            "fingerprints": {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()},
+            "phases": [asdict(phase) for phase in self.phases],
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+        }
 
     @property
     def vocab_size(self) -> int:

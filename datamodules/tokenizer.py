@@ -112,7 +112,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"tokenizer: {folder} is not a folder; give a Hugging Face tokenizer folder")
+            raise UserError(f"tokenizer: {folder} is not a folder; give a MODEL, or a Hugging Face tokenizer folder")
         try:
             if (folder / "tokenizer.json").is_file():
                 inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -126,6 +126,8 @@ class Tokenizer:
         if eos is None:
             raise UserError(f"tokenizer: {folder} names no eos_token in tokenizer_config.json; add it")
         pad = inner.token_to_id(names["pad_token"]) if "pad_token" in names else None
+        inner.no_truncation()  # transformers saves what its last call asked for: documents would be cut in silence
+        inner.no_padding()
         return cls(inner, eos, eos if pad is None else pad, folder)
 
     def save(self, folder: Path) -> None:

@@ -28,6 +28,7 @@ from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
 from modules.checkpoints.start import start_from
+from modules.checkpoints.training_source import TOKENIZER
 from modules.errors import UserError
 from modules.metrics import Metrics
 from modules.objectives.next_token import next_token_loss
@@ -89,6 +90,8 @@ class StageModule(LightningModule):
         seed: seed of the initial weights.
         init_from: a MODEL whose weights the run starts from (a folder that fit wrote, or a Hugging Face one); null:
             random weights. A run that goes on has its own checkpoint: the program sets this to None then.
+        allow_other_tokenizer: start from init_from although its tokenizer is not that of the data, so that ids mean
+            other text to its weights; false: an error.
         activation_checkpointing: recompute the layers' activations in the backward pass; saves memory, costs a forward.
         compile_layers: compile each layer but the mixtures with torch.compile (CUDA only; elsewhere it is an error).
         expert_bias_rate: change of each router bias per step, towards even load (Nemotron 3 Super: 1e-3).
@@ -111,6 +114,7 @@ class StageModule(LightningModule):
         schedule: ScheduleConfig,
         seed: int = 0,
         init_from: Path | None = None,
+        allow_other_tokenizer: bool = False,
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         expert_bias_rate: float = 1e-3,
@@ -122,7 +126,7 @@ class StageModule(LightningModule):
         self.automatic_optimization = False
         self.backbone_config, self.precision = backbone, precision
         self.optimizer_config, self.schedule = optimizer, schedule
-        self.seed, self.init_from = seed, init_from
+        self.seed, self.init_from, self.allow_other_tokenizer = seed, init_from, allow_other_tokenizer
         self.initial_weights: list[str] = []
         """Where the weights come from, in lines for the user; empty for random ones and for a run that goes on."""
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
@@ -209,16 +213,13 @@ class StageModule(LightningModule):
         """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
         Raises:
-            UserError: if the recipe does not fit the network, an option the device, or init_from the backbone.
+            UserError: if the recipe does not fit the network, an option the device, init_from the backbone, or the
+                data's tokenizer the weights.
         """
         if self.network is not None:
             return
         device = self.strategy.root_device
-        if self.data.vocab_size > self.backbone_config.vocab_size:
-            raise UserError(
-                f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
-                f"{self.data.vocab_size}; raise it to at least that"
-            )
+        self._check_vocabulary()
         network = self.build_network(device.type)
         if self.compile_layers:
             if device.type != "cuda":
@@ -231,8 +232,22 @@ class StageModule(LightningModule):
         if self.init_from is None:
             initialize(network, self.seed)
         else:
-            self.initial_weights = start_from(network, self.init_from, self.data.tokenizer_folder)
+            self.initial_weights = start_from(network, self.init_from, self.data, self.allow_other_tokenizer)
         self.network = network
+
+    def _check_vocabulary(self) -> None:
+        """Check that the ids of the data mean what they meant to the checkpoint, and that the network has them all."""
+        checkpoint = self.trainer.ckpt_path
+        if checkpoint is not None and (tokenizer := Path(checkpoint) / TOKENIZER).is_dir():
+            self.data.check_tokenizer(tokenizer, Path(checkpoint))
+        if self.data.vocab_size > self.backbone_config.vocab_size:
+            mend = "raise it to at least that"
+            if self.init_from is not None:
+                mend = f"prepare the data with --tokenizer {self.init_from} and another --output"
+            raise UserError(
+                f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
+                f"{self.data.vocab_size}; {mend}"
+            )
 
     def configure_optimizers(self) -> Optimizer:
         """Return the one optimiser."""
@@ -389,10 +404,19 @@ class StageModule(LightningModule):
         self._validation += torch.stack([nats, targets, self._token_bytes[kept].sum()])
 
     def on_validation_epoch_end(self) -> None:
-        """Record `validation/loss` (nats per token) and, of text, `validation/bits_per_byte`."""
+        """Record `validation/loss` (nats per token) and, of text, `validation/bits_per_byte`.
+
+        Raises:
+            UserError: the rows have no target.
+        """
         nats, targets, text_bytes = self.strategy.all_reduce(self._validation)
+        if not targets:
+            raise UserError(
+                "data.init_args.validation_rows: the held-out rows have no token to predict; prepare with a larger "
+                "validation_fraction, or set validation_rows to 0"
+            )
         metrics = {"validation/loss": (nats / targets).float()}
-        if isinstance(self.data, HeldOutText):
+        if isinstance(self.data, HeldOutText) and text_bytes:
             metrics["validation/bits_per_byte"] = (nats / math.log(2) / text_bytes).float()
         self.metrics.record_all(metrics)
         self.log_dict(metrics, logger=False, rank_zero_only=True)  # for what monitors Lightning's own metrics

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -187,6 +187,23 @@ class TrainingData(Protocol):
     @property
     def tokenizer_folder(self) -> Path:
         """The Hugging Face tokenizer folder."""
+        ...
+
+    @property
+    def order(self) -> Mapping[str, Any]:
+        """What decides which rows come, and in which order, as plain JSON values; empty: unknown."""
+        ...
+
+    def check_tokenizer(self, folder: Path, model: Path) -> None:
+        """Check that token ids mean the same text to these data and to a model.
+
+        Args:
+            folder: the model's tokenizer.
+            model: the MODEL, for the message.
+
+        Raises:
+            UserError: they do not; names the key of the data and the mend.
+        """
         ...
 
 

@@ -43,11 +43,13 @@ def generate(
     """Let a model go on with prompts.
 
     With --prompts, each row of OUTPUT is the row of the file with `completion` (the new text, without end-of-text token
-    and stop string), `completion_ids` (the new tokens, those that ended it included) and `finish` (eos, stop or
-    length). The same command goes on after an interruption, and the result is the same to the byte; OUTPUT.run.json
-    keeps the options. A prompt is plain text (names of special tokens in it are text, too; it begins with BOS if the
-    tokenizer puts one) or a list of token ids, all that a model without a tokenizer takes; a row may hold `messages`
-    in its place, which the model's chat template renders. Statistics go to stderr.
+    and stop string), `completion_ids` (the new tokens, those that ended it included), `finish` (eos, stop or length)
+    and `tokenizer` (the fingerprint of the tokenizer that the ids are of: a row whose ids another one wrote is refused,
+    here and by `score`). Blank lines are passed over. The same command goes on after an interruption, and the result is
+    the same to the byte; OUTPUT.run.json keeps the options. A prompt is plain text (names of special tokens in it are
+    text, too; it begins with BOS if the tokenizer puts one) or a list of token ids, all that a model without a
+    tokenizer takes; a row may hold `messages` in its place, which the model's chat template renders. Statistics go to
+    stderr.
 
     Args:
         model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
@@ -87,7 +89,7 @@ def generate(
     from modules.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    where, rows = choose_device(device), [{"prompt": prompt}] if prompts is None else read_rows(prompts)
+    where, rows = choose_device(device), {"--prompt": {"prompt": prompt}} if prompts is None else read_rows(prompts)
     source = open_source(model)
     tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
     for text in stop or []:
@@ -95,9 +97,8 @@ def generate(
     if stop and tokenizer is None:
         raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
     reader = Reader(source)
-    names = ["--prompt"] if prompts is None else [f"{prompts}:{line}" for line in range(1, len(rows) + 1)]
-    encoded = [reader.prompt(row, name) for row, name in zip(rows, names, strict=True)]
-    for tokens, name in zip(encoded, names, strict=True):
+    encoded = [reader.prompt(row, name) for name, row in rows.items()]
+    for tokens, name in zip(encoded, rows, strict=True):
         if not tokens:
             raise UserError(f"{name}: the prompt is empty; give it at least one token")
     eos_ids = [] if ignore_eos else [*source.generation.eos_token_ids, *reader.turn_ends]
@@ -139,7 +140,8 @@ def generate(
     if answers.count == len(requests):
         print(f"{output} is complete already; delete it to generate it again")
         return
-    write_completions(prepare(), rows, samples, draft_tokens, answers)
+    mark = {} if reader.fingerprint is None else {"tokenizer": reader.fingerprint}
+    write_completions(prepare(), [{**row, **mark} for row in rows.values()], samples, draft_tokens, answers)
     print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts")
 
 

@@ -43,6 +43,7 @@ def merge(
     Raises:
         UserError: options contradict each other, or models cannot be averaged; the message names the mend.
     """
+    from app.models import check_same_tokenizer
     from modules.checkpoints.export import export
     from modules.checkpoints.folder import check_new
     from modules.checkpoints.merge import MergedSource
@@ -56,6 +57,8 @@ def merge(
     limit = parse_size(max_shard_size)
     check_new(output)
     sources = [open_model(path) for path in models]
+    for other in sources[1:]:
+        check_same_tokenizer(sources[0], other, "models")
     method = "By the weights given, divided by their sum." if weights else "By equal weights."
     if decay is not None:
         weights, method = _decay_weights(sources, models, steps, minimum_ratio)

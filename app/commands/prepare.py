@@ -6,7 +6,11 @@ from typing import Literal
 from datamodules.text.policies import Policies
 from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.text.remote import STORE_SCHEMES, check_scheme, public, upload_folder
+from modules.checkpoints import folder
 from modules.errors import UserError
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a checkpoint or a corpus."""
 
 
 def prepare(
@@ -45,7 +49,9 @@ def prepare(
         upload: URL (s3, gs, azure) to copy the complete corpus to, corpus.json last; `fit` reads it there when it is
             given as data.path.
         sequence_length: Tokens in a row: what the model sees at once. Longer documents are cut, short ones share rows.
-        tokenizer: Folder of a Hugging Face tokenizer; null trains a byte-level BPE on the corpus.
+        tokenizer: MODEL (a checkpoint or run of `fit`, a Hugging Face folder) or corpus whose tokenizer to take, or
+            the folder of a Hugging Face tokenizer; null trains a byte-level BPE on the corpus. Text that a MODEL goes
+            on with needs the MODEL's.
         vocab_size: Tokens of the vocabulary to train, at least 288.
         validation_fraction: Share of the documents held out for validation, chosen by a hash of their text; 0 holds out
             none.
@@ -78,7 +84,7 @@ def prepare(
         paths=paths,
         output=output,
         sequence_length=sequence_length,
-        tokenizer=tokenizer,
+        tokenizer=None if tokenizer is None else find_tokenizer(tokenizer),
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         deduplicate=deduplicate,
@@ -89,8 +95,26 @@ def prepare(
     )
     corpus, complete = prepare_corpus(preparation)
     if complete:
-        print(f"{output} is complete already; delete it to prepare it again")
+        print(f"{output} is complete already, of the same sources and options: nothing to do")
     print(describe(corpus))
     if upload is not None:
         copied = upload_folder(output, upload, last=CORPUS_FILE)
         print(f"{public(upload)} has it" + (f": {copied} files copied" if copied else " already"))
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Return the tokenizer's folder of a checkpoint, a run (of its newest checkpoint) or a corpus; others as they are.
+
+    Raises:
+        UserError: the run has no complete checkpoint.
+    """
+    if (path / folder.CHECKPOINTS).is_dir():
+        newest, _ = folder.newest(path / folder.CHECKPOINTS)
+        if newest is None:
+            raise UserError(f"tokenizer: {path} has no complete checkpoint; take the corpus that it is trained on")
+        path = newest
+    inside = path / TOKENIZER
+    if not inside.is_dir():
+        return path
+    print(f"tokenizer of {path}")
+    return inside

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.models import open_tokenizer
+from app.models import open_corpus
 from app.rows_file import read_rows
 from app.scoring import Reader
 from datamodules.text.corpus import Corpus, RowReader, is_remote
@@ -51,7 +51,7 @@ def read_texts(source: ModelFolder, data: str | None, calibration_tokens: int, h
         calibration, held_out = _split(rows)
         origin = f"{Path(data).name}: every {HELD_OUT}th of its {len(rows):,} rows is held out"
     else:
-        calibration, held_out, origin = _corpus_rows([_open_corpus(place, source) for place in places], limits)
+        calibration, held_out, origin = _corpus_rows([open_corpus(place, source) for place in places], limits)
     texts = Texts(_cut(calibration, calibration_tokens), _cut(held_out, held_out_tokens), origin)
     if not texts.calibration or not texts.held_out:
         raise UserError(f"--data: {', '.join(places)} has too few rows to calibrate on some and judge by others")
@@ -83,27 +83,6 @@ def _run_corpora(source: ModelFolder) -> list[str]:
     return named if here else []
 
 
-def _open_corpus(path: str, source: ModelFolder) -> Corpus:
-    """Open a prepared corpus of a MODEL's tokenizer."""
-    if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
-        raise UserError(
-            f"--data: {path} is neither a folder that prepare wrote nor a file; make one with: "
-            f"python -m app prepare FILES --output {path}"
-        )
-    corpus = Corpus(path)
-    if corpus.vocab_size > source.config.vocab_size:
-        raise UserError(
-            f"--data: {path} has a vocabulary of {corpus.vocab_size:,}, {source.path} one of "
-            f"{source.config.vocab_size:,}; prepare the texts with the model's tokenizer (prepare --tokenizer)"
-        )
-    if source.tokenizer_folder is not None and open_tokenizer(source).fingerprint != corpus.tokenizer.fingerprint:
-        raise UserError(
-            f"--data: {path} was prepared with another tokenizer than that of {source.path}; prepare it again with "
-            f"--tokenizer {source.tokenizer_folder} and another --output"
-        )
-    return corpus
-
-
 def _corpus_rows(corpora: Sequence[Corpus], limits: tuple[int, int]) -> tuple[list[list[int]], list[list[int]], str]:
     """Return documents of the training rows and of the held-out rows of corpora, evenly from each."""
     names = ", ".join(corpus.path.rstrip("/").rpartition("/")[2] for corpus in corpora)
@@ -125,18 +104,14 @@ def _spread(readers: Sequence[RowReader], lengths: Sequence[int], tokens: int) -
     for reader, length in zip(readers, lengths, strict=True):
         wanted = min(len(reader), -(-tokens // (length * len(readers))))
         for place in range(wanted):
-            row, pieces = reader.read(place * len(reader) // wanted)
-            start = 0
-            for size in pieces.tolist():
-                documents.append(row[start : start + size].tolist())
-                start += size
+            documents += reader.documents(place * len(reader) // wanted)
     return documents
 
 
 def _file_rows(file: Path, reader: Reader) -> list[list[int]]:
     """Return the rows of a JSONL file as `score` takes them, or pieces of a text file."""
     if file.suffix in JSONL:
-        return [reader.tokens(row, f"{file}:{number}").ids for number, row in enumerate(read_rows(file), 1)]
+        return [reader.tokens(row, where).ids for where, row in read_rows(file).items()]
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -89,6 +89,12 @@ class RowReader:
                 "corpus and prepare it again"
             ) from error
 
+    def documents(self, row: int) -> list[list[int]]:
+        """Return the token ids of each document piece of a row; see `read`."""
+        tokens, sizes = self.read(row)
+        ends = np.cumsum(sizes).tolist()
+        return [tokens[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
+
     def _map(self, chunk: int) -> np.ndarray:
         """Map a chunk into memory, the longest open one making room, and return its int32 words."""
         name, size = self._files[chunk]

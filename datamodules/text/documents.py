@@ -5,9 +5,13 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from datamodules.text.plain import parse_row
 from datamodules.text.policies import Policies, Tally
 from datamodules.text.tables import CorruptTableError, read_rows
 from datamodules.text.units import Unit, cut_tail, tail_size
+
+_CELLS = ("code", "markdown", "heading")
+"""Cells of a notebook that hold prose or code; the others (`raw`) are for converters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,30 +40,52 @@ def read_unit(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document
     try:
         if unit.kind == "jsonl":
             yield from _read_lines(unit, policies, tally)
-        elif unit.kind != "text":
+        elif unit.kind in ("parquet", "arrow"):
             yield from _read_table(unit, policies, tally)
         else:
             with open(unit.path, "rb") as file:
                 file.seek(unit.start)
                 data = file.read(unit.end - unit.start)
-            text = policies.decode(data if unit.start else data.removeprefix(BOM_UTF8), unit.name, tally)
-            if text is not None:
+            text = policies.decode(data if unit.start else data.removeprefix(BOM_UTF8), unit.name, tally, file=True)
+            if text is None:
+                return
+            if unit.kind == "notebook":
+                yield from _read_notebook(text, unit.name, policies, tally)
+            else:
                 yield from _checked(unit.name, text, unit.last, policies, tally)
     except OSError as error:
         policies.unreadable(unit.name, error, tally)
 
 
+def _read_notebook(content: str, name: str, policies: Policies, tally: Tally) -> Iterator[Document]:
+    """Yield the text of a Jupyter notebook: the sources of its cells of prose and code, without their output."""
+    try:
+        notebook = json.loads(content)
+        parts = notebook.get("worksheets", [notebook])  # where format 3 has the cells
+        cells = [cell for part in parts for cell in part["cells"] if cell["cell_type"] in _CELLS]
+        sources = ["".join(cell["input" if "input" in cell else "source"]) for cell in cells]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return policies.no_text(name, "no Jupyter notebook", len(content.encode()), tally)
+    text = "\n\n".join(source.strip("\n") for source in sources if source.strip())
+    # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    whole = policies.decode(f"{text}\n".encode("utf-8", "surrogatepass"), name, tally)
+    if whole is not None:
+        yield from _split(name, whole, policies, tally)
+
+
 def _read_lines(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
     with open(unit.path, "rb") as file:
+        number = unit.line
         if unit.start:  # the line that runs over the start belongs to the unit before
             file.seek(unit.start - 1)
-            file.readline()
+            number += file.readline() != b"\n"
         position = file.tell()
         if position == 0 and file.peek(3).startswith(BOM_UTF8):
             position = file.seek(3)
         while position < unit.end and (line := file.readline()):
-            yield from _read_line(line, f"{unit.name} at byte {position}", policies, tally)
+            yield from _read_line(line, f"{unit.name}:{number}", policies, tally)
             position += len(line)
+            number += 1
 
 
 def _read_line(line: bytes, name: str, policies: Policies, tally: Tally) -> Iterator[Document]:
@@ -69,11 +95,10 @@ def _read_line(line: bytes, name: str, policies: Policies, tally: Tally) -> Iter
     if decoded is None:
         return
     try:
-        record = json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError):
-        return policies.no_text(name, "not JSON", len(line), tally)
-    if not isinstance(record, dict):
-        return policies.no_text(name, "not a JSON object", len(line), tally)
+        record = parse_row(decoded)
+    except ValueError as error:
+        return policies.no_text(name, str(error), len(line), tally)
+    assert record is not None, "the line is not blank"
     text = record.get(policies.text_key)
     if not isinstance(text, str):
         return policies.no_text(name, f"no string under the key '{policies.text_key}'", len(line), tally)

@@ -7,6 +7,7 @@ skipped or changed is counted by reason, with sizes and a few examples, and ends
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from datamodules.text.plain import is_text
 from modules.errors import UserError
 
 _EXAMPLES = 3
@@ -48,7 +49,8 @@ class Policies:
     """How sources are read."""
 
     encoding: Literal["strict", "replace", "skip"] = "replace"
-    """Text that is not UTF-8: stop, put U+FFFD for bad bytes, or leave the document out."""
+    """Text that is not UTF-8: stop, put U+FFFD for bad bytes (where they are few, else leave the document out), or
+    leave it out. Binary files: stop, or leave them out. UTF-16 and UTF-32 are decoded."""
     empty: Literal["strict", "skip"] = "skip"
     """A document without a visible character: stop or leave it out."""
     malformed: Literal["strict", "skip"] = "skip"
@@ -66,8 +68,15 @@ class Policies:
         if self.max_document_bytes < 16:
             raise UserError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
 
-    def decode(self, data: bytes, name: str, tally: Tally) -> str | None:
-        """Return the text of UTF-8 bytes, or None where it is to be skipped."""
+    def decode(self, data: bytes, name: str, tally: Tally, file: bool = False) -> str | None:
+        """Return the text of UTF-8 bytes, or None where it is to be skipped.
+
+        Args:
+            data: the bytes.
+            name: how messages call them.
+            tally: takes what is skipped or changed.
+            file: whether they are a file, or a stretch of one, which may be no text at all.
+        """
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -75,11 +84,18 @@ class Policies:
                 raise UserError(
                     f"{name}: byte {error.start} is not UTF-8; convert the file, or set encoding to replace or skip"
                 ) from None
-        if self.encoding == "skip":
+        text = data.decode("utf-8", errors="replace")
+        if self.encoding == "skip" or (file and not is_text(text)):
             tally.skip("not UTF-8", name, len(data))
             return None
         tally.change("bad bytes replaced by U+FFFD", name, len(data))
-        return data.decode("utf-8", errors="replace")
+        return text
+
+    def binary(self, name: str, size: int, tally: Tally) -> None:
+        """Count a file that is no text at all."""
+        if self.encoding == "strict":
+            raise UserError(f"{name}: is binary, not text; remove it, or set encoding to replace or skip")
+        tally.skip("binary, not text", name, size)
 
     def keeps_oversized(self, name: str, size: int, tally: Tally) -> bool:
         """Return whether an oversized document is kept (split)."""

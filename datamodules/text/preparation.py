@@ -1,13 +1,15 @@
 """From sources to a corpus: scan, train the tokenizer, write shards, finish.
 
 The output folder holds `train/` and `validation/` (LitData), `tokenizer/` (Hugging Face files), `openings.json` (the
-beginnings of some held-out documents) and, written last, `corpus.json`. Until then `.preparation/` inside it keeps what
+beginnings of some held-out documents), `sources.json` (names, sizes and times of what was read: the one file in which
+copies of the same sources differ) and, written last, `corpus.json`. Until then `.preparation/` inside it keeps what
 a resumed run needs. Everything is a function of the sources and the options alone, never of time, the number of
 processes or interruptions: the same command gives the same bytes. Each step is redone from what is on disk:
 
 1. scan: read all sources once (cheap beside tokenising) for digests and sizes. Exact duplicates are dropped; the
    validation documents are those with the smallest digests, so that a document stays in its split when others come and
-   go. The digest of all digests is the fingerprint: a resumed run whose sources changed in between is refused.
+   go. The digest of all digests is the fingerprint: sources that changed in between, or since the corpus was complete,
+   are named and refused.
 2. tokenizer: load one, or train one on (at most 32 MiB of) the training documents.
 3. shards: consecutive units in a shuffled order; each is done when its report exists.
 4. finish: LitData's indexes, the gzip figure of the held-out text, `corpus.json`.
@@ -34,19 +36,21 @@ from datamodules.text.remote import public
 from datamodules.text.rows import INDEX_NAME, build_index
 from datamodules.text.scan import Scan, group_sizes, scan_sources
 from datamodules.text.shards import SPLITS, ShardJob, held_out_path, report_path, work_folder, write_shard
-from datamodules.text.sources import DEFAULT_CORPUS
+from datamodules.text.sources import DEFAULT_CORPUS, survey
 from datamodules.text.workers import Workers
 from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from modules.errors import UserError
 
 CORPUS_FILE = "corpus.json"
 OPENINGS_FILE = "openings.json"
+SOURCES_FILE = "sources.json"
 FORMAT_VERSION = 1
 """Raised when the layout of a corpus changes."""
 
 _TOKENIZER_BYTES = 32 << 20
 _SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 64 << 20, 64
 _MOST_OPENINGS = 64
+_MOST_NAMES = 3
 _COUNTS = ("documents", "bytes", "tokens", "rows")
 
 
@@ -112,7 +116,8 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
         The content of `corpus.json`, and whether the corpus was complete before.
 
     Raises:
-        UserError: for bad sources or options, or an output folder that holds something else.
+        UserError: for bad sources or options, or an output folder that holds something else: other sources or options
+            than these, too.
     """
     output = preparation.output
     given = None if preparation.tokenizer is None else Tokenizer.load(preparation.tokenizer)
@@ -121,6 +126,7 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
         if (output / CORPUS_FILE).is_file():
             corpus = json.loads((output / CORPUS_FILE).read_text())
             _check_same(corpus["options"], options, output)
+            _check_unchanged(preparation, corpus["fingerprint"])
             shutil.rmtree(work_folder(output), ignore_errors=True)
             return corpus, True
         state_file = work_folder(output) / "state.json"
@@ -129,21 +135,16 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
             state = json.loads(state_file.read_text())
             _check_same(state["options"], options, output)
         remove_partial_files(output)
-        count = preparation.workers or len(os.sched_getaffinity(0))
-        with Workers(count) as workers:
-            scan = scan_sources(
-                preparation.paths,
-                preparation.policies,
-                preparation.deduplicate,
-                preparation.validation_fraction,
-                workers,
-                work_folder(output) / "downloads",
-            )
+        found = survey(preparation.paths, _downloads(output))
+        with _workers(preparation) as workers:
+            scan = _scan(preparation, workers)
             if state and state["fingerprint"] != scan.fingerprint:
-                raise UserError(f"output: the sources changed since {output} was begun; delete it or choose another")
-            write_file(state_file, json.dumps({"options": options, "fingerprint": scan.fingerprint}).encode())
+                raise _changed(output, state.get("sources", found), found)
+            state = {"options": options, "fingerprint": scan.fingerprint, "sources": found}
+            write_file(state_file, json.dumps(state).encode())
             tokenizer = _make_tokenizer(preparation, given, scan)
             reports = _write_shards(preparation, tokenizer, scan, workers)
+        write_file(output / SOURCES_FILE, json.dumps(found, indent=0).encode())
         corpus = _finish(preparation, options, tokenizer, scan, reports)
     return corpus, False
 
@@ -173,11 +174,73 @@ def _locked(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _downloads(output: Path) -> Path:
+    return work_folder(output) / "downloads"
+
+
+def _workers(preparation: Preparation) -> Workers:
+    return Workers(preparation.workers or len(os.sched_getaffinity(0)))
+
+
+def _scan(preparation: Preparation, workers: Workers) -> Scan:
+    return scan_sources(
+        preparation.paths,
+        preparation.policies,
+        preparation.deduplicate,
+        preparation.validation_fraction,
+        workers,
+        _downloads(preparation.output),
+    )
+
+
+def _check_unchanged(preparation: Preparation, fingerprint: str) -> None:
+    """Check that a complete corpus is that of the sources as they are now.
+
+    Where names and sizes are the same and only times differ (a copy, a fresh checkout), the text is read and compared.
+
+    Raises:
+        UserError: it is not; names what changed.
+    """
+    output = preparation.output
+    if not (output / SOURCES_FILE).is_file():
+        print(f"note: {output} is of an earlier version that kept no list of its sources: they are not compared")
+        return
+    old = json.loads((output / SOURCES_FILE).read_text())
+    now = survey(preparation.paths, _downloads(output))
+    if old == now:
+        return
+    if {name: entry[0] for name, entry in old.items()} == {name: entry[0] for name, entry in now.items()}:
+        with _workers(preparation) as workers:
+            if _scan(preparation, workers).fingerprint == fingerprint:
+                return
+    raise _changed(output, old, now)
+
+
+def _changed(output: Path, old: dict[str, Any], now: dict[str, Any]) -> UserError:
+    """Return the error of sources that are not those of a corpus."""
+    parts = []
+    for what, names in (
+        ("added", now.keys() - old.keys()),
+        ("removed", old.keys() - now.keys()),
+        ("changed", {name for name in old.keys() & now.keys() if old[name] != now[name]}),
+    ):
+        if names:
+            shown = sorted(names)[:_MOST_NAMES]
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            parts.append(f"{len(names)} {what} ({', '.join(shown)}{more})")
+    listed = ": " + ", ".join(parts) if parts else ""
+    return UserError(
+        f"output: the sources changed since {output} was prepared{listed}; give another --output, or delete {output} "
+        "to prepare it anew"
+    )
+
+
 def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
     for key in new:
         if old.get(key) != new[key]:
             raise UserError(
-                f"{key}: {output} was prepared with {old.get(key)}, not {new[key]}; choose another output or delete it"
+                f"{key}: {output} was prepared with {old.get(key)}, not {new[key]}; give another --output, or delete "
+                f"{output} to prepare it anew"
             )
 
 
@@ -327,7 +390,8 @@ def describe(corpus: dict[str, Any]) -> str:
     for verb in ("skipped", "changed"):
         for reason, entry in corpus[verb].items():
             examples = ", ".join(entry["examples"])
-            lines.append(f"{verb:12} {entry['count']:>14,}   {reason} ({entry['bytes']:,} bytes): {examples}")
+            size = f" ({entry['bytes']:,} bytes)" if entry["bytes"] else ""
+            lines.append(f"{verb:12} {entry['count']:>14,}   {reason}{size}: {examples}")
     if not corpus["skipped"]:
         lines.append("skipped                   0")
     lines.append(f"fingerprint  {corpus['fingerprint']}")

@@ -1,18 +1,34 @@
 """From paths to units of work: which files belong to a corpus, in a fixed order.
 
 A unit is a whole small file, a stretch of a big text file, a range of lines of a JSONL file or of rows of a table, so
-that one big file is also read by many processes and no process holds more than some megabytes. Nothing is left out
-silently: each path that is passed over is counted with its reason.
+that one big file is also read by many processes and no process holds more than some megabytes. What is compressed, or
+in UTF-16 or UTF-32, is first copied as plain UTF-8, so that it can be cut and read in parallel like any other file.
+Nothing is left out silently: each path that is passed over is counted with its reason.
 """
 
+import hashlib
 import os
 import sysconfig
 from collections.abc import Iterator
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from datamodules.progress import ProgressBar
 from datamodules.text import hub, remote
+from datamodules.text.files import write_blocks
+from datamodules.text.plain import (
+    HEAD_BYTES,
+    UTF_8,
+    DamagedFileError,
+    compression_of,
+    encoding_of,
+    format_of,
+    plain_blocks,
+    read_blocks,
+)
 from datamodules.text.policies import Policies, Tally
 from datamodules.text.tables import PARQUET_SUFFIXES, table_units
 from datamodules.text.units import Unit, cut_tail, tail_size
@@ -27,11 +43,16 @@ _TEXT_SUFFIXES = """
     .py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .java .kt .kts .scala .swift .cs .fs .d .zig
     .js .jsx .mjs .ts .tsx .vue .html .htm .css .scss .php .rb .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .el
     .lisp .scm .sh .bash .zsh .fish .ps1 .bat .sql .xml .json .yaml .yml .toml .ini .cfg .cmake .gradle .proto .v .sv
-    .vhd .asm .s .f .f90 .nix .tf .ipynb
+    .vhd .asm .s .f .f90 .nix .tf
 """
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
+NOTEBOOK_SUFFIX = ".ipynb"
+_KNOWN = TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES | {NOTEBOOK_SUFFIX}
+_ARCHIVES = frozenset(".zip .tar .tgz .tbz .tbz2 .txz .7z .rar .jar .whl .egg .deb .rpm .iso".split())
+_OTHER_COMPRESSIONS = frozenset(".lz4 .lzma .lz .lzo .z .br .snappy .sz".split())
 
 _JSONL_RANGE = 4 << 20
+_LOOKED_AT_ONCE = 256
 _STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -42,16 +63,50 @@ def list_units(paths: list[str], policies: Policies, tally: Tally, downloads: Pa
         paths: files, folders, URLs, `hf:` names, or the word `stdlib`.
         policies: what to do with oversized and corrupt files; the text column of tables.
         tally: takes what is passed over.
-        downloads: folder that keeps what URLs hold.
+        downloads: folder that keeps what URLs hold, and plain copies.
 
     Raises:
         UserError: for a path that does not exist, a single file of unknown kind, a table without the text column.
     """
-    units: list[Unit] = []
+    files = [SourceFile(*file) for path in paths for file in _files(path, tally, downloads)]
+    plain = _plain_files(files, policies, tally, downloads / "plain")
+    return [unit for file in plain for unit in _file_units(file.path, file.name, policies, tally)]
+
+
+class SourceFile(NamedTuple):
+    """A file to read."""
+
+    path: str
+    name: str
+    """How messages call it."""
+
+
+def survey(paths: list[str], downloads: Path) -> dict[str, list[int | str]]:
+    """Return what tells a change of the sources without reading them: name -> [bytes, time or version].
+
+    Args:
+        paths: as `list_units` takes them; of URLs only the names are listed.
+        downloads: as `list_units` takes it.
+
+    Raises:
+        UserError: for a path that does not exist.
+    """
+    found: dict[str, list[int | str]] = {}
     for path in paths:
-        for file, name in _files(path, tally, downloads):
-            units.extend(_file_units(file, name, policies, tally))
-    return units
+        if remote.is_url(path) and not os.path.exists(path):
+            name = remote.public(path).rstrip("/")
+            single = _is_known(urlsplit(path).path)
+            for file in remote.list_files(path, single):
+                if single or _is_wanted(file.name, file.name, file.size, Tally()):
+                    found[name if single else f"{name}/{file.name}"] = [file.size, file.version]
+            continue
+        for file, name in _files(path, Tally(), downloads):
+            try:
+                status = os.stat(file)
+            except OSError:  # counted as unreadable when it is read
+                continue
+            found[name] = [status.st_size, status.st_mtime_ns]
+    return found
 
 
 def _files(path: str, tally: Tally, downloads: Path) -> Iterator[tuple[str, str]]:
@@ -91,33 +146,48 @@ def _remote_files(url: str, tally: Tally, downloads: Path) -> Iterator[tuple[str
         yield str(folder / files[0].name), name
         return
     name = name.rstrip("/")
-    wanted = [file for file in files if _is_wanted(file.name, f"{name}/{file.name}", tally)]
+    wanted = [file for file in files if _is_wanted(file.name, f"{name}/{file.name}", file.size, tally)]
     root = str(remote.download(url, wanted, single, downloads))
     for inside in _walk(root, name, tally):
         yield os.path.join(root, inside), f"{name}/{inside}"
 
 
-def _is_wanted(name: str, shown: str, tally: Tally) -> bool:
+def _is_wanted(name: str, shown: str, size: int, tally: Tally) -> bool:
     """Return whether a file in a "folder" of an object store is worth a download."""
     if any(part.startswith(".") for part in name.split("/")):
-        tally.skip("hidden file", shown)
+        tally.skip("hidden file", shown, size)
     elif not _is_known(name) and not name.endswith(hub.DATA_SUFFIX):
-        tally.skip("unsupported suffix", shown)
+        tally.skip(_unknown(name), shown, size)
     else:
         return True
     return False
 
 
 def _is_known(path: str) -> bool:
-    return Path(path).suffix.lower() in TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
+    return format_of(path) in _KNOWN
+
+
+def _unknown(path: str) -> str:
+    """Return why a file that is not known by its name is not read, and what to do."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _ARCHIVES or format_of(path) in _ARCHIVES:
+        return "archive: unpack it and give the folder"
+    if suffix in _OTHER_COMPRESSIONS:
+        return "compressed in a way that is not read: unpack it, or compress it as .gz or .zst"
+    if compression_of(path):
+        return f"compressed, but its name says not what: rename it (.txt{suffix}, .jsonl{suffix}, ...)"
+    return "unsupported suffix"
 
 
 def _check_known(shown: str, path: str) -> None:
-    if not _is_known(path):
-        raise UserError(
-            f"paths: {shown} has the suffix '{Path(path).suffix}', which is neither text nor JSONL nor Parquet; "
-            "rename it (.txt, .md, .jsonl, .parquet, ...) if it is"
-        )
+    if _is_known(path):
+        return
+    if (reason := _unknown(path)) != "unsupported suffix":
+        raise UserError(f"paths: {shown} is {'an ' if reason.startswith('archive') else ''}{reason}")
+    raise UserError(
+        f"paths: {shown} has the suffix '{Path(path).suffix}', which is neither text nor JSONL nor Parquet; "
+        "rename it (.txt, .md, .jsonl, .parquet, ...) if it is"
+    )
 
 
 def _walk_standard_library(root: str) -> Iterator[str]:
@@ -139,7 +209,9 @@ def _walk(root: str, shown: str, tally: Tally) -> Iterator[str]:
         place = "" if inside == "." else inside
 
         def skip(reason: str, name: str, place: str = place) -> None:
-            tally.skip(reason, os.path.join(shown, place, name))
+            path = os.path.join(root, place, name)
+            size = os.path.getsize(path) if os.path.isfile(path) else 0
+            tally.skip(reason, os.path.join(shown, place, name), size)
 
         if (data := hub.saved_files(folder, files, skip)) is not None:
             folders.clear()
@@ -158,9 +230,79 @@ def _walk(root: str, shown: str, tally: Tally) -> Iterator[str]:
             if name.startswith("."):
                 skip("hidden file", name)
             elif not _is_known(name):
-                skip("unsupported suffix", name)
+                skip(_unknown(name), name)
             else:
                 yield os.path.join(place, name)
+
+
+def _plain_files(files: list[SourceFile], policies: Policies, tally: Tally, copies: Path) -> Iterator[SourceFile]:
+    """Yield the files with plain copies in place of those that are compressed or in UTF-16 or UTF-32, binary ones out.
+
+    Args:
+        files: what was found.
+        policies: what to do with binary and damaged files.
+        tally: takes what is left out or decoded.
+        copies: folder of the copies; what is there already is taken.
+    """
+    size = sum(os.path.getsize(file.path) for file in files if compression_of(file.path) and os.path.isfile(file.path))
+    with ProgressBar("decompressing", size) as progress, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+
+        def look(file: SourceFile) -> _Plain:
+            found = _make_plain(file, policies, copies)
+            if compression_of(file.path):
+                progress.advance(found.size)
+            return found
+
+        todo = iter(files)
+        while batch := list(islice(todo, _LOOKED_AT_ONCE)):
+            for file, found in zip(batch, pool.map(look, batch), strict=True):
+                if found.problem is not None:
+                    policies.corrupt(file.name, found.problem, 1, tally)
+                elif found.encoding is None:
+                    policies.binary(file.name, found.size, tally)
+                else:
+                    if found.encoding != UTF_8:
+                        tally.change(f"decoded from {found.encoding.upper()}", file.name, found.size)
+                    yield SourceFile(found.path, file.name)
+
+
+class _Plain(NamedTuple):
+    """What became of a file."""
+
+    path: str
+    """Itself, or its plain copy."""
+    size: int
+    """Bytes of the file."""
+    encoding: str | None = UTF_8
+    """Of the file; None: binary."""
+    problem: str | None = None
+    """Why it cannot be decoded."""
+
+
+def _make_plain(file: SourceFile, policies: Policies, copies: Path) -> _Plain:
+    """Return a file that can be read as it is, or its copy in plain UTF-8, which is made where it is not there."""
+    compression, kind = compression_of(file.path), format_of(file.path)
+    tables = kind in PARQUET_SUFFIXES | {hub.DATA_SUFFIX}
+    try:
+        status = os.stat(file.path)
+        if tables and not compression:
+            return _Plain(file.path, status.st_size)
+        blocks = read_blocks(file.path)
+        first = next(blocks, b"")
+    except (OSError, DamagedFileError) as error:
+        # a plain file that the system does not let us read is counted where it is read
+        return _Plain(file.path, 0, problem=str(error) if compression else None)
+    encoding = UTF_8 if tables else encoding_of(first[:HEAD_BYTES])
+    if encoding is None or (encoding == UTF_8 and not compression):
+        return _Plain(file.path, status.st_size, encoding)
+    described = f"{file.name} {status.st_size} {status.st_mtime_ns}"
+    target = copies / (hashlib.sha256(described.encode()).hexdigest()[:16] + kind)
+    try:
+        if not target.is_file():
+            write_blocks(target, plain_blocks(chain([first], blocks), encoding))
+    except (DamagedFileError, UnicodeDecodeError) as error:
+        return _Plain(file.path, status.st_size, encoding, problem=str(error))
+    return _Plain(str(target), status.st_size, encoding)
 
 
 def _file_units(path: str, name: str, policies: Policies, tally: Tally) -> Iterator[Unit]:
@@ -174,9 +316,14 @@ def _file_units(path: str, name: str, policies: Policies, tally: Tally) -> Itera
         elif suffix == hub.DATA_SUFFIX:
             yield from table_units(path, name, "arrow", policies, tally)
         elif suffix in JSONL_SUFFIXES:
-            for start in range(0, size, _JSONL_RANGE):
-                end = min(start + _JSONL_RANGE, size)
-                yield Unit(path=path, name=name, kind="jsonl", start=start, end=end, size=end - start)
+            line = 1
+            with open(path, "rb") as file:
+                for start in range(0, size, _JSONL_RANGE):
+                    end = min(start + _JSONL_RANGE, size)
+                    yield Unit(path=path, name=name, kind="jsonl", start=start, end=end, size=end - start, line=line)
+                    line += file.read(_JSONL_RANGE).count(b"\n")
+        elif suffix == NOTEBOOK_SUFFIX:
+            yield Unit(path=path, name=name, kind="notebook", start=0, end=size, size=size)
         elif size <= policies.max_document_bytes:
             yield Unit(path=path, name=name, kind="text", start=0, end=size, size=size)
         elif policies.keeps_oversized(name, size, tally):

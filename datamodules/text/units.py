@@ -18,8 +18,8 @@ class Unit:
     path: str
     name: str
     """How messages call it."""
-    kind: Literal["text", "jsonl", "parquet", "arrow"]
-    """Text (the stretch is one document), a JSON object a line, or rows of a table."""
+    kind: Literal["text", "notebook", "jsonl", "parquet", "arrow"]
+    """Text (the stretch is one document), a Jupyter notebook, a JSON object a line, or rows of a table."""
     start: int
     """First byte, or first row of a table. A JSONL unit owns the lines that start in [start, end)."""
     end: int
@@ -28,6 +28,8 @@ class Unit:
     """Bytes, of a table about: decides which units are processed together."""
     last: bool = True
     """Whether the document ends at `end` (false inside a split text file)."""
+    line: int = 1
+    """Of JSONL: number of the line that `start` lies in."""
 
 
 def cut_rows(groups: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

@@ -46,7 +46,7 @@ class MergedSource:
         self.tokenizer_folder, self.generation = first.tokenizer_folder, first.generation
         self.tensors: Mapping[str, TensorInfo] = first.tensors
         self.quantization: Quantization | None = None
-        self.notes = [note for source in sources for note in source.notes] + _different_tokenizers(sources)
+        self.notes = [note for source in sources for note in source.notes]
         self.notes += [
             f"{source.path} is quantised; its weights are averaged as the numbers they mean, and the result is plain"
             for source in sources
@@ -129,16 +129,3 @@ def check_same_network(first: ModelFolder, other: ModelFolder) -> None:
     different = [f"{name} {getattr(first.config, name)!r} and {getattr(other.config, name)!r}" for name in names]
     if different:
         raise UserError(f"{first.path} and {other.path} are of different architectures: {', '.join(different)}")
-
-
-def _different_tokenizers(sources: Sequence[ModelFolder]) -> list[str]:
-    """Return a note for each model whose tokenizer is another file than that of the first."""
-    contents = []
-    for source in sources:
-        file = None if source.tokenizer_folder is None else source.tokenizer_folder / "tokenizer.json"
-        contents.append(file.read_bytes() if file is not None and file.is_file() else None)
-    return [
-        f"tokenizer.json of {source.path} differs from that of {sources[0].path}, which is taken"
-        for source, content in zip(sources[1:], contents[1:], strict=True)
-        if content is not None and content != contents[0]
-    ]

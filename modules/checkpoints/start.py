@@ -4,14 +4,11 @@ The run's own `backbone` stays the authority; a MODEL that differs in anything t
 training would go on from a network that nobody had.
 """
 
-import json
 from pathlib import Path
-from typing import Any
-
-import tokenizers
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
+from modules.batch import TrainingData
 from modules.checkpoints.load import load_weights
 from modules.checkpoints.source import open_model
 from modules.errors import UserError
@@ -29,19 +26,22 @@ OF_LETTER = {
 """Fields that change numbers where a layer string has the letter; the others concern random weights, or speed."""
 
 
-def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> list[str]:
+def start_from(
+    network: Network, path: Path, data: TrainingData | None, allow_other_tokenizer: bool = False
+) -> list[str]:
     """Fill a run's network with the weights of a MODEL; each rank keeps what it holds.
 
     Args:
         network: materialised, sharded or not; masters stay in their own dtype (fp32).
         path: the MODEL.
-        tokenizer_folder: the tokenizer of the run's data; None: unknown.
+        data: what the run trains on; None: unknown.
+        allow_other_tokenizer: whether the data's may be another tokenizer than the MODEL's.
 
     Returns:
         Lines for the user: what was loaded, and what to look at.
 
     Raises:
-        UserError: the MODEL cannot be read, or does not fit the run's backbone; names the keys that differ.
+        UserError: the MODEL cannot be read, or does not fit the run's backbone or data; names the keys that differ.
     """
     try:
         source = open_model(path)
@@ -53,13 +53,18 @@ def start_from(network: Network, path: Path, tokenizer_folder: Path | None) -> l
         lines.append("its weights are quantised; the run starts from the numbers they mean")
     if source.config.num_nextn_predict_layers and network.mtp is None:
         lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
-    if source.tokenizer_folder is not None and tokenizer_folder is not None:
-        theirs, ours = _essence(source.tokenizer_folder), _essence(tokenizer_folder)
-        if theirs is not None and ours is not None and theirs != ours:
-            lines.append(
-                f"warning: the data have another tokenizer than the model ({tokenizer_folder}), so ids mean other text "
-                f"to it; prepare the data again with --tokenizer {source.tokenizer_folder}"
-            )
+    if data is not None and source.tokenizer_folder is not None:
+        try:
+            data.check_tokenizer(source.tokenizer_folder, path)
+        except UserError as error:
+            if not allow_other_tokenizer:
+                raise UserError(f"{error}, or set model.init_args.allow_other_tokenizer to true") from None
+            lines.append(f"warning: {error}")
+    if data is not None and data.order and source.facts.get("manifest", {}).get("order") == data.order:
+        lines.append(
+            f"the data are those that {path} was trained on: the same rows come in the same order again; another "
+            "data.init_args.seed changes the order"
+        )
     load_weights(network, source)
     return lines
 
@@ -88,16 +93,3 @@ def check_fits(run: BackboneConfig, model: BackboneConfig, path: Path) -> None:
             f"model.init_from: {path} has no MTP block (tensors mtp.*), but model.backbone.num_nextn_predict_layers is "
             "1; set it and model.mtp_depths to 0, or start from a model that has one"
         )
-
-
-def _essence(folder: Path) -> dict[str, Any] | None:
-    """Return what decides which ids a text becomes, or None if the folder has no tokenizer that can be compared."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(tokenizers.Tokenizer.from_file(str(file)).to_str())  # one form for files of any version
-    except Exception:
-        return None
-    added = [(token["id"], token["content"]) for token in content["added_tokens"]]
-    return {key: content[key] for key in ("model", "normalizer", "pre_tokenizer")} | {"added_tokens": added}

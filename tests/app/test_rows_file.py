@@ -1,5 +1,6 @@
 """Rows in, answers out, and a second start that goes on."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -19,7 +20,34 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_rows_are_read(source: Path) -> None:
-    assert read_rows(source) == ROWS
+    assert read_rows(source) == {f"{source}:{number}": row for number, row in enumerate(ROWS, 1)}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_blank_lines_encodings_and_compression_change_no_row_and_no_line_number(
+    tmp_path: Path, ending: str, encoding: str, suffix: str
+) -> None:
+    import pyarrow as pa
+
+    lines = ["", *(json.dumps(row, ensure_ascii=False) for row in ROWS), " \t", ""]
+    lines.insert(2, "")
+    content = ending.join(lines).encode(encoding)
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True)}
+    file = tmp_path / f"in.jsonl{suffix}"
+    file.write_bytes(compress[suffix](content))
+    assert read_rows(file) == {f"{file}:{number}": row for number, row in zip((2, 4, 5), ROWS, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", gzip.compress(b'{"text": "a"}'), b"\xff\xfe{\0}"]
+)
+def test_what_is_no_text_is_told_in_one_line(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"in\.jsonl cannot be read .*; give a file of UTF-8 text$"):
+        read_rows(file)
 
 
 @pytest.mark.parametrize(
@@ -27,11 +55,12 @@ def test_rows_are_read(source: Path) -> None:
     [
         ("", "has no rows"),
         ('{"text": "a"}\n{"text": \n', ":2: not JSON"),
-        ('{"text": "a"}\n\n{"text": "b"}\n', ":2: the line is empty"),
+        ('{"text": "a"}\n\n{"text": "b"\n', ":3: not JSON"),
+        ("\n \n", "has no rows"),
         ('{"text": "a", "x": [NaN]}\n', ":1: a value is NaN"),
         ('{"text": "a"}\n{"x": 1e999}\n', ":2: a value is NaN, an infinite"),
         ('{"text": "a", "x": "\\ud800"}\n', ":1: .*half of a surrogate"),
-        ('{"text": "a"}\n["b"]\n', ":2: a row must be a JSON object"),
+        ('{"text": "a"}\n["b"]\n', ":2: not a JSON object; each line must be one object"),
     ],
 )
 def test_a_broken_row_is_named_by_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -57,7 +86,7 @@ def test_a_second_start_goes_on_after_the_last_complete_line(source: Path, tmp_p
     assert (again.count, again.summary) == (2, None)
     again.append(ROWS[2:])
     again.finish({"rows": 3})
-    assert list(again.read()) == read_rows(output) == ROWS
+    assert list(again.read()) == list(read_rows(output).values()) == ROWS
     finished = Answers(output, source, {"model": "m"})
     assert (finished.count, finished.summary) == (3, {"rows": 3})
 

@@ -86,7 +86,8 @@ def test_greedy_completions_are_those_of_transformers(model, prompts, expected, 
         assert row["completion_ids"] == ids
         assert row["completion"] == tokenizer.decode(ids)
         assert row["finish"] == "length"
-        added = {"completion", "completion_ids", "finish"}
+        assert row["tokenizer"] == tokenizer.fingerprint
+        added = {"completion", "completion_ids", "finish", "tokenizer"}
         assert {key: value for key, value in row.items() if key not in added} == {
             key: value for key, value in given.items() if key not in added
         }
@@ -202,7 +203,7 @@ def test_drafts_and_half_precision_states(tmp_path, capsys) -> None:
     ("lines", "message"),
     [
         (['{"prompt": "a"}', '{"prompt": '], ":2: not JSON"),
-        (['{"prompt": "a"}', "", '{"prompt": "a"}'], ":2: the line is empty"),
+        (['{"prompt": "a"}', "", '["a"]'], ":3: not a JSON object"),
         (['{"text": "a"}'], ":1: the row has no prompt"),
         (['{"prompt": "a"}', '{"prompt": ""}'], ":2: the prompt is empty"),
         (['{"prompt": 5}'], ":1: prompt must be a text"),

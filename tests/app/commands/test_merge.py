@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from app.__main__ import main
+from datamodules.tokenizer import Tokenizer
 from tests.app.commands.helpers import refusal, run_tensors, write_run
 from tests.modules.checkpoints.folders import stored_tensors, write_hf_folder
 from tests.modules.helpers import make_network, tiny_config
@@ -62,3 +63,15 @@ def test_mistakes_of_merge_cost_one_line(run: Path, tmp_path: Path, capsys: pyte
     assert "must lie in [0, 1]" in refusal(capsys, "merge", early, late, *output, *decay, "--minimum_ratio", 2)
     assert not (tmp_path / "m").exists()
     assert main(["merge", str(early), str(foreign), "--output", str(tmp_path / "m"), *decay, "--steps", "1", "2"]) == 0
+
+
+def test_merge_refuses_two_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    network = make_network(tiny_config(vocab_size=300))
+    models = [write_hf_folder(tmp_path / name, network) for name in "abc"]
+    first, second = (Tokenizer.train([text], 300) for text in ("some text " * 9, "another matter " * 9))
+    for model, tokenizer in zip(models, (first, second, first), strict=True):
+        tokenizer.save(model)
+    message = refusal(capsys, "merge", *models, "--output", tmp_path / "m")
+    assert f"models: {models[1]} has another tokenizer than {models[0]}" in message
+    assert not (tmp_path / "m").exists()
+    assert main(["merge", str(models[0]), str(models[2]), "--output", str(tmp_path / "m")]) == 0

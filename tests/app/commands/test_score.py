@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.__main__ import main
+from datamodules.text.corpus import Corpus
+from datamodules.text.preparation import Preparation, prepare_corpus
+from datamodules.tokenizer import Tokenizer
 from tests.app.models import TEXTS
 from tests.modules.checkpoints.helpers import made_comparable
 
@@ -62,12 +66,15 @@ def scored(program, models, tmp_path_factory):
     return source, output, result.output
 
 
-def test_rows_come_back_in_order_with_all_their_keys(scored) -> None:
+def test_rows_come_back_in_order_with_all_their_keys(scored, models) -> None:
     _, output, _ = scored
     for row, answer in zip(ROWS, read(output), strict=True):
         assert answer | row == answer
-        added = {"token_ids", "logprobs", "kl"} | ({"completion_start"} if answer["id"] in (1, 3, 6) else set())
+        added = {"token_ids", "logprobs", "kl", "tokenizer"} | (
+            {"completion_start"} if answer["id"] in (1, 3, 6) else set()
+        )
         assert answer.keys() == row.keys() | added
+        assert answer["tokenizer"] == Tokenizer.load(models["first"]).fingerprint
         assert len(answer["logprobs"]) == len(answer["kl"]) == max(len(answer["token_ids"]) - 1, 0)
 
 
@@ -208,3 +215,114 @@ def test_other_mistakes_cost_one_line(program, models, tmp_path) -> None:
         assert message in result.output
         assert result.output.count("\n") == 1
     assert not output.exists()
+
+
+FOREIGN = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"token_ids": [33, 34]}, "token_ids"),
+        ({"prompt": "a", "completion": "b", "completion_ids": [40]}, "completion_ids"),
+        ({"prompt_ids": [40], "completion": "b"}, "prompt_ids"),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused_by_score_and_generate(models, tmp_path, capsys, row, key) -> None:
+    output = tmp_path / "out.jsonl"
+    source = write_rows(tmp_path / "in.jsonl", [{"text": "a"}, {**row, "tokenizer": FOREIGN}])
+    message = f"{source}:2: {key} were written by another tokenizer"
+    assert main(["score", str(models["first"]), "--input", str(source), "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    if key == "prompt_ids":
+        prompts = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, {**row, "tokenizer": FOREIGN}])
+        arguments = ["generate", str(models["first"]), "--prompts", str(prompts), "--output", str(output)]
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not output.exists()
+    own = Tokenizer.load(models["first"]).fingerprint
+    for mark in ({}, {"tokenizer": own}):
+        write_rows(source, [{**row, **mark}])
+        assert main(["score", str(models["first"]), "--input", str(source), "--output", str(output)]) == 0
+        for file in (output, output.with_name("out.jsonl.run.json")):
+            file.unlink()
+
+
+def test_texts_that_say_tokenizer_are_scored_as_texts(models, tmp_path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", [{"text": TEXTS[0], "tokenizer": FOREIGN}]), tmp_path / "out"
+    assert main(["score", str(models["first"]), "--input", str(source), "--output", str(output)]) == 0
+    assert read(output)[0]["tokenizer"] == Tokenizer.load(models["first"]).fingerprint
+
+
+@pytest.fixture(scope="module")
+def corpus(models, tmp_path_factory) -> Path:
+    """A corpus of the first model's tokenizer, of which most is held out, in rows of several documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [{"text": f"{TEXTS[n % 3]}# {n}\n" * (n % 7 + 1)} for n in range(60)]
+    write_rows(folder / "in.jsonl", texts)
+    options = {"sequence_length": 32, "validation_fraction": 0.7, "tokenizer": models["first"], "workers": 1}
+    prepare_corpus(Preparation(paths=[str(folder / "in.jsonl")], output=folder / "corpus", **options))
+    return folder / "corpus"
+
+
+def figures(line: str) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in re.findall(r"(mean nll|perplexity|bits per byte|mean KL|gzip -9:) ([\d.]+)", line)
+    }
+
+
+def test_a_corpus_is_scored_as_transformers_says(models, corpus, oracle, capsys) -> None:
+    _, logprobs = oracle
+    reader = Corpus(str(corpus)).rows("validation")
+    documents = [ids for row in range(len(reader)) for ids in reader.documents(row)]
+    assert len(documents) > len(reader) > 10
+    scored = [logprobs("first", ids)[range(len(ids) - 1), ids[1:]] for ids in documents if len(ids) > 1]
+    nats, tokens = float(torch.cat(scored).sum()), len(torch.cat(scored))
+    sizes = Tokenizer.load(models["first"]).token_bytes()
+    size = sum(int(sizes[ids[1:]].sum()) for ids in documents)
+    assert main(["score", str(models["first"]), "--data", str(corpus), "--batch_tokens", "64"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"{len(reader):,} rows, {tokens:,} tokens scored, ")
+    found = figures(line)
+    assert found["mean nll"] == pytest.approx(-nats / tokens, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(-nats / tokens), rel=1e-5)
+    assert found["bits per byte"] == pytest.approx(-nats / math.log(2) / size, abs=1e-4)
+    assert found["gzip -9:"] == pytest.approx(Corpus(str(corpus)).metadata["gzip_bits_per_byte"], abs=1e-4)
+
+
+def test_some_rows_and_a_reference(models, corpus, capsys) -> None:
+    arguments = ["score", str(models["first"]), "--data", str(corpus), "--validation_rows", "3"]
+    assert main([*arguments, "--reference", str(models["second"])]) == 0
+    found = figures(line := capsys.readouterr().out.splitlines()[-1])
+    assert line.startswith("3 rows, ")
+    assert found["mean KL"] > 0
+    assert "gzip -9:" not in found, "that is of all rows"
+
+
+def test_mistakes_with_a_corpus_cost_one_line(models, corpus, tmp_path, capsys) -> None:
+    Tokenizer.train(["other texts altogether " * 9], 300).save(tmp_path / "other")
+    options = {"sequence_length": 32, "tokenizer": tmp_path / "other", "workers": 1}
+    texts = str(write_rows(tmp_path / "in.jsonl", [{"text": f"{n} words"} for n in range(9)]))
+    prepare_corpus(Preparation(paths=[texts], output=tmp_path / "foreign", **options))
+    options = options | {"tokenizer": models["first"], "validation_fraction": 0.0}
+    prepare_corpus(Preparation(paths=[texts], output=tmp_path / "none", **options))
+    for arguments, message in (
+        ((), "--input: give either rows as --input FILE --output FILE, or a prepared corpus as --data FOLDER"),
+        (("--data", corpus, "--input", texts), "--input: give either"),
+        (("--data", corpus, "--output", tmp_path / "out"), "--output: it goes with --input"),
+        (("--input", texts), "--output: it goes with --input"),
+        (("--data", corpus, "--validation_rows", 0), "validation_rows: 0 must be at least 1"),
+        (("--input", texts, "--output", tmp_path / "out", "--validation_rows", 1), "--validation_rows: only --data"),
+        (("--data", tmp_path / "nowhere"), f"--data: {tmp_path / 'nowhere'} is neither a file nor a folder that"),
+        (("--data", texts), f"--data: {texts} is a file, not a folder that prepare wrote"),
+        (("--data", tmp_path / "none"), f"--data: {tmp_path / 'none'} has no held-out rows"),
+        (
+            ("--data", tmp_path / "foreign"),
+            f"--data: {tmp_path / 'foreign'} was prepared with another tokenizer than that of {models['first']}; "
+            f"prepare its text with --tokenizer {models['first']} and another --output",
+        ),
+    ):
+        assert main(["score", str(models["first"]), *map(str, arguments)]) == 2
+        assert (error := capsys.readouterr().err).startswith(f"error: {message}")
+        assert error.count("\n") == 1

@@ -155,7 +155,7 @@ def test_files_that_do_not_do_are_refused(source, tmp_path, name: str, content: 
 
 
 def test_a_folder_that_is_no_corpus_and_a_file_that_is_not_there(source, tmp_path):
-    with pytest.raises(UserError, match="is neither a folder that prepare wrote nor a file"):
+    with pytest.raises(UserError, match="is neither a file nor a folder that prepare wrote"):
         read_texts(source, str(tmp_path), 100, 100)
-    with pytest.raises(UserError, match="is neither a folder that prepare wrote nor a file"):
+    with pytest.raises(UserError, match="is neither a file nor a folder that prepare wrote"):
         read_texts(source, str(tmp_path / "nowhere"), 100, 100)

@@ -77,7 +77,7 @@ def test_a_folder_in_an_object_store_gives_the_corpus_of_the_same_local_folder(
     assert metadata["skipped"]["hidden file"]["examples"] == ["s3://bucket/some/text/.git/a.txt"]
     expected = tree(corpus_folder)
     different = {name for name, digest in tree(tmp_path / "out").items() if digest != expected[name]}
-    assert different == {"corpus.json"}  # which names the source
+    assert different == {"corpus.json", "sources.json"}  # which name the source
     assert not (tmp_path / "out" / ".preparation").exists()
 
 

@@ -101,9 +101,9 @@ def test_malformed_lines_and_unreadable_files(tmp_path):
     texts, tally = read([tmp_path])
     assert texts == ["one", "two"]
     assert counts(tally.skipped) == {"not JSON": 1, "not a JSON object": 1, "no string under the key 'text'": 2}
-    assert tally.skipped["not JSON"]["examples"] == [f"{tmp_path / 'a.jsonl'} at byte 16"]
+    assert tally.skipped["not JSON"]["examples"] == [f"{tmp_path / 'a.jsonl'}:2"]
     assert read([tmp_path], text_key="body")[0] == ["x"]
-    with pytest.raises(UserError, match=r"a\.jsonl at byte 16: not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
         read([tmp_path], malformed="strict")
     os.symlink(tmp_path / "gone", tmp_path / "b.txt")
     texts, tally = read([tmp_path])

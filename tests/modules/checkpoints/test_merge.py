@@ -145,13 +145,3 @@ def test_fields_that_no_layer_uses_may_differ(tmp_path: Path):
     other = open_model(tmp_path / "b")
     assert other.config.intermediate_size != 0
     MergedSource([first, other], [1, 1], "")
-
-
-def test_another_tokenizer_is_noted(tmp_path: Path):
-    network = make_network(tiny_config(vocab_size=288))
-    sources = [open_model(write_fit_folder(tmp_path / name, network, tokenizer=True)) for name in "ab"]
-    assert MergedSource(sources, [1, 1], "").notes == []
-    (tmp_path / "b" / "tokenizer" / "tokenizer.json").write_text("{}")
-    (note,) = MergedSource(sources, [1, 1], "").notes
-    assert "b/tokenizer" not in note
-    assert note.startswith(f"tokenizer.json of {tmp_path / 'b'} differs")

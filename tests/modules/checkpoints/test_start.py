@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -149,22 +151,39 @@ def test_an_mtp_block_may_be_left_out(tmp_path):
     assert module.initial_weights[1] == "its MTP block is left out: model.backbone.num_nextn_predict_layers is 0"
 
 
-def tokenizer(folder: Path, words: list[str]) -> Path:
-    import tokenizers
+def made_with(other_tokenizer: bool, seed: int) -> Any:
+    """Data whose tokenizer is that of the MODEL, or not."""
 
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, words[0]))
-    inner.add_special_tokens(["</s>"])
-    folder.mkdir()
-    inner.save(str(folder / "tokenizer.json"))
-    return folder
+    def check_tokenizer(folder: Path, model: Path) -> None:
+        assert folder == model / "tokenizer"
+        if other_tokenizer:
+            raise UserError("data: another tokenizer; prepare again")
+
+    return SimpleNamespace(check_tokenizer=check_tokenizer, order={"seed": seed})
 
 
-@pytest.mark.parametrize(("words", "warned"), [(["a", "b", "c"], False), (["a", "c", "b"], True)])
-def test_another_tokenizer_is_told(tmp_path, words, warned):
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A MODEL with a tokenizer, trained on rows in the order of seed 3."""
     path = write_fit_folder(tmp_path / "step=00000001", make_network(tiny_config()))
-    tokenizer(path / "tokenizer", ["a", "b", "c"])
-    lines = start.start_from(make_network(tiny_config()), path, tokenizer(tmp_path / "data", words))
-    assert any(line.startswith("warning: the data have another tokenizer") for line in lines) is warned
+    (path / "tokenizer").mkdir()
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(manifest | {"order": {"seed": 3}}))
+    return path
+
+
+def test_another_tokenizer_is_an_error_unless_asked_for(trained):
+    network = make_network(tiny_config())
+    with pytest.raises(UserError, match=r"^data: another .* again, or set model.init_args.allow_other_tokenizer to"):
+        start_from(network, trained, made_with(True, 0))
+    lines = start_from(network, trained, made_with(True, 0), allow_other_tokenizer=True)
+    assert lines[-1] == "warning: data: another tokenizer; prepare again"
+    assert start_from(network, trained, made_with(False, 0)) == lines[:-1]
+
+
+def test_the_same_rows_in_the_same_order_are_told(trained):
+    *_, line = start_from(make_network(tiny_config()), trained, made_with(False, 3))
+    assert "the same rows come in the same order again; another data.init_args.seed changes" in line
 
 
 def test_a_run_that_starts_from_a_quantised_model(tmp_path):
