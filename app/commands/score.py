@@ -1,11 +1,10 @@
 """Per-token log-probabilities of given texts, completions or conversations, and the distance to another model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.options import Device, Dtype, short_dtype
-from app.rows_file import Answers, read_rows
+from app.options import Device, Dtype, InputFile, Model, OutputFile, for_people, short_dtype
+from app.rows_file import Answers, open_answers, read_rows
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ WINDOW_BATCHES = 16
 
 
 def score(
-    model: Path,
+    model: Model,
     *,
-    input: Path,
-    output: Path,
-    reference: Path | None = None,
+    input: InputFile,
+    output: OutputFile,
+    reference: Model | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_tokens: int = 8192,
@@ -47,8 +46,8 @@ def score(
 
     Args:
         model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
-        input: JSONL file to read.
-        output: JSONL file to write, rows in the order of the input.
+        input: JSONL file to read; - is standard input.
+        output: JSONL file to write, rows in the order of the input; - is standard output (figures go to stderr).
         reference: MODEL with the same tokenizer: adds `kl`, KL(reference || model) in nats over the whole vocabulary.
         dtype: Format of the matrix products: auto is that of each weight in the checkpoint, and runs a quantised model
             as it is served, its inputs quantised too; fp32 and bf16 run it with dequantised weights. Log-probabilities
@@ -58,12 +57,15 @@ def score(
 
     Raises:
         UserError: a file, row or option is wrong; the message names it and the mend.
+
+    Example:
+        python -m app score runs/pretrain --input out.jsonl --output scores.jsonl
     """
     from app.models import choose_device, load_network, open_source
     from app.scoring import Reader, describe, same_vocabulary, summarise
 
     if batch_tokens < 1:
-        raise UserError(f"batch_tokens: {batch_tokens} must be at least 1")
+        raise UserError(f"--batch_tokens: {batch_tokens} must be at least 1")
     where, rows = choose_device(device), read_rows(input)
     source = open_source(model)
     other = None if reference is None else open_source(reference)
@@ -71,7 +73,7 @@ def score(
         same_vocabulary(source, other)
     reader = Reader(source)
     tokens = [reader.tokens(row, f"{input}:{number}") for number, row in enumerate(rows, 1)]
-    answers = Answers(output, input, _settings(source, other, dtype))
+    answers = open_answers(output, input, _settings(source, other, dtype))
     if answers.summary is not None:
         print(f"{output} is complete already; remove it to score again")
     else:
@@ -80,7 +82,7 @@ def score(
             _answer(rows, tokens, answers, networks, batch_tokens)
         answers.finish(summarise(answers.read(), reader.token_bytes()))
     assert answers.summary is not None
-    print(describe(answers.summary))
+    print(describe(answers.summary), file=for_people(output))
 
 
 def _answer(

@@ -29,8 +29,8 @@ def test_rows_are_read(source: Path) -> None:
         ('{"text": "a"}\n{"text": \n', ":2: not JSON"),
         ('{"text": "a"}\n\n{"text": "b"}\n', ":2: the line is empty"),
         ('{"text": "a", "x": [NaN]}\n', ":1: a value is NaN"),
-        ('{"text": "a"}\n{"x": 1e999}\n', ":2: a value is NaN, an infinite"),
-        ('{"text": "a", "x": "\\ud800"}\n', ":1: .*half of a surrogate"),
+        ('{"text": "a"}\n{"x": 1e999}\n', ":2: a value is NaN or an infinite"),
+        ('{"text": "a", "x": "\\ud800"}\n', r":1: a text has \\ud800, half of a character"),
         ('{"text": "a"}\n["b"]\n', ":2: a row must be a JSON object"),
     ],
 )
