@@ -1,7 +1,8 @@
 """The program: `python -m app COMMAND ...`.
 
 It starts fast: what a command needs is imported when the command is called, and `--help` reads the first line of each
-command's documentation without importing it.
+command's documentation without importing it. What can be wrong with a command line is found before the imports that
+take seconds. Down to the check of the environment this file is read by older Pythons, too.
 """
 
 import ast
@@ -9,6 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from app import environment
+
+environment.check()  # before the annotations below, which older Pythons refuse
 
 TRAINING = {
     "fit": "train a model, or go on with a run",
@@ -46,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         rank = os.environ.get("LOCAL_RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"error{where}: {environment.as_started(message)}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -74,28 +80,58 @@ def dispatch(args: list[str]) -> int:
     """Call the command that the first argument names.
 
     Raises:
-        UserError: there is no such command.
+        UserError: there is no such command, or its command line is wrong.
     """
     others = commands()
-    if not args or args[0] in ("-h", "--help"):
-        print(usage(others))
+    if args[:1] == ["help"] and args[1:]:
+        args = [args[1], "--help"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(environment.as_started(usage(others)))
         return 0 if args else 2
     command, rest = args[0], args[1:]
-    if command in TRAINING:
-        from app.cli import RunCLI
+    if command in ("-V", "--version", "version"):
+        print(version())
+    elif command in TRAINING:
+        train(command, rest)
+    elif command == "completion":
+        from app.completion import complete
 
-        RunCLI(rest, command).run()
-        return 0
-    if command in others:
+        complete(rest)
+    elif command in others:
         from app.command_line import call
 
         return call(command, rest)
-    from difflib import get_close_matches
+    else:
+        from difflib import get_close_matches
 
-    from modules.errors import UserError
+        from modules.errors import UserError
 
-    near = get_close_matches(command, [*TRAINING, *others], n=1)
-    raise UserError(f"no command {command}; " + (f"did you mean {near[0]}?" if near else "see python -m app --help"))
+        near = get_close_matches(command, [*TRAINING, *others], n=1)
+        mend = f"did you mean {near[0]}?" if near else "see python -m app --help"
+        raise UserError(f"no command {command}; {mend}")
+    return 0
+
+
+def train(command: str, args: list[str]) -> None:
+    """Check the command line of a run, say what is about to happen, and import what carries it out."""
+    from app.run_keys import check_files, check_run, run_of, wants_text
+
+    given = check_run(args, command)
+    if not wants_text(args):
+        check_files(given)
+        if "LOCAL_RANK" not in os.environ:
+            print(f"{command} {' + '.join(given.files)} ({run_of(given)}): loading ...", file=sys.stderr, flush=True)
+    from app.cli import RunCLI
+
+    RunCLI(args, command).run()
+
+
+def version() -> str:
+    """Return the versions that a report of a defect should name."""
+    from importlib.metadata import version as of
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"superbolt {of('superbolt')} (torch {of('torch')}, lightning {of('lightning')}, Python {python})"
 
 
 def commands() -> dict[str, str]:
@@ -112,6 +148,11 @@ def commands() -> dict[str, str]:
 def usage(others: dict[str, str]) -> str:
     """Return the text of `--help`."""
     listed = {**TRAINING, **{name: text[:1].lower() + text[1:] for name, text in others.items()}}
+    listed |= {
+        "completion": "print what makes a shell complete commands, options and keys",
+        "help": "explain a command: help COMMAND",
+        "version": "print the versions of the program, torch, Lightning and Python",
+    }
     width = max(map(len, listed))
     lines = [f"  {name:<{width}}  {text}" for name, text in listed.items()]
     return "\n".join(

@@ -11,6 +11,7 @@ exactness or a user would be surprised:
 """
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -19,26 +20,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import app.strategies  # noqa: F401 (registers the strategy "sharded")
+from app import environment
 from app.errors import shorten
-from app.keys import parameters_of
 from app.loop import use_step_loop
 from app.noise import silence
 from app.parser import RunParser
 from app.run_folder import SHOWN, RunFolder, differences
+from app.run_keys import CALLBACKS, OWNED
 from app.strategies import ShardedStrategy
-from callbacks.checkpoint import Checkpoint, RandomState
-from callbacks.console import Console, Startup, Summary, validation_line
+from callbacks.checkpoint import RandomState
+from callbacks.console import Startup, Summary, validation_line
 from callbacks.dashboard import Dashboard
 from callbacks.data_use import DataUse
-from callbacks.health import Health
-from callbacks.mock_step import MockStep
 from callbacks.preemption import Preemption
-from callbacks.quantization import QuantizationHealth
-from callbacks.samples import Samples
-from callbacks.skipped_batches import SkippedBatches
 from callbacks.speed import Speed
 from callbacks.step import in_order
-from callbacks.validation import Validation
 from datamodules.base import StageData
 from modules.base import StageModule
 from modules.batch import HeldOutText
@@ -46,18 +42,6 @@ from modules.checkpoints import folder
 from modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test")
-CALLBACKS: dict[str, type[Callback]] = {
-    "mock_step": MockStep,
-    "console": Console,
-    "validation": Validation,
-    "samples": Samples,
-    "skipped_batches": SkippedBatches,
-    "health": Health,
-    "quantization_health": QuantizationHealth,
-    "checkpoint": Checkpoint,
-}
-"""Group of keys -> callback."""
-
 BASES = {"model": StageModule, "data": StageData}
 """Key -> what its class must be. The parser asks for less: it would take the arguments of a base as keys of its own."""
 
@@ -74,35 +58,6 @@ FORCED: dict[str, Any] = {
     "inference_mode": False,
 }
 """Trainer arguments that the program depends on."""
-
-OWNED = {
-    "precision": "weights are always fp32 and the formats of the layers are model.init_args.precision",
-    "plugins": "formats are set by model.init_args.precision, processes by torchrun or SLURM",
-    "max_epochs": "the whole run is one epoch, as long as data.init_args.total_tokens",
-    "min_epochs": "the whole run is one epoch, as long as data.init_args.total_tokens",
-    "min_steps": "the run is as long as data.init_args.total_tokens",
-    "accumulate_grad_batches": "it follows from data.init_args.global_batch_size and micro_batch_size",
-    "gradient_clip_val": "clipping is a setting of the optimiser in model.init_args",
-    "gradient_clip_algorithm": "clipping is a setting of the optimiser in model.init_args",
-    "check_val_every_n_epoch": "use validation.every_n_steps",
-    "val_check_interval": "use validation.every_n_steps",
-    "num_sanity_val_steps": "the model is validated before the first step",
-    "overfit_batches": "use a small corpus",
-    "limit_train_batches": "use trainer.max_steps",
-    "limit_predict_batches": "there is no predict",
-    "use_distributed_sampler": "the data module gives each device its rows",
-    "reload_dataloaders_every_n_epochs": "the whole run is one epoch",
-    "enable_checkpointing": "use checkpoint.every_n_steps",
-    "enable_progress_bar": "use console.every_n_steps",
-    "enable_model_summary": "`plan` prints the parameters",
-    "enable_autolog_hparams": "config.yaml in the run folder says it all",
-    "inference_mode": "sharded weights need plain no-gradient mode",
-    "sync_batchnorm": "the models have no batch normalisation",
-    "barebones": "callbacks are part of the program",
-    "fast_dev_run": "use trainer.max_steps",
-    "model_registry": "it is a product of Lightning's makers",
-}
-"""Trainer arguments that are no keys of a run file, each with what to use instead."""
 
 
 class RunCLI(LightningCLI):
@@ -123,7 +78,11 @@ class RunCLI(LightningCLI):
             save_config_callback=None,  # written by `fit`, which also keeps a copy in each checkpoint
             seed_everything_default=1,
             parser_class=RunParser,
-            parser_kwargs={"prog": f"python -m app {command}", "description": SUMMARIES[command], "dump_header": None},
+            parser_kwargs={
+                "prog": f"{environment.command()} {command}",
+                "description": SUMMARIES[command],
+                "dump_header": None,
+            },
             args=args,
             run=False,
             auto_configure_optimizers=False,
@@ -147,27 +106,14 @@ class RunCLI(LightningCLI):
         )
         parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=True)
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
-        for key, callback in CALLBACKS.items():
-            parser.add_lightning_class_args(callback, key)
+        for key, path in CALLBACKS.items():
+            parser.add_lightning_class_args(resolve_name(path), key)
         if self.command != "fit":
             parser.add_argument(
                 "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
             )
         assert isinstance(parser, RunParser)
-        trainer = parameters_of(Trainer) or {}
-        parser.owned = {f"trainer.{key}": mend for key, mend in OWNED.items()} | {
-            "fit": "its keys stand at the top level",
-            "ckpt_path": "a run resumes by its name",
-        }
-        parser.keys = {
-            "name": str,
-            "seed_everything": int,
-            "trainer": {key: kind for key, kind in trainer.items() if key not in OWNED},
-            "model": LightningModule,
-            "data": LightningDataModule,
-            **{key: parameters_of(callback) for key, callback in CALLBACKS.items()},
-            **({} if self.command == "fit" else {"ckpt_path": str}),
-        }
+        parser.command = self.command
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line."""
@@ -258,7 +204,7 @@ class RunCLI(LightningCLI):
         preemption, interval = Preemption(groups["checkpoint"]), groups["console"].every_n_steps
         speed = Speed(interval)
         own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(interval), *groups.values()]
-        trainer = self._build([*own, preemption, Summary()], logger, checkpoint)
+        trainer = self._build([*own, preemption, Summary(environment.command("app.tensorboard"))], logger, checkpoint)
         logger.trainer = trainer
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
 

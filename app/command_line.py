@@ -6,16 +6,25 @@ import re
 import types
 import typing
 from argparse import Action
+from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from app import environment
 from app.explain import explain
+from app.run_keys import check_run, wants_text
 from modules.errors import UserError
 
 RUN = "--config FILE --key=value"
 """How the help shows that a command takes the command line of `fit` beside its own options."""
+
+
+BOOLEANS = ("true", "false", "yes", "no")
+MISSING = re.compile(r"the following arguments are required: (.*)")
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -29,14 +38,20 @@ class HelpFormatter(DefaultHelpFormatter):
         name = super()._get_type_str(action)
         if name is None or name.startswith("Literal["):
             return None
+        name = re.sub(r"Annotated\[(\w+), <[^>]*>\]", r"\1", name)
         return name.removeprefix("<class '").removesuffix("'>")
 
 
 class CommandParser(ArgumentParser):
     """jsonargparse's parser with errors of one line."""
 
+    example: str
+    """A command line that works."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
+        if found := MISSING.search(message):
+            raise UserError(self._missing(found[1].split(", ")[0])) from ex
         key, reason = explain(message, ex)
         answer = f"--{key}: {reason}" if key else reason
         if not reason:
@@ -44,6 +59,13 @@ class CommandParser(ArgumentParser):
             near = get_close_matches(key, options, n=1)
             answer = f"unknown option --{key}" + (f", did you mean --{near[0]}?" if near else "")
         raise UserError(f"{answer}; see {self.prog} --help") from ex
+
+    def _missing(self, name: str) -> str:
+        """Return the message for an argument that is not given: what it means, and a command line that has it."""
+        action = next(action for action in self._actions if action.dest == name)
+        meaning = shorten((action.help or "").partition(". ")[0].rstrip("."), 140, placeholder=" ...")
+        shown = f"--{name}" if action.option_strings else name.upper()
+        return f"missing {shown}: {meaning}; for example {self.example}"
 
 
 def call(command: str, args: list[str]) -> int:
@@ -61,19 +83,59 @@ def call(command: str, args: list[str]) -> int:
     """
     function = getattr(importlib.import_module(f"app.commands.{command}"), command)
     parser = build_parser(command, function)
+    hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
     run: list[str] = []
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         args, run = split(args, list(parser._option_string_actions))
+        if not wants_text(args):
+            check_run(run, "fit")
+    args = complete_flags(args, [f"--{name}" for name, hint in hints.items() if hint is bool])
     values = vars(parser.instantiate(parser.parse_args(args)))
     positional: list[Any] = []
     for parameter in parameters:
+        name = parameter.name
+        shown = f"--{name}" if parameter.kind is parameter.KEYWORD_ONLY else name
+        values[name] = check_paths(shown, hints[name], values[name])
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += [*run, *values.pop(parameter.name)]
+            positional += [*run, *values.pop(name)]
         elif parameter.kind is not parameter.KEYWORD_ONLY:
-            positional.append(values.pop(parameter.name))
+            positional.append(values.pop(name))
     result = function(*positional, **values)
     return result if isinstance(result, int) else 0
+
+
+def check_paths(name: str, hint: Any, value: Any) -> Any:
+    """Let the type of a parameter (`app/options.py`) look at the paths it was given, and return what they stand for.
+
+    Args:
+        name: how to call the parameter in a message.
+        hint: its type.
+        value: what it was given: a path, several, or anything else.
+
+    Raises:
+        UserError: a path is not what the parameter needs.
+    """
+    if isinstance(value, list):
+        return [check_paths(name, hint, item) for item in value]
+    for check in _checks(hint) if isinstance(value, Path) else ():
+        try:
+            value = check(value)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return value
+
+
+def _checks(hint: Any) -> list[Callable[[Path], Path]]:
+    """Return the functions in the Annotated types within a type."""
+    own: list[Callable[[Path], Path]] = list(getattr(hint, "__metadata__", ()))
+    return own + [check for inner in typing.get_args(hint) for check in _checks(inner)]
+
+
+def complete_flags(args: list[str], flags: list[str]) -> list[str]:
+    """Return a command line with `=true` behind each of the flags that stands alone."""
+    pairs = zip(args, [*args, ""][1:], strict=True)
+    return [f"{word}=true" if word in flags and after.lower() not in BOOLEANS else word for word, after in pairs]
 
 
 def split(args: list[str], options: list[str]) -> tuple[list[str], list[str]]:
@@ -100,7 +162,12 @@ def build_parser(command: str, function: Any) -> CommandParser:
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
     described = {parameter.arg_name: parameter.description or "" for parameter in documentation.params}
     description = "\n\n".join(filter(None, [documentation.short_description, documentation.long_description]))
-    parser = CommandParser(prog=f"python -m app {command}", description=description, formatter_class=HelpFormatter)
+    parser = CommandParser(
+        prog=f"{environment.command()} {command}", description=description, formatter_class=HelpFormatter
+    )
+    parser.example = " ".join(example.description or "" for example in documentation.examples).partition("\n")[0]
+    if documentation.examples:
+        parser.epilog = environment.as_started(f"example: {parser.example}")
     hints = typing.get_type_hints(function)
     options: set[str] = set()
     for name, parameter in inspect.signature(function).parameters.items():

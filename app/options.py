@@ -1,9 +1,17 @@
-"""What several commands share: options, in the one spelling that the program knows, and text from and to a terminal."""
+"""What several commands share: options, in the one spelling that the program knows, and text from and to a terminal.
 
+A parameter that is a path says which: `app/command_line.py` looks at it before a command imports what takes seconds,
+and long before an hour of work has no place to be written to.
+"""
+
+import os
 import re
 import sys
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
 
+from modules.checkpoints import folder
 from modules.errors import UserError
 
 Dtype = Literal["auto", "fp32", "float32", "bf16", "bfloat16"]
@@ -17,7 +25,82 @@ UNITS = {"": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT")
 }
+STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 _CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def _check_model(path: Path) -> Path:
+    folder.check_model(path)
+    return path
+
+
+def _check_input(path: Path) -> Path:
+    if str(path) == "-":
+        return STDIN
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is needed")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: no permission")
+    return path
+
+
+def _check_input_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path} " + ("is a file, and a folder is needed" if path.exists() else "does not exist"))
+    return path
+
+
+def _check_output(path: Path) -> Path:
+    if str(path) == "-":
+        return STDOUT
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    _check_writable(path)
+    return path
+
+
+def _check_new_folder(path: Path) -> Path:
+    folder.check_new(path)
+    _check_writable(path)
+    return path
+
+
+def _check_writable(path: Path) -> None:
+    """Check that a path can be made, with the folders above it that are missing."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{path}: {parent} is no folder; name another place")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission in {parent}; name another place")
+
+
+Model = Annotated[Path, _check_model]
+"""A folder that fit wrote (checkpoint or run) or a Hugging Face folder."""
+InputFile = Annotated[Path, _check_input]
+"""A file that is there; - is standard input."""
+InputFolder = Annotated[Path, _check_input_folder]
+"""A folder that is there."""
+OutputFile = Annotated[Path, _check_output]
+"""A file to write; - is standard output."""
+OutputFolder = Annotated[Path, _check_new_folder]
+"""A folder that is not there yet, or empty."""
+
+
+def for_people(output: Path | None) -> TextIO:
+    """Return where a command prints what is no result: stderr if its results go to stdout."""
+    return sys.stderr if output == STDOUT else sys.stdout
+
+
+@cache
+def _read_once(file: Path) -> bytes:
+    return file.read_bytes()
+
+
+def read_bytes(file: Path) -> bytes:
+    """Return the content of a file; that of a pipe or of a terminal, which can be read once, again and again."""
+    return file.read_bytes() if file.is_file() else _read_once(file)
 
 
 def short_dtype(name: Dtype) -> Literal["auto", "fp32", "bf16"]:

@@ -8,10 +8,12 @@ command knows its own work again, and a different one does not add to it.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app.options import STDOUT, read_bytes
 from datamodules.text.plain import parse_row, read_plain
 from modules.errors import UserError
 
@@ -28,7 +30,8 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
         UserError: a line is no JSON object (its place is named), the file cannot be decoded, or has no row.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(read_plain(file).split(b"\n"), 1):
+    text = read_plain(file, None if file.is_file() else read_bytes(file))
+    for number, line in enumerate(text.split(b"\n"), 1):
         where = f"{file}:{number}"
         try:
             row = parse_row(line)
@@ -39,9 +42,11 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
             continue
         try:
             encode_row(row)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: a text {_half(error)}") from None
         except ValueError:
-            what = "NaN, an infinite number or half of a surrogate pair, which the output cannot hold"
-            raise UserError(f"{where}: a value is {what}; remove it") from None
+            what = "NaN or an infinite number, which JSON has no word for"
+            raise UserError(f"{where}: a value is {what}; remove it, or write null") from None
         rows[where] = row
     if not rows:
         raise UserError(f"{file}: the file has no rows")
@@ -52,7 +57,7 @@ def encode_row(row: dict[str, Any]) -> bytes:
     """Return a row as a line of a file.
 
     Raises:
-        UserError: it holds a number that is not finite, or half a surrogate pair.
+        ValueError: it holds a number that is not finite, or a text that UTF-8 cannot hold.
     """
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -73,9 +78,26 @@ def text_of(row: dict[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key} must be a text")
     try:
         text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {key} holds half a surrogate pair, which is no text") from None
+    except UnicodeEncodeError as error:
+        if where.startswith("--"):  # bytes of the command line that are not UTF-8 reach Python as these codes
+            raise UserError(f"{where}: the text is not UTF-8; set the terminal to UTF-8, or use a file") from None
+        raise UserError(f"{where}: {key} {_half(error)}") from None
     return text
+
+
+def _half(error: UnicodeEncodeError) -> str:
+    """Return what a text of a JSON file has that UTF-8 cannot hold."""
+    return f"has \\u{ord(error.object[error.start]):04x}, half of a character that JSON writes as two codes (cut in the middle?); remove it"
+
+
+def open_answers(output: Path, source: Path, settings: dict[str, Any]) -> "Answers":
+    """Return where the answers of a command go; see `Answers` for the arguments.
+
+    Raises:
+        UserError: the output holds something else.
+    """
+    streams = output == STDOUT or (output.exists() and not output.is_file())
+    return StreamedAnswers(output) if streams else Answers(output, source, settings)
 
 
 class Answers:
@@ -96,7 +118,7 @@ class Answers:
         if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"output: {output} is the input; name another file")
         self._output, self._run = output, output.with_name(output.name + RUN_SUFFIX)
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_bytes(source)).hexdigest()
         self._settings = {"input": str(source), "input_sha256": digest, **settings}
         self.summary: dict[str, Any] | None = None
         """What `finish` was given, of a command that is finished already."""
@@ -106,8 +128,6 @@ class Answers:
             self._find_again()
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(output.parent, os.W_OK):
-                raise UserError(f"output: {output.parent} cannot be written; name a file in another folder")
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the rows answered so far."""
@@ -164,3 +184,35 @@ class Answers:
         draft = self._run.with_name(self._run.name + ".tmp")
         draft.write_text(text + "\n", encoding="utf-8")
         draft.replace(self._run)
+
+
+class StreamedAnswers(Answers):
+    """Answers that go to standard output or into a pipe: one after the other, nothing to go on with.
+
+    Args:
+        output: `STDOUT`, or a file that is a pipe or a device.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output, self._rows = output, list[dict[str, Any]]()
+        self.summary, self.count = None, 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows answered so far."""
+        yield from self._rows
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write answers, and let them go at once."""
+        lines = b"".join(map(encode_row, rows))
+        if self._output == STDOUT:
+            sys.stdout.buffer.write(lines)
+            sys.stdout.buffer.flush()
+        else:
+            with self._output.open("wb") as file:
+                file.write(lines)
+        self._rows += rows
+        self.count += len(rows)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Keep the summary."""
+        self.summary = summary

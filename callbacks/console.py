@@ -6,6 +6,7 @@ from a format nobody looked at.
 """
 
 import platform
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -156,11 +157,16 @@ def start_table(trainer: Trainer, module: StageModule) -> list[tuple[str, str]]:
 
 
 class Summary(StepCallback):
-    """Prints the result when the last step is done."""
+    """Prints the result when the last step is done.
+
+    Args:
+        tensorboard: command that shows the curves of a `--logdir`.
+    """
 
     order = 90
 
-    def __init__(self) -> None:
+    def __init__(self, tensorboard: str) -> None:
+        self._tensorboard = tensorboard
         self._started = 0.0
         self._tokens = 0
 
@@ -185,7 +191,7 @@ class Summary(StepCallback):
         consumed = source.consumed(trainer.global_step) if isinstance(source, MixedSources) else {}
         for name, used in consumed.items():
             print(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs", flush=True)
-        print(f"curves: python -m app.tensorboard --logdir {trainer.default_root_dir}", flush=True)
+        print(f"curves: {self._tensorboard} --logdir {shlex.quote(trainer.default_root_dir)}", flush=True)
 
 
 class Throughput:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from datamodules.base import StageData
 from datamodules.loader import RankShare, ValidationLoader, Windows
-from datamodules.text.corpus import Corpus, RowReader, is_remote
+from datamodules.text.corpus import Corpus, RowReader
+from datamodules.text.files import is_remote
 from datamodules.text.mixture import Consumption, Mixture, MixturePhase
 from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
 from datamodules.text.sources import DEFAULT_CORPUS

@@ -4,11 +4,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from app.options import Device, Dtype, StateDtype, read_text, short_state_dtype, write_text
+from app.options import Device, Dtype, Model, StateDtype, read_text, short_state_dtype, write_text
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ HELP = "/exit ends (so does Ctrl-D), /reset forgets, /system TEXT sets the syste
 
 
 def chat(
-    model: Path,
+    model: Model,
     *,
     system: str | None = None,
     thinking: bool | None = None,
@@ -57,6 +56,9 @@ def chat(
             inputs quantised too), fp32 or bf16 (quantised weights are then dequantised).
         state_dtype: Format of the Mamba states between tokens; fp16 is rounded stochastically.
         device: Where to compute; auto takes the GPU if there is one.
+
+    Example:
+        python -m app chat runs/pretrain
     """
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens: {max_new_tokens} must be at least 1")

@@ -2,18 +2,17 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any, cast
 
-from app.options import Device, Dtype, short_dtype
+from app.options import STDOUT, Device, Dtype, InputFolder, Model, OutputFile, for_people, short_dtype
 from modules.errors import UserError
 
 
 def evaluate(
-    model: Path,
+    model: Model,
     *,
     tasks: str,
-    tasks_path: Path | None = None,
+    tasks_path: InputFolder | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -25,8 +24,8 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     seed: int = 1234,
-    output: Path | None = None,
-    samples: Path | None = None,
+    output: OutputFile | None = None,
+    samples: OutputFile | None = None,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness, and print its table.
 
@@ -46,7 +45,7 @@ def evaluate(
         tasks_path: Folder of own tasks. Data files that they name are relative to it.
         limit: Documents of each task, the first ones; null: all.
         num_fewshot: Solved examples before each question; a task that says 0 keeps 0. null: what the task says.
-        apply_chat_template: --apply_chat_template true puts questions as turns of a conversation, examples too.
+        apply_chat_template: Whether to put questions as turns of a conversation, examples too.
         system_instruction: System turn (or text) before each question.
         prefix_token: Token before a text without context, by its name, for example </s>; null: see above.
         max_length: Tokens that the model may see at once: longer texts are cut into windows, longer contexts at their
@@ -57,11 +56,15 @@ def evaluate(
             as it is served, its inputs quantised too; fp32 and bf16 run it with dequantised weights.
         device: Where to compute; auto takes a GPU if there is one.
         seed: Seed of sampled completions and of the choice of examples.
-        output: JSON file to write: figures, tasks, settings and versions.
-        samples: JSONL file to write: a row for each sample, with what the model was asked and answered.
+        output: JSON file to write: figures, tasks, settings and versions; - is standard output.
+        samples: JSONL file to write: a row for each sample, with what the model was asked and answered; - is standard
+            output.
 
     Raises:
         UserError: a task, file or option is wrong; the message names it and the mend.
+
+    Example:
+        python -m app evaluate runs/pretrain --tasks standard_library --tasks_path examples/tasks
     """
     for name, number in (
         ("limit", limit),
@@ -70,7 +73,7 @@ def evaluate(
         ("batch_tokens", batch_tokens),
     ):
         if number is not None and number < 1:
-            raise UserError(f"{name}: {number} must be at least 1")
+            raise UserError(f"--{name}: {number} must be at least 1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the harness and of datasets
     import random
@@ -91,7 +94,7 @@ def evaluate(
     prefix = prefix_id(tokenizer, prefix_token)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
-        raise UserError("tasks: name at least one task")
+        raise UserError("--tasks: name at least one task")
     loaded = load_tasks(names, tasks_path, num_fewshot, seed)
     lm = HarnessModel(
         load_network(source, dtype, where),
@@ -131,8 +134,9 @@ def evaluate(
         "device": str(where),
         "seed": seed,
     }
-    print(", ".join(f"{name}: {value}" for name, value in settings.items() if name != "tasks"))
-    print(describe(results))
+    people = for_people(STDOUT if STDOUT in (output, samples) else None)
+    print(", ".join(f"{name}: {value}" for name, value in settings.items() if name != "tasks"), file=people)
+    print(describe(results), file=people)
     if output is not None:
         write_results(output, results, settings)
     if samples is not None:

@@ -1,15 +1,14 @@
 """Write a MODEL as a Hugging Face folder, for transformers, vLLM and others."""
 
-from pathlib import Path
 from typing import Literal
 
-from app.options import Dtype, parse_size, short_dtype
+from app.options import Dtype, Model, OutputFolder, parse_size, short_dtype
 
 
 def export(
-    model: Path,
+    model: Model,
     *,
-    output: Path,
+    output: OutputFolder,
     format: Literal[
         "hf",
         "nvfp4-modelopt",
@@ -45,16 +44,17 @@ def export(
     Raises:
         UserError: the model is damaged or of another family, the format does not fit it, or the output holds files;
             the message names the mend.
+
+    Example:
+        python -m app export runs/pretrain --output tiny-hf
     """
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
-    from modules.checkpoints.folder import check_new
     from modules.checkpoints.layouts.detect import fitting_layout
     from modules.checkpoints.safetensors import show_size
     from modules.checkpoints.source import open_model
 
     limit = parse_size(max_shard_size)
-    check_new(output)
     source = open_model(model)
     layout = fitting_layout(format, source.quantization, source.path)
     for note in source.notes:

@@ -4,10 +4,21 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.options import Device, Dtype, StateDtype, short_dtype, short_state_dtype
+from app.options import (
+    STDOUT,
+    Device,
+    Dtype,
+    InputFile,
+    Model,
+    OutputFile,
+    StateDtype,
+    for_people,
+    read_text,
+    short_dtype,
+    short_state_dtype,
+)
 from modules.errors import UserError
 from modules.generation.acceptance import Acceptance
 
@@ -20,11 +31,11 @@ Complete = Callable[..., "Iterator[Completion]"]
 
 
 def generate(
-    model: Path,
+    model: Model,
     *,
     prompt: str | None = None,
-    prompts: Path | None = None,
-    output: Path | None = None,
+    prompts: InputFile | None = None,
+    output: OutputFile = STDOUT,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -53,9 +64,11 @@ def generate(
 
     Args:
         model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
-        prompt: Text to go on with; the completion goes to stdout, on a terminal as it comes.
-        prompts: JSONL file of prompts, each row with `prompt`, `messages` or `prompt_ids`.
-        output: JSONL file of the completions of --prompts, rows in the same order.
+        prompt: Text to go on with, or - for that of standard input; the completion goes to stdout, on a terminal as it
+            comes.
+        prompts: JSONL file of prompts, each row with `prompt`, `messages` or `prompt_ids`; - is standard input.
+        output: JSONL file of the completions of --prompts, rows in the same order; - is standard output, where rows are
+            written as they are done and nothing is kept to go on with.
         max_new_tokens: Tokens of a completion at most.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
         top_k: Draw among the k most likely tokens only; 0: among all.
@@ -71,11 +84,14 @@ def generate(
             inputs quantised too), fp32 or bf16 (quantised weights are then dequantised).
         state_dtype: Format of the Mamba states between tokens; fp16 is rounded stochastically.
         device: Where to compute; auto takes the GPU if there is one.
+
+    Example:
+        python -m app generate runs/pretrain --prompt 'def main('
     """
     if (prompt is None) == (prompts is None):
-        raise UserError("--prompt: give either a text as --prompt, or a file as --prompts")
-    if (prompts is None) != (output is None):
-        raise UserError("--output: --prompts and --output belong together; give both")
+        raise UserError("--prompt: give either a text as --prompt, or a file as --prompts; - is standard input")
+    if prompts is None and output != STDOUT:
+        raise UserError(f"--output: only the completions of --prompts go into a file; write > {output} instead")
     check_least(max_new_tokens=(max_new_tokens, 1), samples=(samples, 1), batch_size=(batch_size, 1))
     check_least(draft_tokens=(draft_tokens, 0))
     if stop is not None and not all(stop):
@@ -83,11 +99,13 @@ def generate(
     import torch
 
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
-    from app.rows_file import Answers, read_rows, text_of
+    from app.rows_file import open_answers, read_rows, text_of
     from app.scoring import Reader
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
+    if prompt == "-":
+        prompt = read_text(sys.stdin.read()).removesuffix("\n")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     where, rows = choose_device(device), {"--prompt": {"prompt": prompt}} if prompts is None else read_rows(prompts)
     source = open_source(model)
@@ -123,7 +141,7 @@ def generate(
             **choices,
         )
 
-    if prompts is None or output is None:
+    if prompts is None:
         print_completions(prepare(), samples, draft_tokens)
         return
     settings = {
@@ -136,13 +154,13 @@ def generate(
         "dtype": short_dtype(dtype),
         "state_dtype": short_state_dtype(state_dtype),
     }
-    answers = Answers(output, prompts, settings)
+    answers = open_answers(output, prompts, settings)
     if answers.count == len(requests):
         print(f"{output} is complete already; delete it to generate it again")
         return
     mark = {} if reader.fingerprint is None else {"tokenizer": reader.fingerprint}
     write_completions(prepare(), [{**row, **mark} for row in rows.values()], samples, draft_tokens, answers)
-    print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts")
+    print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts", file=for_people(output))
 
 
 def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.options import InputFile, OutputFile, for_people
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ def inspect(
     step: int | None = None,
     rows: str | None = None,
     full: bool = False,
-    output: Path | None = None,
-    batch: Path | None = None,
+    output: OutputFile | None = None,
+    batch: InputFile | None = None,
 ) -> None:
     """Show a batch as the model sees it: decoded text, document borders, labels, what has loss.
 
     It is the whole batch of a step as `fit` would train on it on one device: the same rows in the same order. Rows,
     documents and positions are numbered from 0, as in the tensors; steps and epochs from 1. Warnings name what is wrong
-    with labels, borders, ids or counts. Like all options, --full takes a value: --full true.
+    with labels, borders, ids or counts.
 
     Args:
         arguments: Run files and keys as `fit` takes them, for example --config configs/pretrain.yaml --name=mine; of a
@@ -42,12 +43,15 @@ def inspect(
         step: Optimiser step, from 1; null is 1.
         rows: Rows to show, for example 0,3-5, or all; null shows the first 4 in the terminal, the first 16 on a page.
             The summary and the warnings are always about all rows.
-        full: --full true shows every document and token in the terminal; else their beginnings and ends are shown.
+        full: Whether to show every document and token in the terminal, not only their beginnings and ends.
         output: HTML file to write, a page that needs no network; null shows the rows in the terminal.
         batch: File that the spike guard saved (runs/NAME/spikes/) to show instead of a step.
 
     Raises:
         UserError: a file, key or option is wrong; the message names it and the mend.
+
+    Example:
+        python -m app inspect --config configs/pretrain.yaml --step 384
     """
     if batch is not None and step is not None:
         raise UserError("--step: --batch shows the step it was saved at; leave one of the two out")
@@ -81,7 +85,7 @@ def inspect(
     else:
         size = write_page(output, view, chosen, title, troubles)
         lines += ["", f"{output}: {len(chosen):,} of {len(view.rows):,} rows, {size / 1e6:.2f} MB"]
-    print("\n".join(lines))
+    print("\n".join(lines), file=for_people(output))
 
 
 class StepLoader:

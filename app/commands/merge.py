@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from app.options import parse_size
+from app.options import Model, OutputFolder, parse_size
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def merge(
-    models: list[Path],
+    models: list[Model],
     *,
-    output: Path,
+    output: OutputFolder,
     weights: list[float] | None = None,
     decay: Literal["minus_sqrt"] | None = None,
     minimum_ratio: float = 0.01,
@@ -42,10 +42,12 @@ def merge(
 
     Raises:
         UserError: options contradict each other, or models cannot be averaged; the message names the mend.
+
+    Example:
+        python -m app merge runs/pretrain/checkpoints/step=* --output merged --decay minus_sqrt
     """
     from app.models import check_same_tokenizer
     from modules.checkpoints.export import export
-    from modules.checkpoints.folder import check_new
     from modules.checkpoints.merge import MergedSource
     from modules.checkpoints.safetensors import show_size
     from modules.checkpoints.source import open_model
@@ -55,7 +57,6 @@ def merge(
     if decay is None and steps is not None:
         raise UserError("--steps: only --decay needs them; leave them out, or add --decay minus_sqrt")
     limit = parse_size(max_shard_size)
-    check_new(output)
     sources = [open_model(path) for path in models]
     for other in sources[1:]:
         check_same_tokenizer(sources[0], other, "models")

@@ -34,6 +34,9 @@ def plan(
 
     Raises:
         UserError: a file, key or option is wrong; the message names it and the mend.
+
+    Example:
+        python -m app plan --config configs/pretrain.yaml
     """
     from app.cli import parse_run
     from app.planning.arithmetic import flop_lines

@@ -67,6 +67,9 @@ def prepare(
         shard_bytes: Text that is packed together and redone if interrupted, in bytes; null chooses 2 MiB to 64 MiB.
         seed: Seed of the order of documents and rows.
         workers: Processes; null takes one per available core.
+
+    Example:
+        python -m app prepare examples/corpus --output data/mine
     """
     if ":/" in str(output):
         raise UserError(f"output: {output} is a URL; give a folder on this machine, and the URL as upload")

@@ -1,9 +1,8 @@
 """Post-training quantisation: a MODEL in NVFP4, FP8, or a mixture of formats, as inference engines load it."""
 
-from pathlib import Path
 from typing import Literal
 
-from app.options import Device, Dtype, parse_size, short_dtype
+from app.options import Device, Dtype, Model, OutputFolder, parse_size, short_dtype
 from modules.errors import UserError
 
 DEFAULT_BITS = 5.0
@@ -11,9 +10,9 @@ DEFAULT_BITS = 5.0
 
 
 def quantize(
-    model: Path,
+    model: Model,
     *,
-    output: Path,
+    output: OutputFolder,
     format: Literal["nvfp4", "nvfp4-weight-only", "fp8", "auto"] = "nvfp4",
     effective_bits: float | None = None,
     rules: list[str] | None = None,
@@ -78,12 +77,14 @@ def quantize(
 
     Raises:
         UserError: an option, pattern or file is wrong; the message names it and the mend.
+
+    Example:
+        python -m app quantize runs/pretrain --output tiny-nvfp4
     """
     from app.models import choose_device, open_source
     from app.quantization.job import Job, QuantizeRequest
     from app.quantization.report import report_lines
     from app.quantization.texts import read_texts
-    from modules.checkpoints.folder import check_new
     from modules.ptq.layers import parse_rules
 
     for name, number in (
@@ -97,7 +98,6 @@ def quantize(
     if effective_bits is not None and format != "auto":
         raise UserError(f"--effective_bits: only --format auto keeps to a budget, not {format}; leave it out")
     where, limit = choose_device(device), parse_size(max_shard_size)
-    check_new(output)
     source = open_source(model)
     if source.quantization is not None:
         raise UserError(f"{source.path} is quantised already; give the model that it was made of")

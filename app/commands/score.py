@@ -1,11 +1,10 @@
 """Per-token log-probabilities of given texts, completions, conversations or a corpus; the distance to another model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.options import Device, Dtype, short_dtype
-from app.rows_file import Answers, read_rows
+from app.options import Device, Dtype, InputFile, Model, OutputFile, for_people, short_dtype
+from app.rows_file import Answers, open_answers, read_rows
 from modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +21,13 @@ WINDOW_BATCHES = 16
 
 
 def score(
-    model: Path,
+    model: Model,
     *,
-    input: Path | None = None,
-    output: Path | None = None,
+    input: InputFile | None = None,
+    output: OutputFile | None = None,
     data: str | None = None,
     validation_rows: int | None = None,
-    reference: Path | None = None,
+    reference: Model | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_tokens: int = 8192,
@@ -55,8 +54,8 @@ def score(
 
     Args:
         model: MODEL: a folder that fit wrote (checkpoint or run) or a Hugging Face folder.
-        input: JSONL file to read, plain or compressed (.gz, .bz2, .xz, .zst).
-        output: JSONL file to write, rows in the order of the input.
+        input: JSONL file to read, plain or compressed (.gz, .bz2, .xz, .zst); - is standard input.
+        output: JSONL file to write, rows in the order of the input; - is standard output (figures go to stderr).
         data: In place of --input and --output: a folder that `prepare` wrote, or its URL.
         validation_rows: Held-out rows of --data to take, evenly spaced; null: all.
         reference: MODEL with the same tokenizer: adds `kl`, KL(reference || model) in nats over the whole vocabulary.
@@ -68,13 +67,16 @@ def score(
 
     Raises:
         UserError: a file, row or option is wrong; the message names it and the mend.
+
+    Example:
+        python -m app score runs/pretrain --input out.jsonl --output scores.jsonl
     """
     from app.models import choose_device, load_network, open_corpus, open_source
     from app.scoring import Reader, describe, same_vocabulary, summarise
 
     for name, number in (("batch_tokens", batch_tokens), ("validation_rows", validation_rows)):
         if number is not None and number < 1:
-            raise UserError(f"{name}: {number} must be at least 1")
+            raise UserError(f"--{name}: {number} must be at least 1")
     if (input is None) == (data is None):
         raise UserError(
             "--input: give either rows as --input FILE --output FILE, or a prepared corpus as --data FOLDER"
@@ -98,7 +100,7 @@ def score(
         return
     reader = Reader(source)
     tokens = [reader.tokens(row, place) for place, row in rows.items()]
-    answers = Answers(output, input, _settings(source, other, dtype))
+    answers = open_answers(output, input, _settings(source, other, dtype))
     if answers.summary is not None:
         print(f"{output} is complete already; remove it to score again")
     else:
@@ -107,7 +109,7 @@ def score(
             _answer([row | mark for row in rows.values()], tokens, answers, load(), batch_tokens)
         answers.finish(summarise(answers.read(), reader.token_bytes()))
     assert answers.summary is not None
-    print(describe(answers.summary))
+    print(describe(answers.summary), file=for_people(output))
 
 
 def _score_corpus(corpus: "Corpus", wanted: int | None, load: Callable[[], "list[Network]"], batch_tokens: int) -> str:

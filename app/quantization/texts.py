@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from app.models import open_corpus
 from app.rows_file import read_rows
 from app.scoring import Reader
-from datamodules.text.corpus import Corpus, RowReader, is_remote
+from datamodules.text.corpus import Corpus, RowReader
+from datamodules.text.files import is_remote
 from datamodules.text.preparation import CORPUS_FILE
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from datamodules.text.files import is_remote
 from datamodules.text.mixture import LANES
 from datamodules.text.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
 from datamodules.text.remote import explain, public, s3_endpoint
@@ -185,11 +186,6 @@ def _map_file(file: Path, size: int) -> np.ndarray:
     """Map a file of `size` bytes into memory and return its int32 words."""
     # torch keeps no file open, as mmap and numpy.memmap do: 128 for each source would be too many
     return torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.int32).numpy()
-
-
-def is_remote(path: str) -> bool:
-    """Return whether a path is one that LitData has to download."""
-    return "://" in path or path.startswith("local:")
 
 
 def _read_json(file: Path) -> Any:

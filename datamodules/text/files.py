@@ -9,6 +9,11 @@ from modules.errors import UserError
 _PARTIAL = ".partial"
 
 
+def is_remote(path: str) -> bool:
+    """Return whether a path is one that LitData has to download."""
+    return "://" in path or path.startswith("local:")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file under a temporary name beside it, bring it to the disk, and rename it.
 

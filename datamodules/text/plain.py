@@ -132,8 +132,12 @@ def plain_blocks(blocks: Iterator[bytes], encoding: str, errors: str = "strict")
         yield decoder.decode(b"", final=True).encode()
 
 
-def read_plain(path: Path) -> bytes:
+def read_plain(path: Path, content: bytes | None = None) -> bytes:
     """Return the text of a file in UTF-8, whatever its compression and encoding.
+
+    Args:
+        path: the file.
+        content: its bytes where they have been read: of a pipe, which can be read once.
 
     Raises:
         UserError: it is binary or damaged; names it.
@@ -142,7 +146,7 @@ def read_plain(path: Path) -> bytes:
     with open(path, "rb"):  # what is missing is told as everywhere
         pass
     try:
-        blocks = list(read_blocks(path))
+        blocks = list(read_blocks(path)) if content is None else [content]
         encoding = encoding_of(b"".join(blocks[:1])[:HEAD_BYTES])
         if encoding is None:
             raise DamagedFileError("it is binary, not text")

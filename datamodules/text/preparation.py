@@ -28,7 +28,7 @@ from typing import Any
 
 from datamodules.progress import ProgressBar
 from datamodules.text.documents import read_unit
-from datamodules.text.files import remove_partial_files, write_file
+from datamodules.text.files import is_remote, remove_partial_files, write_file
 from datamodules.text.hub import SYNTAX
 from datamodules.text.mixture import hash64, permutation
 from datamodules.text.policies import Policies, Tally
@@ -52,6 +52,23 @@ _SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 64 << 20, 64
 _MOST_OPENINGS = 64
 _MOST_NAMES = 3
 _COUNTS = ("documents", "bytes", "tokens", "rows")
+
+
+def check_corpus(path: str, key: str) -> None:
+    """Check that a corpus on this machine is there, or will be prepared by itself.
+
+    Args:
+        path: its folder, or a URL.
+        key: what names it.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = Path(path)
+    if is_remote(path) or folder.name == DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
+        return
+    problem = f"holds no {CORPUS_FILE}, so it is no (complete) corpus" if folder.exists() else "does not exist"
+    raise UserError(f"{key}: {path} {problem}; prepare it: python -m app prepare FILES --output {path}")
 
 
 @dataclass(frozen=True, kw_only=True)

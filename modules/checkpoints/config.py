@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from modules.backbone.config import BackboneConfig
-from modules.checkpoints.folder import read_json
+from modules.checkpoints.folder import CONFIG, read_json
 from modules.checkpoints.names import PLACEHOLDER_WIDTH
 from modules.errors import UserError
 
-CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 _SIZES = {
     "vocab_size": 131072,
     "hidden_size": 4096,

@@ -20,6 +20,10 @@ from typing import Any
 from modules.errors import UserError
 
 MANIFEST = "checkpoint.json"
+INDEX = ".metadata"
+"""What torch writes beside the tensors of a checkpoint."""
+CONFIG = "config.json"
+"""The configuration in a Hugging Face folder."""
 RUN_CONFIG = "config.yaml"
 """The resolved configuration of a run, in its folder and in each of its checkpoints."""
 CHECKPOINTS = "checkpoints"
@@ -76,6 +80,22 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL)
 
 
+def check_model(path: Path) -> None:
+    """Check that a folder is a MODEL by the names of what it holds.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
+    if not any((path / name).exists() for name in (INDEX, MANIFEST, CONFIG, CHECKPOINTS)):
+        raise UserError(
+            f"{path} is no MODEL: it holds neither {MANIFEST} (a folder that fit wrote), nor "
+            f"{CHECKPOINTS}/ (a run's folder), nor {CONFIG} (a Hugging Face folder)"
+        )
+
+
 def begin(target: Path) -> Path:
     """Make an empty temporary folder for `target` and return it."""
     partial = partial_of(target)
@@ -110,9 +130,9 @@ def check_new(output: Path) -> None:
         UserError: it holds files already, or is a file.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output: {output} is a file; name a folder that does not exist yet")
+        raise UserError(f"{output} is a file; name a folder that does not exist yet")
     if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output: {output} holds files already; name another folder, or delete it")
+        raise UserError(f"{output} holds files already; name another folder, or delete it")
 
 
 @contextmanager

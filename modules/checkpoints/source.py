@@ -16,8 +16,6 @@ from modules.checkpoints.training_source import TrainingSource
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
-INDEX = ".metadata"
-
 
 class ModelFolder(Protocol):
     """A model on the disk."""
@@ -71,19 +69,12 @@ def open_model(path: Path) -> ModelFolder:
     Raises:
         UserError: it is none of them, or damaged; one line that names the file and the mend.
     """
-    if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
-    if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
+    folder.check_model(path)
+    if (path / folder.INDEX).exists() or (path / folder.MANIFEST).exists():
         return TrainingSource(path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
-    if (path / folder.CHECKPOINTS).is_dir():
-        return TrainingSource(_newest(path))
-    raise UserError(
-        f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor "
-        f"{folder.CHECKPOINTS}/ (a run's folder), nor {CONFIG} (a Hugging Face folder)"
-    )
+    return TrainingSource(_newest(path))
 
 
 def _newest(run: Path) -> Path:

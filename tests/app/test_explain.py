@@ -63,8 +63,8 @@ def answer(folder: Path, tree: dict[str, Any], *args: str) -> str:
         ("--model=yaml.Loader", "model: Import path yaml.Loader does not correspond to a subclass of LightningModule"),
         ("--model=[1]", "model: expected LightningModule or null, got [1]"),
         ("--model=null", "run.yaml: missing key model"),
-        ("--model.init_args.backbone=nowhere.yaml", 'model.init_args.backbone: Unable to load config "nowhere.yaml"'),
-        ("--config", "argument -c/--config: expected one argument"),
+        ("--model.init_args.backbone=nowhere.yaml", "nowhere.yaml: there is no such file (model.init_args.backbone)"),
+        ("--config", "--config needs a value: --config configs/pretrain.yaml"),
     ],
 )
 def test_an_argument_that_is_refused(args: str, expected: str, tmp_path: Path):
@@ -97,9 +97,9 @@ def test_a_run_file_that_is_refused(change: dict[str, Any], expected: str, tmp_p
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("hiden_size: 3", "unknown key model.init_args.backbone.hiden_size; did you mean hidden_size?"),
+        ("hiden_size: 3", "part.yaml: unknown key model.init_args.backbone.hiden_size; did you mean hidden_size?"),
         ("hidden_size: many", "model.init_args.backbone.hidden_size: expected int, got many"),
-        ("a: b: c", "model.init_args.backbone: Unable to load config 'part.yaml' - mapping values are not allowed"),
+        ("a: b: c", "part.yaml, line 1, column 5: not valid YAML: mapping values are not allowed here"),
     ],
 )
 def test_a_file_of_a_part_that_is_refused(text: str, expected: str, tmp_path: Path):
@@ -115,7 +115,6 @@ def test_a_file_of_a_part_that_is_refused(text: str, expected: str, tmp_path: Pa
         ("x --knid=a", "unknown option --knid, did you mean --kind?"),
         ("x --zzz", "unknown option --zzz"),
         ("x y", "unrecognized arguments: y"),
-        ("", "missing key folder"),
         ("x --kind", "argument --kind: expected one argument"),
     ],
 )
@@ -126,3 +125,20 @@ def test_the_argument_of_a_command_that_is_refused(args: str, expected: str):
     with pytest.raises(UserError) as caught:
         build_parser("wrap", wrap).parse_args(args.split())
     assert str(caught.value) == f"{expected}; see python -m app wrap --help"
+
+
+def test_an_argument_that_is_missing_is_explained():
+    def wrap(folder: Path, *, kind: str) -> None:
+        """Wrap.
+
+        Args:
+            folder: Folder to wrap. Any will do.
+            kind: How.
+
+        Example:
+            python -m app wrap x --kind a
+        """
+
+    for args, meaning in (([], "FOLDER: Folder to wrap"), (["x"], "--kind: How")):
+        with pytest.raises(UserError, match=f"^missing {meaning}; for example python -m app wrap x --kind a$"):
+            build_parser("wrap", wrap).parse_args(args)

@@ -26,7 +26,8 @@ def test_help_lists_the_commands_and_imports_nothing_slow():
     assert result.stderr == "[]\n"
     listed = re.findall(r"^  (\w+) +\w", result.stdout, re.MULTILINE)
     assert listed[:3] == ["fit", "validate", "test"]
-    assert listed[3:] == sorted(file.stem for file in (ROOT / "app" / "commands").glob("[a-z]*.py"))
+    ours = sorted(file.stem for file in (ROOT / "app" / "commands").glob("[a-z]*.py"))
+    assert listed[3:] == [*ours, "completion", "help", "version"]
 
 
 def test_help_of_fit_explains_its_keys_and_builds_one_parser():
@@ -47,7 +48,7 @@ def test_help_of_fit_explains_its_keys_and_builds_one_parser():
 
 def test_usage_names_every_command_with_its_first_line():
     text = usage({"prepare": "Turn texts into rows"})
-    assert "  prepare   turn texts into rows" in text
+    assert "  prepare     turn texts into rows" in text
 
 
 def test_commands_are_found_without_being_imported():
@@ -63,7 +64,7 @@ def test_commands_are_found_without_being_imported():
         (["fti"], 2, "error: no command fti; did you mean fit?"),
         (["zzz"], 2, "error: no command zzz; see python -m app --help"),
         (["fit"], 2, "error: no run file: give one with --config FILE (configs/pretrain.yaml is an example)"),
-        (["fit", "--config"], 2, "error: argument -c/--config: expected one argument"),
+        (["fit", "--config"], 2, "error: --config needs a value: --config configs/pretrain.yaml"),
         (["fit", "--config", "none.yaml"], 2, "error: none.yaml: there is no such file (--config)"),
     ],
 )
@@ -162,7 +163,7 @@ MISTAKES = {
     ),
     "no model": (RUN_FILE.replace(MODEL + "}\n", ""), [], "run.yaml: missing key model"),
     "broken YAML": (RUN_FILE.replace("name: run", "name: run: x"), [], "run.yaml, line 1, column 10: not valid YAML: "),
-    "no mapping": ("just text\n", [], "run.yaml: a run file holds `key: value` lines"),
+    "no mapping": ("just text\n", [], "run.yaml: --config takes a file of `key: value` lines"),
     "bad name": (RUN_FILE, ["--name=a/b"], "name: 'a/b' is no folder name"),
     "strategy of others": (RUN_FILE, ["--trainer.strategy=ddp"], "trainer.strategy: ddp is none of ours"),
     "unknown accelerator": (RUN_FILE, ["--trainer.accelerator=gpux"], "trainer: You selected an invalid accelerator"),
@@ -198,7 +199,7 @@ def test_a_defect_keeps_its_traceback(program: Program, tmp_path: Path, run_file
 def test_evaluation_without_a_checkpoint_says_so(program: Program, tmp_path: Path, run_file: Path):
     common = [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}"]
     result = program.run("validate", *common)
-    assert (result.code, result.output.startswith("error: ")) == (2, True)
+    assert (result.code, result.output.splitlines()[-1].startswith("error: ")) == (2, True)
     assert "holds no checkpoint: run fit first" in result.output
     result = program.run("validate", *common, f"--ckpt_path={tmp_path}")
     assert (result.code, "is no complete checkpoint" in result.output) == (2, True)
@@ -221,7 +222,7 @@ def test_full_disk_keeps_the_checkpoints_that_are_there(program: Program, tmp_pa
 
 
 def test_the_module_and_the_console_script_are_the_same_program():
-    assert python("-m", "app", "--help").stdout.startswith("usage: python -m app COMMAND")
+    assert python("-m", "app", "--help").stdout.startswith(f"usage: {sys.executable} -m app COMMAND")
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

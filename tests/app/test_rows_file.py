@@ -58,8 +58,8 @@ def test_what_is_no_text_is_told_in_one_line(tmp_path: Path, content: bytes) -> 
         ('{"text": "a"}\n\n{"text": "b"\n', ":3: not JSON"),
         ("\n \n", "has no rows"),
         ('{"text": "a", "x": [NaN]}\n', ":1: a value is NaN"),
-        ('{"text": "a"}\n{"x": 1e999}\n', ":2: a value is NaN, an infinite"),
-        ('{"text": "a", "x": "\\ud800"}\n', ":1: .*half of a surrogate"),
+        ('{"text": "a"}\n{"x": 1e999}\n', ":2: a value is NaN or an infinite"),
+        ('{"text": "a", "x": "\\ud800"}\n', r":1: a text has \\ud800, half of a character"),
         ('{"text": "a"}\n["b"]\n', ":2: not a JSON object; each line must be one object"),
     ],
 )

@@ -46,7 +46,16 @@ def test_something_is_due_at_its_interval_and_at_the_end(step, last, due):
 def test_the_program_calls_the_callbacks_of_a_step_in_this_order():
     """Memory is tried first, then the clock stops; a validation is in the checkpoint; a run is left after a save."""
     speed, checkpoint, own = Speed(1), Checkpoint(), Callback()
-    given = [Summary(), Preemption(checkpoint), checkpoint, Dashboard(1), own, Samples(), Validation(), Console()]
+    given = [
+        Summary("tensorboard"),
+        Preemption(checkpoint),
+        checkpoint,
+        Dashboard(1),
+        own,
+        Samples(),
+        Validation(),
+        Console(),
+    ]
     given += [MockStep(), Startup(speed), speed, RandomState()]
     names = [type(callback).__name__ for callback in in_order(given)]
     first, last = ["RandomState", "Speed", "Startup", "MockStep"], ["Dashboard", "Checkpoint", "Preemption", "Summary"]

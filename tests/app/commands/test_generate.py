@@ -224,16 +224,16 @@ def test_a_broken_row_is_named_before_anything_is_written(model, tmp_path, lines
     ("options", "message"),
     [
         ([], "--prompt: give either"),
-        (["--prompt", "a", "--prompts", "b"], "--prompt: give either"),
-        (["--prompts", "b"], "--output: "),
+        (["--prompt", "a", "--prompts", __file__], "--prompt: give either"),
+        (["--prompts", "b"], "--prompts: b: there is no such file"),
         (["--prompt", "a", "--output", "b"], "--output: "),
         (["--prompt", "a", "--samples", "0"], "--samples: 0 must be at least 1"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 must be at least 1"),
         (["--prompt", "a", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
         (["--prompt", "a", "--draft_tokens", "-1"], "--draft_tokens: -1 must be at least 0"),
         (["--prompt", "a", "--stop", ""], "--stop: a stop string is empty"),
-        (["--prompt", "a", "--stop", "\udcff"], "--stop: stop holds half a surrogate pair"),
-        (["--prompt", "\udcff"], "--prompt: prompt holds half a surrogate pair"),
+        (["--prompt", "a", "--stop", "\udcff"], "--stop: the text is not UTF-8"),
+        (["--prompt", "\udcff"], "--prompt: the text is not UTF-8"),
         (
             ["--prompt", "a", "--dtype", "fp16"],
             "--dtype: expected one of auto, fp32, float32, bf16, bfloat16, got fp16",
@@ -243,7 +243,7 @@ def test_a_broken_row_is_named_before_anything_is_written(model, tmp_path, lines
         (["--prompt", "a", "--draft_tokens", "2"], "draft_tokens: this model has no MTP block"),
         (["--prompt", ""], "--prompt: the prompt is empty"),
         (["--prompt", "a", "--temprature", "1"], "unknown option --temprature, did you mean --temperature?"),
-        (["--prompts", "missing.jsonl", "--output", "b"], "missing.jsonl: No such file"),
+        (["--prompts", "missing.jsonl", "--output", "b"], "--prompts: missing.jsonl: there is no such file"),
     ],
 )
 def test_mistakes_cost_one_line(model, options: list[str], message: str, capsys) -> None:

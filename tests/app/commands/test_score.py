@@ -205,7 +205,7 @@ def test_other_mistakes_cost_one_line(program, models, tmp_path) -> None:
     given = ("--input", source, "--output", output)
     for arguments, message in (
         ((tmp_path / "nowhere", *given), "nowhere does not exist"),
-        ((models["first"], "--input", tmp_path / "no.jsonl", "--output", output), "No such file"),
+        ((models["first"], "--input", tmp_path / "no.jsonl", "--output", output), "--input: "),
         ((models["first"], *given, "--reference", models["smaller"]), "reference: "),
         ((models["first"], *given, "--batch_tokens", "0"), "batch_tokens: 0 must be at least 1"),
         ((models["first"], *given, "--dtype", "fp8"), "dtype"),
