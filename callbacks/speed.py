@@ -1,4 +1,4 @@
-"""Is the run fast, and if not, why: MFU, where the time of a step goes, memory.
+"""Is the run fast, and if not, why: MFU (of GPUs), where the time of a step goes, memory.
 
 Every part of a step is told apart by the hooks between them, on the clock of the device that does the work. On CUDA the
 host only queues work, so its clock says nothing about the parts of a step: there a moment is an event in the queue, and
@@ -49,8 +49,8 @@ class Speed(StepCallback):
         self.flops_per_token = 0.0
         """FLOPs of training per position; known when training starts."""
         self.peaks: dict[Format, Peak] = {}
-        """Peak of a device in each format that the model computes in."""
-        self._peak = 0.0
+        """Peak of a device in each format that the model computes in; empty on a CPU (see `peak.py`)."""
+        self._peak: float | None = None
         self._read = Progress()  # of the run, at the last point
         self._left = 0  # micro-batches of this step whose backward pass is not done
         self._parts = PartClock(HostClock())
@@ -62,8 +62,9 @@ class Speed(StepCallback):
         config, depths = module.backbone_config, module.mtp_depths
         self.flops_per_token = training_flops_per_token(config, data(trainer).sequence_length, depths)
         shares = format_shares(module.built_network, depths)
-        self.peaks = {number_format: find_peak(device, number_format) for number_format in shares}
-        self._peak = combine(shares, self.peaks)
+        found = {number_format: find_peak(device, number_format) for number_format in shares}
+        self.peaks = {number_format: peak for number_format, peak in found.items() if peak is not None}
+        self._peak = combine(shares, self.peaks) if self.peaks else None
         self._read = data(trainer).progress
         self._parts = PartClock(CudaClock() if device.type == "cuda" else HostClock())
         self._parts.enter(BETWEEN)
@@ -129,10 +130,11 @@ class Speed(StepCallback):
         metrics = {f"speed/seconds/{part}": value for part, value in mean.items()}
         metrics["speed/data_wait_share"] = max(rank[DATA_WAIT] / sum(rank[part] for part in STEP) for rank in ranks)
         metrics["speed/pause_share"] = sum(mean[part] for part in PAUSES) / sum(mean.values())
-        done, before = data(trainer).progress, self._read
-        flops = self.flops_per_token * (done.tokens - before.tokens) / (done.steps - before.steps)
-        self._read = done
-        metrics["speed/mfu"] = flops / (sum(mean[part] for part in STEP) * trainer.world_size * self._peak)
+        if self._peak is not None:
+            done, before = data(trainer).progress, self._read
+            flops = self.flops_per_token * (done.tokens - before.tokens) / (done.steps - before.steps)
+            self._read = done
+            metrics["speed/mfu"] = flops / (sum(mean[part] for part in STEP) * trainer.world_size * self._peak)
         return metrics | {name: max(rank[name] for rank in ranks) for name in memory(trainer)}
 
 

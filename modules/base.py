@@ -180,18 +180,19 @@ class StageModule(LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ building
 
-    def build_network(self, device_type: str = "cpu") -> Network:
+    def build_network(self, device_type: str = "cpu", capability: tuple[int, int] | None = None) -> Network:
         """Return a new network on the meta device with the precision recipe applied (see `precision_table`).
 
         Args:
             device_type: where it will compute, cpu or cuda.
+            capability: compute capability of a GPU elsewhere, for which `plan` asks; None: this machine's.
 
         Raises:
             UserError: if the recipe does not fit the network or the device.
         """
         with torch.device("meta"):
             network = Network(self.backbone_config)
-        self.precision_table = assign_formats(self.precision, network, device_type)
+        self.precision_table = assign_formats(self.precision, network, device_type, capability)
         if self.activation_checkpointing:
             network.checkpoint_activations()
         return network

@@ -52,15 +52,15 @@ def flop_lines(
         *align(rows, text_columns=(0, 1)),
         "",
         f"training: forward pass {with_prefix(summed.forward / sequence_length, 'FLOP')}, "
-        f"backward pass {with_prefix(summed.backward / sequence_length, 'FLOP')}; "
-        + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
+        f"backward pass {with_prefix(summed.backward / sequence_length, 'FLOP')}",
+        "by formats: " + "; ".join(f"{name} {share:.1%}" for name, share in shares.items()),
     ]
     if checkpointing:
         again = recomputed_flops(config, sequence_length, mtp_depths) / sequence_length
         lines.append(f"recomputed by activation checkpointing, not counted above: {with_prefix(again, 'FLOP')}")
     return [
         *lines,
-        "matrix products only, 2 per multiply-add, causal attention as the full square, one document per row;",
+        "matrix products only, 2 per multiply-add, causal attention as the full square, a document per row;",
         "decoding: one token with cached keys and states at that context, no MTP drafts",
     ]
 

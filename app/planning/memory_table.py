@@ -1,7 +1,7 @@
 """The memory of a device as a table."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from app.planning.memory import StepMemory, measure_step
@@ -9,6 +9,8 @@ from app.planning.text import align, byte_unit
 from app.strategies import ShardedStrategy
 from modules.base import StageModule
 
+THIS_RUN = "this run"
+"""Column of the run as it is."""
 _ROWS = {
     "weights, fp32": "weights",
     "gradients": "gradients",
@@ -27,7 +29,7 @@ _DEVICES = {"cuda": ("GPU", "GPUs"), "cpu": ("CPU process", "CPU processes")}
 """Kind -> a device, several devices."""
 
 
-def memory_lines(
+def measure_columns(
     module: StageModule,
     rows: int,
     sequence_length: int,
@@ -35,8 +37,8 @@ def memory_lines(
     strategy: ShardedStrategy,
     devices: int,
     kind: str,
-) -> list[str]:
-    """Count the memory of a device for the run as it is, and with activation checkpointing the other way.
+) -> dict[str, StepMemory]:
+    """Count the memory of a device for the run as it is (first), and with activation checkpointing the other way.
 
     Args:
         module: the stage, without a network.
@@ -52,23 +54,37 @@ def memory_lines(
     other.activation_checkpointing = not module.activation_checkpointing
     measure = partial(measure_step, documents=documents, micro_batches=micro_batches, kind=kind, results={})
     columns = {
-        "this run": measure(module, strategy=strategy, devices=devices),
+        THIS_RUN: measure(module, strategy=strategy, devices=devices),
         f"checkpointing {'off' if module.activation_checkpointing else 'on'}": measure(
             other, strategy=strategy, devices=devices
         ),
     }
     if devices == 1:
         columns["without FSDP2"] = measure(module)
+    return columns
+
+
+def memory_lines(
+    columns: Mapping[str, StepMemory],
+    module: StageModule,
+    rows: int,
+    sequence_length: int,
+    micro_batches: int,
+    strategy: ShardedStrategy,
+    devices: int,
+    kind: str,
+) -> list[str]:
+    """Return the table of `measure_columns`, which takes the same arguments, and what is to be known beside it."""
     device = _DEVICES[kind][devices > 1]
     return [
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {micro_batches:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",
         *_columns([*columns], [*columns.values()]),
         *_gradient_lines(strategy, micro_batches, devices),
-        *_padding_lines(module, columns["this run"], devices),
+        *_padding_lines(module, columns[THIS_RUN], devices),
         "",
-        "counted: bytes of all tensors while a step runs without values, one document per row; mamba-ssm's SSD kernel",
-        "needs less, an allocator's rounding and other processes' needs more",
+        "counted: bytes of all tensors while a step runs without values, one document per row; mamba-ssm's",
+        "SSD kernel needs less, an allocator's rounding and other processes' needs more",
     ]
 
 
@@ -79,8 +95,8 @@ def _gradient_lines(strategy: ShardedStrategy, micro_batches: int, devices: int)
     if strategy.gradient_sync == "every":
         return ["gradients are summed over devices with every micro-batch: a device holds its part of them"]
     return [
-        "gradients are summed over devices with the last micro-batch of a step: until then a device holds them whole;",
-        "trainer.strategy.init_args.gradient_sync: every needs less memory and more time",
+        "gradients are summed over devices with the last micro-batch of a step: until then a device holds",
+        "them whole; trainer.strategy.init_args.gradient_sync: every needs less memory and more time",
     ]
 
 
@@ -90,7 +106,7 @@ def _padding_lines(module: StageModule, measured: StepMemory, devices: int) -> l
     share = 1 - parameters / (measured.gradients * devices)
     if share < _MUCH_PADDING:
         return []
-    return [f"{share:.0%} of the shards is padding: there are more devices than rows (experts) in the largest tensors"]
+    return [f"{share:.0%} of the shards is padding: more devices than rows (experts) in the largest tensors"]
 
 
 def _columns(names: Sequence[str], columns: Sequence[StepMemory]) -> list[str]:

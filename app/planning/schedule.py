@@ -1,6 +1,6 @@
-"""Tokens, steps, learning rate and time of a run."""
+"""Tokens, steps and learning rate of a run."""
 
-from app.planning.text import align, duration, with_prefix
+from app.planning.text import align, with_prefix
 from modules.base import StageModule
 from modules.batch import TrainingData
 from modules.optim.schedule import ScheduleConfig
@@ -57,26 +57,3 @@ def plot(schedule: ScheduleConfig, peak: float, total: int) -> list[str]:
     lines.append(f"  {'':>{len(top)}} +{'-' * _WIDTH}")
     lines.append(f"  {'':>{len(top)}}  {axis.ljust(_WIDTH - len(end))}{end} tokens")
     return lines
-
-
-def time_lines(tokens: int, flops_per_token: float, speed: float, devices: int, source: str) -> list[str]:
-    """Return how long the run takes.
-
-    Args:
-        tokens: of the run.
-        flops_per_token: of training, by `matmul_flops`.
-        speed: tokens per second of all devices.
-        devices: in all.
-        source: where the speed comes from.
-    """
-    seconds = tokens / speed
-    return [
-        f"{duration(seconds)}, validation and checkpoints left out; {_hours(seconds * devices)} device hours",
-        f"at {speed:,.0f} tokens/s, {with_prefix(speed * flops_per_token / devices, 'FLOP/s')} per device ({source})",
-        f"{with_prefix(tokens * flops_per_token, 'FLOP')} in all",
-    ]
-
-
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"

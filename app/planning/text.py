@@ -1,6 +1,10 @@
 """Numbers and tables for the terminal."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
+
+WIDTH = 100
+"""Columns of a terminal that every line fits in, unless a single word is longer."""
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -15,6 +19,19 @@ def align(rows: Sequence[Sequence[str]], text_columns: tuple[int, ...] = (0,)) -
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
+    ]
+
+
+def wrap(lines: Iterable[str], indent: str = "") -> list[str]:
+    """Return lines with those that are too long broken between words, what follows a break behind `indent`."""
+    return [
+        part
+        for line in lines
+        for part in (
+            [line]
+            if len(line) <= WIDTH
+            else textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        )
     ]
 
 

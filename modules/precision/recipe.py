@@ -158,13 +158,19 @@ class Assignment(NamedTuple):
     """Pattern of the rule that decided, or `TAIL`."""
 
 
-def assign_formats(config: PrecisionConfig, network: nn.Module, device_type: str = "cpu") -> list[Assignment]:
+def assign_formats(
+    config: PrecisionConfig,
+    network: nn.Module,
+    device_type: str = "cpu",
+    capability: tuple[int, int] | None = None,
+) -> list[Assignment]:
     """Set the format of every module of `network` that has one. Call it before sharding and weight loading.
 
     Args:
         config: the recipe.
         network: a network built of `precision.linear` modules.
         device_type: where it will compute, cpu or cuda.
+        capability: see `Backend.refusal`.
 
     Returns:
         One row per module, in module order.
@@ -198,7 +204,8 @@ def assign_formats(config: PrecisionConfig, network: nn.Module, device_type: str
                 )
             products = Products.all_in(row.format)
             periods = [products for _, products in _periods(config.switches, row.name, products)]
-            chosen = choose(config.backend, row.name, periods, arithmetic, module.weight.shape, device_type)
+            shape = module.weight.shape
+            chosen = choose(config.backend, row.name, periods, arithmetic, shape, device_type, capability)
             module.product = Scheme(products, arithmetic, *chosen)
     return table
 

@@ -134,7 +134,14 @@ class Backend(Protocol):
     shows_operands: bool
     """Whether `Arithmetic.observer` is shown what is multiplied."""
 
-    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
+    def refusal(
+        self,
+        products: Products,
+        arithmetic: Arithmetic,
+        shape: torch.Size,
+        device_type: str,
+        capability: tuple[int, int] | None = None,
+    ) -> str:
         """Return why a module cannot be computed here, in a few words; empty: it can.
 
         Args:
@@ -142,6 +149,8 @@ class Backend(Protocol):
             arithmetic: what the run file asks for.
             shape: of its weight, [O, I] or [E, O, I].
             device_type: where it will be, cpu or cuda.
+            capability: compute capability of a GPU elsewhere, where packages are taken to be installed (`plan`); None:
+                this machine decides.
         """
         ...
 

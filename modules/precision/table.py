@@ -4,14 +4,51 @@ Most surprising numbers come from a format that nobody looked at.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from modules.precision.linear import FormattedModule, Head
 from modules.precision.recipe import Assignment, quantized_schemes
+from modules.precision.scheme import Products
 
 _NUMBERS = ("modules", "FLOPs")
+_NOTE = (
+    "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias",
+    "compute in fp32, and weights are kept in fp32",
+)
+
+
+class Group(NamedTuple):
+    """Modules that a recipe treats alike."""
+
+    module: str
+    """Their name, numbers replaced by `*`."""
+    pattern: str
+    """That decided."""
+    products: Products
+    """Their formats."""
+    backend: str
+    """What computes; `torch` where nothing is quantised."""
+
+
+def precision_groups(table: Sequence[Assignment], network: nn.Module, mtp_depths: int) -> dict[Group, list[float]]:
+    """Return the shares of the modules of each group in the FLOPs of `work_shares`, in module order.
+
+    Args:
+        table: from `recipe.assign_formats`.
+        network: the network it was applied to.
+        mtp_depths: M.
+    """
+    work, schemes = work_shares(network, mtp_depths), quantized_schemes(network)
+    groups: dict[Group, list[float]] = {}
+    for row in table:
+        scheme = schemes.get(row.name)
+        products = Products.all_in(row.format) if scheme is None else scheme.products
+        name, backend = re.sub(r"\.\d+", ".*", row.name), "torch" if scheme is None else scheme.backend.name
+        groups.setdefault(Group(name, row.pattern, products, backend), []).append(work[row.name])
+    return groups
 
 
 def precision_lines(
@@ -26,34 +63,46 @@ def precision_lines(
         table: from `recipe.assign_formats`.
         network: the network it was applied to.
         mtp_depths: M.
-        by_module: a row for each kind of module instead of each pattern of the recipe.
+        by_module: a row for each kind of module, under the pattern that decided, instead of each pattern.
     """
-    work, schemes = work_shares(network, mtp_depths), quantized_schemes(network)
-    groups: dict[tuple[str, ...], list[float]] = {}
-    for row in table:
-        scheme = schemes.get(row.name)
-        products = (row.format,) * 3 if scheme is None else scheme.products
-        backend = "torch" if scheme is None else scheme.backend.name
-        name = re.sub(r"\.\d+", ".*", row.name)
-        key = (name, *products, backend, row.pattern) if by_module else (row.pattern, *products, backend)
-        groups.setdefault(key, []).append(work[row.name])
-    names = ["module" if by_module else "pattern", "fprop", "dgrad", "wgrad", "backend"]
-    rows = [(*names, *_NUMBERS, *(["decided by"] if by_module else []))]
-    rows += [
-        (*key[: len(names)], str(len(shares)), f"{sum(shares):.1%}", *key[len(names) :])
-        for key, shares in groups.items()
+    groups = precision_groups(table, network, mtp_depths)
+    return [*(_by_module(groups) if by_module else _by_pattern(groups)), *_NOTE, *refusal_lines(network)]
+
+
+def _by_pattern(groups: Mapping[Group, Sequence[float]]) -> list[str]:
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for group, shares in groups.items():
+        rows.setdefault((group.pattern, *group.products, group.backend), []).extend(shares)
+    names = ("pattern", "fprop", "dgrad", "wgrad", "backend", *_NUMBERS)
+    return _align([names, *((*key, *_numbers(shares)) for key, shares in rows.items())])
+
+
+def _by_module(groups: Mapping[Group, Sequence[float]]) -> list[str]:
+    title = "pattern, and modules that it decided"
+    rows = [
+        (f"  {group.module}", "/".join(dict.fromkeys(group.products)), group.backend, *_numbers(shares))
+        for group, shares in groups.items()
     ]
-    refused = {
-        f"{scheme.planned.fprop} not by {name}: {reason}": None
-        for scheme in schemes.values()
-        for name, reason in scheme.refused.items()
-    }
+    head, *lines = _align([(title, "format", "backend", *_NUMBERS), *rows])
+    under: dict[str, list[str]] = {}
+    for group, line in zip(groups, lines, strict=True):
+        under.setdefault(group.pattern, []).append(line)
+    return [head, *(line for pattern, decided in under.items() for line in (pattern, *decided))]
+
+
+def refusal_lines(network: nn.Module) -> list[str]:
+    """Return why quantised products are not computed by the better backends."""
     return [
-        *_align(rows),
-        "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias compute in fp32, and",
-        "weights are kept in fp32",
-        *refused,
+        *dict.fromkeys(
+            f"{scheme.planned.fprop} not by {name}: {reason}"
+            for scheme in quantized_schemes(network).values()
+            for name, reason in scheme.refused.items()
+        )
     ]
+
+
+def _numbers(shares: Sequence[float]) -> tuple[str, str]:
+    return str(len(shares)), f"{sum(shares):.1%}"
 
 
 def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:

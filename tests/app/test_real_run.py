@@ -202,9 +202,11 @@ def test_every_chart_of_the_dashboard_finds_its_curves(whole):
         for pattern in patterns
         if not any(re.fullmatch(pattern, tag) for tag in tags)
     ]
-    assert missing == []
-    bands = [tags[name] for charts in LAYOUT.values() for name, *rest in charts.values() if rest == BAND]
-    assert bands == [tags["scale/0"]] * 5 == [[3, 6, 9]] * 5, "a band needs points at the same steps"
+    assert missing == ["speed/mfu"], "of GPUs only"
+    bands = [
+        tags[name] for charts in LAYOUT.values() for name, *rest in charts.values() if rest == BAND and name in tags
+    ]
+    assert bands == [tags["scale/0"]] * 4 == [[3, 6, 9]] * 5, "a band needs points at the same steps"
     assert tags["experts/dead_fraction/worst"] == tags["residual/rms/mtp_1"] == [1, 9]
 
 
@@ -227,7 +229,7 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
         if re.match(r"quantization/.*\.w|weights/", name):  # other operands depend on which rows are quantised together
             assert two[name][0] == pytest.approx(one[name][0], rel=1e-6), name
     assert {name for name in one if name.startswith(("quantization/", "gradients/"))} <= two.keys()
-    assert 0 < two["speed/mfu"][0] < 1
+    assert "speed/mfu" not in two, "a CPU has no peak to measure it against"
 
 
 @pytest.mark.parametrize(

@@ -36,20 +36,29 @@ def test_a_known_gpu_has_its_data_sheets_peak(monkeypatch, name: str, bf16: floa
 @pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A10", "Tesla T4", "NVIDIA L40", "AMD Instinct MI300X"])
 def test_an_unknown_gpu_is_measured(monkeypatch, name: str):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(callbacks.peak, "measure_peak", lambda device, number_format, size: 5e12)
-    peak = find_peak(CUDA, "bf16")
-    assert peak == Peak(5e12, "measured with matrices of 4096 x 4096")
+    measured = Peak(5e12, "measured")
+    monkeypatch.setattr(callbacks.peak, "measure_peak", lambda device, number_format: measured)
+    assert find_peak(CUDA, "bf16") is measured
 
 
 def test_a_format_without_a_figure_is_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
-    monkeypatch.setattr(callbacks.peak, "measure_peak", lambda device, number_format, size: 5e12)
-    assert (find_peak(CUDA, "bf16").flops, find_peak(CUDA, "fp32").flops) == (362e12, 5e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    measured = Peak(5e12, "measured")
+    monkeypatch.setattr(callbacks.peak, "measure_peak", lambda device, number_format: measured)
+    assert find_peak(CUDA, "bf16").flops == 165.2e12
+    assert find_peak(CUDA, "fp8") is measured
 
 
-def test_a_measurement_is_a_speed_this_machine_has_and_draws_no_numbers_of_the_run():
+def test_a_cpu_has_no_peak_that_load_could_flatter(monkeypatch):
+    monkeypatch.setattr(callbacks.peak, "measure_peak", lambda *_: pytest.fail("measured"))
+    assert find_peak(torch.device("cpu"), "fp32") is None
+
+
+def test_a_measurement_is_a_speed_this_machine_has_and_draws_no_numbers_of_the_run(monkeypatch):
     state = torch.get_rng_state()
-    measured = measure_peak(torch.device("cpu"), "fp32", 256)
+    monkeypatch.setitem(callbacks.peak.SIZES, "cpu", 256)
+    measured = measure_peak(torch.device("cpu"), "fp32")
+    assert measured.source == "measured with matrices of 256 x 256"
     assert torch.equal(torch.get_rng_state(), state)
     x = torch.randn(256, 256)
     seconds = [0.0] * 20
@@ -57,7 +66,7 @@ def test_a_measurement_is_a_speed_this_machine_has_and_draws_no_numbers_of_the_r
         start = time.perf_counter()
         x @ x
         seconds[number] = time.perf_counter() - start
-    assert measured > 0.3 * 2 * 256**3 / min(seconds)
+    assert measured.flops > 0.3 * 2 * 256**3 / min(seconds)
 
 
 def test_the_shares_of_the_formats_are_those_of_their_flops():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import callbacks.speed
-from callbacks.peak import Peak
+from callbacks.peak import Peak, find_peak
 from callbacks.speed import PAUSES, STEP, CudaClock, HostClock, PartClock, Speed, gather, resident_bytes
 from callbacks.step import StepCallback
 from modules.backbone.flops import training_flops_per_token
@@ -115,6 +115,13 @@ def test_mfu_is_the_work_of_a_step_over_what_the_peak_allows(train):
     logged = train(2)
     for step in (2, 4):
         assert logged[step]["speed/mfu"] == pytest.approx(work / 38 / PEAK)
+
+
+def test_a_cpu_run_tells_no_mfu(train, monkeypatch):
+    monkeypatch.setattr(callbacks.speed, "find_peak", find_peak)
+    names = {name for values in train(2).values() for name in values}
+    assert "speed/data_wait_share" in names
+    assert "speed/mfu" not in names
 
 
 def test_nothing_is_logged_between_the_intervals(train):

@@ -24,6 +24,7 @@ def choose(
     arithmetic: Arithmetic,
     shape: torch.Size,
     device_type: str,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[Backend, dict[str, str]]:
     """Return the backend of a module, and why it is not one of the better ones, by name.
 
@@ -34,6 +35,7 @@ def choose(
         arithmetic: of the network.
         shape: of its weight.
         device_type: where it will be, cpu or cuda.
+        capability: see `Backend.refusal`.
 
     Raises:
         UserError: the backend that is asked for cannot compute it here.
@@ -43,13 +45,14 @@ def choose(
     for backend in BACKENDS:
         if name not in ("auto", backend.name):
             continue
-        reasons = (backend.refusal(products, arithmetic, shape, device_type) for products in quantized)
+        reasons = (backend.refusal(products, arithmetic, shape, device_type, capability) for products in quantized)
         reason = next(filter(None, reasons), "")
         if not reason:
             return backend, refused
         if name == backend.name:
             raise UserError(
-                f"model.precision.backend: {name} cannot compute {module} in {quantized[0].fprop} here: {reason}; "
+                f"model.precision.backend: {name} cannot compute {module} in {quantized[0].fprop} "
+                f"{'there' if capability else 'here'}: {reason}; "
                 "take auto or emulated"
             )
         refused[backend.name] = reason

@@ -53,7 +53,14 @@ class Emulated:
     name = "emulated"
     shows_operands = True
 
-    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
+    def refusal(
+        self,
+        products: Products,
+        arithmetic: Arithmetic,
+        shape: torch.Size,
+        device_type: str,
+        capability: tuple[int, int] | None = None,
+    ) -> str:
         """See `Backend`."""
         return ""
 

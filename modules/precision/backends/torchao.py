@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.ops.kernels import uncompiled
+from modules.precision.devices import format_refusal
 from modules.precision.formats import Format
 from modules.precision.hadamard import SIGNS
 from modules.precision.scheme import Arithmetic, Products, Scheme
 
-_CAPABILITY: dict[Format, tuple[int, int]] = {"fp8": (8, 9), "mxfp8": (10, 0), "nvfp4": (10, 0)}
 _MULTIPLE: dict[Format, int] = {"fp8": 16, "mxfp8": 32, "nvfp4": 128}
 """What every size of a product is divisible by; rows are filled up with zeros."""
 
@@ -38,25 +38,31 @@ class TorchAO:
     def __init__(self, emulate: bool = False) -> None:
         self._emulate = emulate
 
-    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
+    def refusal(
+        self,
+        products: Products,
+        arithmetic: Arithmetic,
+        shape: torch.Size,
+        device_type: str,
+        capability: tuple[int, int] | None = None,
+    ) -> str:
         """See `Backend`."""
         chosen = products.fprop
-        if device_type != "cuda" or not torch.cuda.is_available():
+        if device_type != "cuda" or (capability is None and not torch.cuda.is_available()):
             return "no CUDA device"
         if products != Products.all_in(chosen):
             return "it computes all three products of a module in one format"
-        if importlib.util.find_spec("torchao") is None:
+        if capability is None and importlib.util.find_spec("torchao") is None:
             return "torchao is not installed"
-        if torch.cuda.get_device_capability() < _CAPABILITY[chosen]:
-            needed = ".".join(map(str, _CAPABILITY[chosen]))
-            return f"{chosen} needs a GPU of compute capability {needed}"
+        if reason := format_refusal(chosen, capability or torch.cuda.get_device_capability()):
+            return reason
         if len(shape) == 3:
             return "it computes no products of experts"
         if any(size % _MULTIPLE[chosen] for size in shape):
             return f"{chosen} needs sizes that are multiples of {_MULTIPLE[chosen]}, not {list(shape)}"
         if chosen == "nvfp4" and not arithmetic.complete:
             return "its NVFP4 always rotates, rounds gradients at random and has two-dimensional weight scales"
-        return _failure(chosen)
+        return "" if capability else _failure(chosen)
 
     @uncompiled
     def linear(self, x: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:

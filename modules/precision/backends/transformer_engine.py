@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from modules.ops.experts import padded_places
 from modules.ops.kernels import uncompiled
+from modules.precision.devices import format_refusal
 from modules.precision.formats import Format
 from modules.precision.scheme import Arithmetic, Products, Scheme
 
@@ -34,14 +35,21 @@ class TransformerEngine:
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[Scheme, nn.Module] = WeakKeyDictionary()
 
-    def refusal(self, products: Products, arithmetic: Arithmetic, shape: torch.Size, device_type: str) -> str:
+    def refusal(
+        self,
+        products: Products,
+        arithmetic: Arithmetic,
+        shape: torch.Size,
+        device_type: str,
+        capability: tuple[int, int] | None = None,
+    ) -> str:
         """See `Backend`."""
         chosen = products.fprop
-        if device_type != "cuda" or not torch.cuda.is_available():
+        if device_type != "cuda" or (capability is None and not torch.cuda.is_available()):
             return "no CUDA device"
         if products != Products.all_in(chosen):
             return "it computes all three products of a module in one format"
-        if failure := _failure(chosen):
+        if failure := format_refusal(chosen, capability) if capability else _failure(chosen):
             return failure
         if any(size % _MULTIPLE[chosen] for size in shape[-2:]):
             return f"{chosen} needs sizes that are multiples of {_MULTIPLE[chosen]}, not {list(shape[-2:])}"

@@ -1,6 +1,6 @@
-"""The learning rate as a picture of text, and the length of a run in time."""
+"""The learning rate as a picture of text."""
 
-from app.planning.schedule import plot, time_lines
+from app.planning.schedule import plot
 from modules.optim.schedule import ScheduleConfig
 
 
@@ -29,11 +29,3 @@ def test_a_constant_rate_is_a_line() -> None:
     assert set(heights(lines)) == {7}
     assert lines[0].startswith("  0.02 |***")
     assert lines[-1].split() == ["0", "2.5", "G", "5", "G", "tokens"]
-
-
-def test_time() -> None:
-    lines = time_lines(25_000_000_000_000, 88.25e9, 2048 * 7168, 2048, "stated")
-    assert lines[0].startswith("19 days 17 hours, ")
-    assert "968,812 device hours" in lines[0]
-    assert lines[1] == "at 14,680,064 tokens/s, 632.6 TFLOP/s per device (stated)"
-    assert lines[2] == "2.206 YFLOP in all"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.backbone.model import Network
-from modules.precision.backends import EMULATED, transformer_engine
+from modules.precision.backends import EMULATED, torchao, transformer_engine
 from modules.precision.backends.torchao import TorchAO
 from modules.precision.backends.transformer_engine import TransformerEngine
 from modules.precision.linear import GroupedLinear, Linear
@@ -89,6 +89,45 @@ def test_what_torchao_refuses(products, arithmetic, shape, capability, reason: s
     found = TorchAO().refusal(products, arithmetic, shape, "cuda")
     assert found.startswith(reason) if reason else found == ""
     assert TorchAO().refusal(products, arithmetic, shape, "cpu") == "no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), {"fp8": "emulated", "mxfp8": "emulated", "nvfp4": "emulated"}),
+        ((8, 9), {"fp8": "transformer_engine", "mxfp8": "emulated", "nvfp4": "emulated"}),
+        ((9, 0), {"fp8": "transformer_engine", "mxfp8": "emulated", "nvfp4": "emulated"}),
+        ((10, 0), dict.fromkeys(["fp8", "mxfp8", "nvfp4"], "transformer_engine")),
+        ((10, 3), dict.fromkeys(["fp8", "mxfp8", "nvfp4"], "transformer_engine")),
+    ],
+)
+def test_a_gpu_elsewhere_is_judged_by_its_capability_with_the_packages_installed(
+    capability: tuple[int, int], expected: dict[str, str], monkeypatch
+) -> None:
+    """Neither this machine's GPU nor its packages count."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this machine was asked"))
+    for module in (transformer_engine, torchao):
+        monkeypatch.setattr(module, "_failure", lambda chosen: pytest.fail("this machine was asked"))
+    found = {}
+    for chosen in expected:
+        layers = nn.ModuleDict({"linear": Linear(128, 256), "experts": GroupedLinear(4, 128, 256, top_k=2)})
+        rules = [PrecisionRule(pattern="*", format=chosen)]
+        assign_formats(PrecisionConfig(recipe=None, rules=rules), layers, "cuda", capability)
+        (found[chosen],) = {scheme.backend.name for scheme in quantized_schemes(layers).values()}
+    assert found == expected
+
+
+def test_torchao_is_the_second_choice_of_a_gpu_elsewhere() -> None:
+    arithmetic = Arithmetic()
+    assert TorchAO().refusal(uniform("nvfp4"), arithmetic, SIZES, "cuda", (10, 0)) == ""
+    reason = "nvfp4 needs a GPU of compute capability 10.0"
+    assert TorchAO().refusal(uniform("nvfp4"), arithmetic, SIZES, "cuda", (9, 0)) == reason
+
+
+def test_a_backend_that_a_gpu_elsewhere_lacks_is_a_named_error() -> None:
+    config = PrecisionConfig(backend="transformer_engine")
+    with pytest.raises(ValueError, match=r"in nvfp4 there: nvfp4 needs a GPU of compute capability 10\.0"):
+        assign_formats(config, network(), "cuda", (9, 0))
 
 
 @pytest.mark.parametrize("chosen", ["fp8", "mxfp8"])
