@@ -21,7 +21,7 @@ typedef struct {
     i64 sizes[6];          /* M: H, P, G, N, k; *: Q, K, P; E: E, K, groups, selectable groups, normalised */
     float factor;          /* E: routed_scaling_factor */
     void *states[2];       /* M: window [B, k - 1, C] in the dtype of the in product, state fp32 [B, H, P, N];
-                              *: keys and values [B, K, capacity, P] in the dtype of their products */
+                              *: keys and values [B, K, capacity, P] in the dtype of the k product */
     rounding kept[2];      /* *: of keys and values */
     float *held[2];        /* M, when held: inputs [B, T, C] of the convolution; [B, T, H P + G N + H]: x, B, dt */
 } layer;
@@ -202,9 +202,11 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
     float *y = take(&memory, rows * queries * width), *all_scores = take(&memory, p->rows * heads * FEW_ROWS * longest);
     if (!q || !new[0] || !new[1] || !y || !all_scores) return 1;
     project(x, rows, &l->products[0], q, p);
+    round_all(q, rows * queries * width, bf16);
     for (int i = 0; i < 2; i++) {
         i64 count = rows * heads * width;
         project(x, rows, &l->products[1 + i], new[i], p);
+        round_all(new[i], count, bf16);
         if (l->kept[i].round) {
             l->kept[i].round(new[i], count, l->kept[i].format, *l->kept[i].encode, 0, new[i]);
             round_all(new[i], count, bf16);

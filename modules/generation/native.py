@@ -149,11 +149,6 @@ class NativeLayers:
         return (
             state_dtype == torch.float32
             and all(part.product.operands is not None for part in formatted)
-            and all(
-                part.q_proj.compute_dtype == part.k_proj.compute_dtype == part.v_proj.compute_dtype
-                for part in parts
-                if isinstance(part, Attention)
-            )
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
                 type(parameter) is nn.Parameter
@@ -292,7 +287,7 @@ def _describe(
         sizes.append(config.conv_kernel)
     elif isinstance(mixer, Attention):
         products = [(module, stream) for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-        products.append((mixer.o_proj, mixer.q_proj))
+        products.append((mixer.o_proj, mixer.k_proj))
         sizes = [config.num_attention_heads, config.num_key_value_heads, config.head_dim]
     elif isinstance(mixer, MLP):
         products = [(mixer.up_proj, stream), (mixer.down_proj, mixer.up_proj)]
