@@ -14,7 +14,6 @@ from modules.checkpoints.load import load_model
 from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
 from modules.generation import native
-from modules.generation.runner import Runner
 
 
 def open_source(model: Path) -> ModelFolder:
@@ -117,7 +116,5 @@ def choose_device(name: Device) -> torch.device:
 def note_decoding(network: Network) -> None:
     """Say on stderr if decoding has to do without the C code that makes it fast on a CPU."""
     library, reason = native.load()
-    if library is not None:
-        reason = "that is for plain weights, all in fp32 or all in bf16"
-    if network.backbone.embeddings.weight.device.type == "cpu" and Runner(network, 1, 1).native is None:
+    if network.backbone.embeddings.weight.device.type == "cpu" and library is None:
         print(f"decoding runs in torch alone, several times slower than in C: {reason}", file=sys.stderr)

@@ -9,7 +9,7 @@ and sleeping instead of spinning threads as ours; one more row has our setting o
 The same is measured for a larger hybrid with random weights (that of benchmarks/training_step.py).
 Each side lives in a process of its own and takes turns; a ratio is the median of the ratios of neighbouring turns.
 "equal" is the share of our tokens before the first that differs from transformers'.
-Second part: see benchmarks/speculative.py.
+Second part: see benchmarks/speculative.py; third part, quantised models: see benchmarks/quantized.py.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from app.__main__ import settle_process
-from benchmarks import speculative, training_step
+from benchmarks import quantized, speculative, training_step
 from benchmarks.side import Side, timed
 from datamodules.text.corpus import Corpus
 from modules.checkpoints.export import export
@@ -45,6 +45,7 @@ TRIAL, CLOSE = 65, 1.15
 """New tokens by which implementations are tried, and times the fastest's seconds up to which others are measured."""
 RANDOM = "random"
 """Name of the larger hybrid."""
+PARTS = ("model", RANDOM, "speculative", "quantised")
 Prompts = list[list[int]]
 Generate = Callable[[int], list[list[int]]]
 """Continues the prompts by so many tokens."""
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/pretrain"), help="a MODEL (default: runs/pretrain)")
     parser.add_argument("--corpus", default="data/stdlib", help="held-out texts of the model (default: data/stdlib)")
-    parser.add_argument("--parts", nargs="+", choices=["model", RANDOM, "speculative"], help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="prompts at once (default: 1 16)")
     parser.add_argument("--prompt_tokens", type=int, default=128, help="tokens of a prompt (default: 128)")
     parser.add_argument("--new_tokens", type=int, default=256, help="tokens to add (default: 256)")
@@ -63,14 +64,23 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
     options = parser.parse_args()
-    parts = options.parts or ["model", RANDOM, "speculative"]
+    parts = options.parts or PARTS
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}", flush=True)
-    held_out = [] if parts == [RANDOM] else openings(options.corpus, options.prompt_tokens)
+    held_out = [] if {*parts} <= {RANDOM, "quantised"} else openings(options.corpus, options.prompt_tokens)
     for part in parts:
         if part == "speculative":
             for threads in options.threads:
                 speculative.compare(options.model, held_out, options.new_tokens, threads, options.rounds)
+            continue
+        if part == "quantised":
+            for model in (options.model, None):
+                with staged(model, "fp32") as folder:
+                    name = f"{model or 'random weights'}, {parameters(folder) / 1e6:.1f}M weights"
+                    prompts = random_prompts(max(options.batch), options.prompt_tokens)
+                    for threads in options.threads:
+                        given = prompts, options.batch, options.new_tokens, threads, options.rounds
+                        quantized.compare(name, folder, *given)
             continue
         for threads in options.threads:
             for precision in options.formats:

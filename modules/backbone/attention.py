@@ -43,6 +43,7 @@ class Attention(Mixer):
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        query, value = query.to(key.dtype), value.to(key.dtype)  # each projection may have a format of its own
         if self.kv_scales is not None:
             key, value = (_rounded(x, scale) for x, scale in zip((key, value), self.kv_scales, strict=True))
         out = attention(query, key, value, documents) if state is None else state.attend(query, key, value)

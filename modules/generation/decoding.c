@@ -12,11 +12,6 @@
 #include "products.h"
 
 typedef struct {
-    const void *weight; /* [O, I], fp32 or bf16; experts: [E, O, I] */
-    i64 out, in;
-} linear;
-
-typedef struct {
     i64 kind;              /* 'M' 'E' '*' '-' */
     const float *norm;     /* [D] */
     linear products[6];    /* M: in, out; *: q, k, v, o; -: up, down; E: latent in, latent out, shared up, shared down,
@@ -25,16 +20,18 @@ typedef struct {
                               E: router [E, D], its bias [E] */
     i64 sizes[6];          /* M: H, P, G, N, k; *: Q, K, P; E: E, K, groups, selectable groups, normalised */
     float factor;          /* E: routed_scaling_factor */
-    void *states[2];       /* M: window [B, k - 1, C] in the compute dtype, state fp32 [B, H, P, N];
-                              *: keys and values [B, K, capacity, P] in the compute dtype */
+    void *states[2];       /* M: window [B, k - 1, C] in the dtype of the in product, state fp32 [B, H, P, N];
+                              *: keys and values [B, K, capacity, P] in the dtype of the k product */
+    rounding kept[2];      /* *: of keys and values */
     float *held[2];        /* M, when held: inputs [B, T, C] of the convolution; [B, T, H P + G N + H]: x, B, dt */
 } layer;
 
 typedef struct {
-    i64 hidden, rows, length, bf16, hold, capacity, threads, layers;
+    i64 hidden, rows, length, hold, capacity, threads, layers;
+    i64 bf16;                  /* the residual stream is bf16, else fp32 */
     float epsilon;
     const i64 *starts;         /* [B] positions before */
-    const void *embedding;     /* [V, D] in the compute dtype */
+    const void *embedding;     /* [V, D] in the dtype of the stream */
     const float *final;        /* [D], weight of the norm behind the layers */
     const float *enorm, *hnorm; /* [D], of an MTP block */
     linear join;               /* [D, 2 D], of an MTP block, else NULL */
@@ -57,7 +54,7 @@ static float *take(arena *memory, i64 floats) {
 }
 
 static void project(const float *x, i64 rows, const linear *l, float *y, const pass *p) {
-    multiply(x, rows, l->weight, l->out, l->in, p->bf16, p->threads, y);
+    multiply(x, rows, l, p->threads, y);
 }
 
 /* --------------------------------------------------------------------------------------------------------- layers */
@@ -105,7 +102,7 @@ static void scan_heads(const layer *l, const float *before, float *state, const 
 }
 
 static int mamba(const layer *l, const float *x, float *out, const pass *p, arena memory) {
-    i64 heads = l->sizes[0], groups = l->sizes[2], size = l->sizes[3], taps = l->sizes[4], bf16 = p->bf16;
+    i64 heads = l->sizes[0], groups = l->sizes[2], size = l->sizes[3], taps = l->sizes[4], bf16 = l->products[0].bf16;
     i64 inner = heads * l->sizes[1], states = groups * size, channels = inner + 2 * states;
     i64 width = l->products[0].out, rows = p->rows * p->length;
     float *projected = take(&memory, rows * width), *y = take(&memory, rows * inner), *mixed = take(&memory, channels);
@@ -195,8 +192,8 @@ static void mean_values(const float *const *weights, int rows, const void *value
 }
 
 static int attention(const layer *l, const float *x, float *out, const pass *p, arena memory) {
-    i64 queries = l->sizes[0], heads = l->sizes[1], width = l->sizes[2], bf16 = p->bf16, rows = p->rows * p->length;
-    i64 shared = queries / heads, longest = 0;
+    i64 queries = l->sizes[0], heads = l->sizes[1], width = l->sizes[2], rows = p->rows * p->length;
+    i64 bf16 = l->products[1].bf16, shared = queries / heads, longest = 0;
     float *q = take(&memory, rows * queries * width), *new[2];
     for (int i = 0; i < 2; i++) new[i] = take(&memory, rows * heads * width);
     for (i64 b = 0; b < p->rows; b++) longest = longest > p->starts[b] ? longest : p->starts[b];
@@ -205,7 +202,16 @@ static int attention(const layer *l, const float *x, float *out, const pass *p, 
     float *y = take(&memory, rows * queries * width), *all_scores = take(&memory, p->rows * heads * FEW_ROWS * longest);
     if (!q || !new[0] || !new[1] || !y || !all_scores) return 1;
     project(x, rows, &l->products[0], q, p);
-    for (int i = 0; i < 2; i++) project(x, rows, &l->products[1 + i], new[i], p);
+    round_all(q, rows * queries * width, bf16);
+    for (int i = 0; i < 2; i++) {
+        i64 count = rows * heads * width;
+        project(x, rows, &l->products[1 + i], new[i], p);
+        round_all(new[i], count, bf16);
+        if (l->kept[i].round) {
+            l->kept[i].round(new[i], count, l->kept[i].format, *l->kept[i].encode, 0, new[i]);
+            round_all(new[i], count, bf16);
+        }
+    }
     for (i64 i = 0; i < rows * queries * width; i++) q[i] *= 1 / sqrtf((float)width);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (i64 job = 0; job < p->rows * heads; job++) {
@@ -285,13 +291,13 @@ static int mlp(const linear *up, const linear *down, const float *x, i64 rows, f
     float *inner = take(&memory, rows * up->out);
     if (!inner) return 1;
     project(x, rows, up, inner, p);
-    squared_relu(inner, rows * up->out, p->bf16);
+    squared_relu(inner, rows * up->out, up->bf16);
     project(inner, rows, down, out, p);
     return 0;
 }
 
 static int mixture(const layer *l, const float *x, float *out, const pass *p, arena memory) {
-    i64 experts = l->sizes[0], rows = p->rows * p->length, bf16 = p->bf16;
+    i64 experts = l->sizes[0], rows = p->rows * p->length;
     const linear *up = &l->products[4], *down = &l->products[5];
     i64 latent = up->in, inner = up->out;
     float *scores = take(&memory, rows * experts), *weights = take(&memory, rows * experts);
@@ -299,10 +305,8 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
     float *narrow = take(&memory, rows * latent), *sums = take(&memory, rows * latent);
     float *between = take(&memory, rows * inner), *back = take(&memory, rows * latent);
     if (!scores || !weights || !biased || !flags || !narrow || !sums || !between || !back) return 1;
-    pass exact = *p;
-    exact.bf16 = 0;
-    linear router = {l->tables[0], experts, p->hidden};
-    project(x, rows, &router, scores, &exact);
+    linear router = {.weight = l->tables[0], .out = experts, .in = p->hidden};
+    project(x, rows, &router, scores, p);
     for (i64 i = 0; i < rows * experts; i++) scores[i] = 1 / (1 + expf(-scores[i]));
     for (i64 r = 0; r < rows; r++)
         route(l, scores + r * experts, weights + r * experts, (char *)flags, biased, (char *)flags + experts);
@@ -322,14 +326,13 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
                 count++;
             }
         if (!count) continue;
-        i64 size = bf16 ? 2 : 4, place = e * inner * latent * size;
-        multiply_rows(from, to, count, (const char *)up->weight + place, inner, latent, p->bf16, p->threads);
-        squared_relu(between, count * inner, bf16);
-        multiply_rows(middle, last, count, (const char *)down->weight + place, latent, inner, p->bf16, p->threads);
+        multiply_rows(from, to, count, up, e, p->threads);
+        squared_relu(between, count * inner, up->bf16);
+        multiply_rows(middle, last, count, down, e, p->threads);
         for (i64 j = 0; j < count; j++)
             for (i64 i = 0; i < latent; i++) sums[users[j] * latent + i] += factor[j] * last[j][i];
     }
-    round_all(sums, rows * latent, bf16);
+    round_all(sums, rows * latent, down->bf16);
     if (l->products[1].weight)
         project(sums, rows, &l->products[1], out, p);
     else
@@ -338,7 +341,8 @@ static int mixture(const layer *l, const float *x, float *out, const pass *p, ar
         float *shared = take(&memory, rows * p->hidden);
         if (!shared || mlp(&l->products[2], &l->products[3], x, rows, shared, p, memory)) return 1;
         for (i64 i = 0; i < rows * p->hidden; i++) out[i] += shared[i];
-        round_all(out, rows * p->hidden, bf16);
+        i64 bf16 = l->products[1].weight ? l->products[1].bf16 : down->bf16;
+        round_all(out, rows * p->hidden, bf16 && l->products[3].bf16);
     }
     return 0;
 }
@@ -356,11 +360,12 @@ static int begin(const pass *p, const i64 *tokens, const void *hidden, float *x,
     rms_norm(x, rows, p->enorm, both, 2 * size, p);
     rms_norm(wide, rows, p->hnorm, both + size, 2 * size, p);
     project(both, rows, &p->join, x, p);
+    round_all(x, rows * size, p->bf16);
     return 0;
 }
 
 /* Runs the layers and the norm behind them.
- * tokens [B, T]; hidden [n, D] in the compute dtype, of an MTP block; out [n, D] in the compute dtype.
+ * tokens [B, T]; hidden [n, D] in the dtype of the stream, of an MTP block; out [n, D] likewise.
  * Returns 0, or 1 if `size` bytes of memory are too few. */
 int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, const void *hidden, void *out, void *start,
                       i64 size) {
@@ -381,6 +386,7 @@ int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, con
         else
             failed = mlp(&l->products[0], &l->products[1], normed, rows, mixed, p, memory);
         if (failed) return 1;
+        round_all(mixed, count, p->bf16);
         for (i64 j = 0; j < count; j++) x[j] += mixed[j];
         round_all(x, count, p->bf16);
     }
@@ -392,11 +398,12 @@ int superbolt_forward(const pass *p, const layer *layers, const i64 *tokens, con
     return 0;
 }
 
-/* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the compute dtype; with a temperature
- * above 0, the probabilities that it makes of them. */
+/* Logits of the lowest ids [0, vocabulary) after each of `rows` hidden states in the dtype of the stream; with a
+ * temperature above 0, the probabilities that it makes of them. */
 static void predict(const void *hidden, i64 rows, const linear *head, i64 vocabulary, float temperature, const pass *p,
                     float *wide, float *scores) {
-    linear part = {head->weight, vocabulary, head->in};
+    linear part = *head;
+    part.out = vocabulary;
     for (i64 i = 0; i < rows * head->in; i++) wide[i] = element(hidden, i, p->bf16);
     project(wide, rows, &part, scores, p);
     if (temperature > 0) {
@@ -428,7 +435,7 @@ static i64 draw(const float *probabilities, i64 count, double uniform) {
 }
 
 /* Drafts of a round of speculative decoding of one row, by the MTP block (p, block), among the `drafted` lowest ids.
- * tokens [seen], which the block has not seen, the newest last; states [seen, D] in the compute dtype, the hidden states
+ * tokens [seen], which the block has not seen, the newest last; states [seen, D] in the dtype of the stream, the hidden states
  * of the positions before them. With a temperature above 0, uniforms [drafts] draw the drafts, from proposals
  * [drafts, drafted], which are filled. Fills proposed [drafts + 1]: the newest token and the drafts. The block then
  * remembers `seen` positions more. Returns 0, or 1 if `size` bytes of memory are too few. */
@@ -459,7 +466,7 @@ int superbolt_draft(const pass *given, const layer *block, const linear *head, i
 }
 
 /* The verification of those drafts by the network (p, layers), which then holds drafts + 1 positions: fills own with the
- * drafts kept and one token of the network's own, hidden [drafts + 1, D] in the compute dtype. With a temperature above
+ * drafts kept and one token of the network's own, hidden [drafts + 1, D] in the dtype of the stream. With a temperature above
  * 0, uniforms [drafts + 1] decide about each draft and draw the network's own token. Returns the number of drafts kept,
  * or -1 if `size` bytes of memory are too few. */
 i64 superbolt_verify(const pass *given, const layer *layers, const linear *head, i64 drafted, i64 drafts,
@@ -505,7 +512,7 @@ void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
         const layer *l = &layers[i];
         if (l->kind != 'M') continue;
         i64 heads = l->sizes[0], states = l->sizes[2] * l->sizes[3], taps = l->sizes[4];
-        i64 inner = heads * l->sizes[1], channels = inner + 2 * states, kept = inner + states + heads;
+        i64 bf16 = l->products[0].bf16, inner = heads * l->sizes[1], channels = inner + 2 * states, kept = inner + states + heads;
         int threads = inner * l->sizes[3] >= PARALLEL_WORK / 4 ? (int)p->threads : 1;
         for (i64 b = 0; b < p->rows; b++) {
             float *state = (float *)l->states[1] + b * inner * l->sizes[3];
@@ -516,14 +523,14 @@ void superbolt_advance(const pass *p, const layer *layers, const i64 *counts) {
                     scan_heads(l, state, state, x, x + inner, NULL, x + inner + states, h, h + 1, NULL);
             }
             for (i64 k = 0; k < taps - 1; k++) { /* position counts + k of the window followed by the held inputs */
-                i64 from = counts[b] + k, size = p->bf16 ? 2 : 4;
+                i64 from = counts[b] + k, size = bf16 ? 2 : 4;
                 char *row = (char *)l->states[0] + b * (taps - 1) * channels * size;
                 if (from < taps - 1)
                     memmove(row + k * channels * size, row + from * channels * size, (size_t)(channels * size));
                 else
                     for (i64 c = 0; c < channels; c++) {
                         float value = l->held[0][(b * p->length + from - (taps - 1)) * channels + c];
-                        if (p->bf16)
+                        if (bf16)
                             ((uint16_t *)row)[k * channels + c] = to_bf16(value);
                         else
                             ((float *)row)[k * channels + c] = value;

@@ -1,8 +1,10 @@
 """The cached forward pass of decoding and short prompts in one call of C code (decoding.c), where it applies.
 
-It applies to plain weights on a CPU, all in one format, with fp32 SSM states. All else (prompts that are long or of
-unequal length, GPUs, sharded networks, mixed formats, quantised weights, keys and values) takes the portable pass,
-whose results are the same but for rounding.
+It applies to weights on a CPU that lie in memory as they are multiplied, in any mixture of fp32, bf16 and the formats
+of quantised checkpoints, with fp32 SSM states. A quantised layer is a bf16 one whose inputs are rounded on the way in,
+and whose results are scaled on the way out, from the same memory as in the portable pass: two bytes a weight. All else
+(prompts that are long or of unequal length, GPUs, sharded networks, networks in training, whose weights are rounded in
+each pass) takes the portable pass, whose results are the same but for rounding.
 Shapes: B rows, T new positions, D hidden.
 """
 
@@ -25,20 +27,13 @@ from modules.backbone.mamba import Mamba2
 from modules.backbone.mlp import MLP
 from modules.backbone.model import Network
 from modules.backbone.mtp import MTPBlock
-from modules.ops.native import COMPILE, MOST_ROWS
+from modules.ops.native import COMPILE, MOST_ROWS, LinearArguments, Rounding, describe_linear, quantization
 from modules.ops.native.library import load_library
-from modules.precision.linear import FormattedModule
-from modules.precision.scheme import PlainProduct
+from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 
 SOURCE = Path(__file__).parent / "decoding.c"
 _MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
-
-
-class LinearArguments(ctypes.Structure):
-    """`linear` of decoding.c."""
-
-    _fields_ = (("weight", ctypes.c_void_p), ("out_features", ctypes.c_int64), ("in_features", ctypes.c_int64))
 
 
 class LayerArguments(ctypes.Structure):
@@ -52,6 +47,7 @@ class LayerArguments(ctypes.Structure):
         ("sizes", ctypes.c_int64 * 6),
         ("factor", ctypes.c_float),
         ("states", ctypes.c_void_p * 2),
+        ("kept", Rounding * 2),
         ("held", ctypes.c_void_p * 2),
     )
 
@@ -60,8 +56,8 @@ class PassArguments(ctypes.Structure):
     """`pass` of decoding.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "bf16")),
-        *((name, ctypes.c_int64) for name in ("hold", "capacity", "threads", "layers")),
+        *((name, ctypes.c_int64) for name in ("hidden", "rows", "length", "hold")),
+        *((name, ctypes.c_int64) for name in ("capacity", "threads", "layers", "bf16")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("starts", "embedding", "final", "enorm", "hnorm")),
         ("join", LinearArguments),
@@ -72,6 +68,8 @@ class PassArguments(ctypes.Structure):
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
     library, status = load_library(SOURCE, COMPILE)
+    if library is not None and quantization.load()[0] is None:
+        return None, quantization.load()[1]
     if library is not None:
         pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         library.superbolt_forward.argtypes = [*[pointer] * 6, whole]
@@ -103,9 +101,16 @@ class NativeLayers:
         self.dtype = self.embedding.compute_dtype
         outer = [self.embedding.weight, *(cast(Tensor, module.weight) for module in around)]
         inner = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        parts = [part for one in (*layers, *around) for part in one.modules()]
+        products = [part.product for part in parts if isinstance(part, FormattedModule)]
+        kept_scales = [_inverse_kv_scales(layer) for layer in layers]
         # Kept as they are now, so that weights that were moved cannot lie where these lay.
-        self._weights = [tensor.detach() for tensor in (*outer, *inner)]
-        self.arguments = (LayerArguments * len(layers))(*[_describe(layer, self.config) for layer in layers])
+        self._tensors = [tensor.detach() for tensor in (*outer, *inner)], products, kept_scales
+        described = [
+            _describe(layer, self.config, self.embedding, scales)
+            for layer, scales in zip(layers, kept_scales, strict=True)
+        ]
+        self.arguments = (LayerArguments * len(layers))(*described)
         self.given = PassArguments(
             hidden=self.config.hidden_size,
             bf16=self.dtype == torch.bfloat16,
@@ -115,7 +120,7 @@ class NativeLayers:
         for name, weight in zip(("embedding", "final", "enorm", "hnorm"), outer, strict=False):
             setattr(self.given, name, weight.data_ptr())
         if len(around) > 1:
-            self.given.join = describe_linear(outer[-1])
+            self.given.join = _describe_product(cast(Linear, around[-1]), self.embedding)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._enough = (0, 0)
         self._held: list[Tensor] = []
@@ -143,9 +148,7 @@ class NativeLayers:
         formatted = [part for part in parts if isinstance(part, FormattedModule)]
         return (
             state_dtype == torch.float32
-            and len({part.format for part in formatted}) == 1
-            and all(isinstance(part.product, PlainProduct) for part in formatted)
-            and all(part.kv_scales is None for part in parts if isinstance(part, Attention))
+            and all(part.product.operands is not None for part in formatted)
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
                 type(parameter) is nn.Parameter
@@ -178,7 +181,7 @@ class NativeLayers:
             whole: see `MTPBlock`.
 
         Returns:
-            [B, T, D] in the compute dtype.
+            [B, T, D] in the dtype of the residual stream.
         """
         tokens = tokens.contiguous()
         rows, length = tokens.shape
@@ -257,42 +260,55 @@ class NativeLayers:
         return self._memory
 
 
-def describe_linear(weight: Tensor) -> LinearArguments:
-    """Return a weight [O, I], or one for each expert [E, O, I], as the C code knows it."""
-    return LinearArguments(weight.data_ptr(), *weight.shape[-2:])
+def _inverse_kv_scales(layer: Layer) -> list[Tensor]:
+    """Return S, fp32 [1], of keys and of values that are kept in FP8; nothing of others."""
+    scales = layer.mixer.kv_scales if isinstance(layer.mixer, Attention) else None
+    return [torch.tensor([1 / scale]) for scale in scales or ()]
 
 
-def _describe(layer: Layer, config: BackboneConfig) -> LayerArguments:
+def _describe_product(module: Linear | GroupedLinear, source: FormattedModule) -> LinearArguments:
+    """Return a module as the C code knows it, with the results of `source` as its inputs."""
+    assert module.product.operands is not None
+    return describe_linear(module.weight, module.product.operands, source.compute_dtype)
+
+
+def _describe(
+    layer: Layer, config: BackboneConfig, stream: FormattedModule, kept_scales: list[Tensor]
+) -> LayerArguments:
     """Return a layer as the C code knows it; the order of products, tables and sizes is the one in decoding.c."""
     mixer = layer.mixer
-    products: list[Tensor | None] = []
+    products: list[tuple[Linear | GroupedLinear | None, FormattedModule]] = []  # with the module its inputs come from
     tables: list[Tensor | None] = []
     sizes: list[int] = []
     if isinstance(mixer, Mamba2):
-        products = [mixer.in_proj.weight, mixer.out_proj.weight]
+        products = [(mixer.in_proj, stream), (mixer.out_proj, mixer.in_proj)]
         tables = [mixer.conv1d.weight, mixer.conv1d.bias, mixer.A_log, mixer.D, mixer.dt_bias, mixer.norm.weight]
         sizes = [config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size]
         sizes.append(config.conv_kernel)
     elif isinstance(mixer, Attention):
-        products = [module.weight for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)]
+        products = [(module, stream) for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        products.append((mixer.o_proj, mixer.k_proj))
         sizes = [config.num_attention_heads, config.num_key_value_heads, config.head_dim]
     elif isinstance(mixer, MLP):
-        products = [mixer.up_proj.weight, mixer.down_proj.weight]
+        products = [(mixer.up_proj, stream), (mixer.down_proj, mixer.up_proj)]
     else:
-        shared = mixer.shared_experts
-        optional = [mixer.fc1_latent_proj, mixer.fc2_latent_proj]
-        optional += [None, None] if shared is None else [shared.up_proj, shared.down_proj]
-        products = [None if module is None else module.weight for module in optional]
-        products += [mixer.experts.up_proj.weight, mixer.experts.down_proj.weight]
+        shared, experts = mixer.shared_experts, mixer.experts
+        products = [(mixer.fc1_latent_proj, stream), (mixer.fc2_latent_proj, experts.down_proj)]
+        products += (
+            [(None, stream)] * 2 if shared is None else [(shared.up_proj, stream), (shared.down_proj, shared.up_proj)]
+        )
+        products += [(experts.up_proj, mixer.fc1_latent_proj or stream), (experts.down_proj, experts.up_proj)]
         tables = [mixer.gate.weight, mixer.gate.e_score_correction_bias]
         sizes = [config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group]
         sizes.append(config.norm_topk_prob)
     arguments = LayerArguments(
         kind=ord(layer.letter), norm=layer.norm.weight.data_ptr(), factor=config.routed_scaling_factor
     )
-    for place, weight in enumerate(products):
-        if weight is not None:
-            arguments.products[place] = describe_linear(weight)
+    for place, (module, source) in enumerate(products):
+        if module is not None:
+            arguments.products[place] = _describe_product(module, source)
+    for place, scale in enumerate(kept_scales):
+        arguments.kept[place] = Rounding.to("fp8", scale)
     for place, table in enumerate(tables):
         arguments.tables[place] = None if table is None else table.data_ptr()
     for place, size in enumerate(sizes):

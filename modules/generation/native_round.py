@@ -10,7 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from modules.generation.native import NativeLayers, describe_linear
+from modules.generation.native import NativeLayers
+from modules.ops.native import describe_linear
 from modules.precision.linear import Head
 
 
@@ -36,12 +37,15 @@ class NativeRounds:
         temperature: float,
     ) -> None:
         self._layers = layers, mtp_layers
-        self._head, self._vocabulary, self._temperature = describe_linear(head.weight), vocabulary, temperature
+        assert head.product.operands is not None
+        self._head = describe_linear(head.weight, head.product.operands, layers.dtype)
+        self._kept = head.weight, head.product
+        self._vocabulary, self._temperature = vocabulary, temperature
         self._drafts = drafts
         self._own, self._proposed = ((ctypes.c_int64 * (drafts + 1))() for _ in range(2))
         self._proposals = torch.empty(drafts, vocabulary)
         size, width = head.weight.shape
-        self._states = torch.empty(drafts + 1, width, dtype=head.compute_dtype)
+        self._states = torch.empty(drafts + 1, width, dtype=layers.dtype)
         passes = max(len(one.scratch(1, drafts + 1)) for one in self._layers)
         self._memory = torch.empty(passes + 4 * (drafts + 1) * (2 * width + size) + 3 * 64, dtype=torch.uint8)
         self.seen = 0
@@ -54,7 +58,7 @@ class NativeRounds:
             layers.takes(1, drafts + 1)
             and mtp_layers.takes(1, drafts + 1)
             and type(head.weight) is torch.nn.Parameter
-            and layers.dtype == mtp_layers.dtype == head.weight.dtype
+            and head.product.operands is not None
             and head.compute_dtype == head.weight.dtype
             and head.weight.is_contiguous()
         )
@@ -64,7 +68,7 @@ class NativeRounds:
 
         Args:
             tokens: T that the MTP block has not seen, the newest last, which the network has not seen either.
-            states: [T, D] in the compute dtype, the network's hidden states at the positions before them.
+            states: [T, D] in the dtype of the residual stream, those of the network at the positions before.
         """
         self.seen = len(tokens)
         self._own[: self.seen] = tokens
@@ -141,5 +145,5 @@ class NativeRounds:
 
     @property
     def states(self) -> Tensor:
-        """[T, D] in the compute dtype, the network's hidden states at the positions before `tokens`."""
+        """[T, D] in the dtype of the residual stream, the network's hidden states at the positions before `tokens`."""
         return self._states[: self.seen]

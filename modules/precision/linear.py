@@ -129,6 +129,7 @@ class Head(Linear):
         Under FSDP2 the weight must be gathered: by calling the module instead, or by `ShardedStrategy.lend`.
         """
         few = x.to(self.compute_dtype)
-        if isinstance(self.product, PlainProduct) and native.applies(few, self.weight):
-            return native.few_rows_linear(few, self.weight[:vocabulary])
+        operands = self.product.operands
+        if operands is not None and native.applies(few, self.weight):
+            return native.few_rows_linear(few, self.weight[:vocabulary], operands)
         return self.product.linear(few, self.weight[:vocabulary]).float()

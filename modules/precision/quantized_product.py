@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.ops import native
 from modules.ops.experts import multiply_rows, row_experts
 from modules.ops.kernels import device_kind
 from modules.ops.scaled import multiply
@@ -47,6 +48,8 @@ class QuantizedProduct:
             alike = bool((input_scales == input_scales[0]).all())
             self._inverse_scale = (input_scales[0] if alike else input_scales).reciprocal()
         self._factor = float(self._scales[0])
+        inverse_scales = None if input_scales is None else input_scales.reciprocal()
+        self.operands = native.Operands(None if input_scales is None else format, inverse_scales, self._scales)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `Product`."""

@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.ops import native
 from modules.ops.experts import grouped_linear
 from modules.precision.formats import QUANTIZED, Format
 
 
 class Product(Protocol):
     """Multiplies inputs by the weight of a module; the module casts them to its compute dtype, which results have."""
+
+    @property
+    def operands(self) -> native.Operands | None:
+        """What the C code does for it on a CPU; None: it is not for this product."""
+        ...
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Map [..., I] by [O, I], in the dtype that the module holds it in, to [..., O]."""
@@ -27,6 +33,8 @@ class Product(Protocol):
 
 class PlainProduct:
     """Multiplies by the weight in the dtype of the inputs."""
+
+    operands = native.PLAIN
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `Product`."""
@@ -172,6 +180,8 @@ class Scheme:
         backend: what computes.
         refused: why it is not one of the better backends, by name.
     """
+
+    operands = None
 
     def __init__(
         self, products: Products, arithmetic: Arithmetic, backend: Backend, refused: dict[str, str] | None = None

@@ -7,25 +7,92 @@ pass over memory too often (`quantization`). Without a C compiler everything run
 import ctypes
 import functools
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from modules.ops.native import quantization
 from modules.ops.native.library import load_library
 
 SOURCE = Path(__file__).parent / "products.c"
 COMPILE = ("-O3", "-ffast-math")
 MOST_ROWS = 2048
 """Rows up to which these products beat the machine's library of large ones."""
+FORMATS = ("nvfp4", "fp8")
+"""Formats that inputs are rounded to, in the order of quantization.c."""
+
+
+class Rounding(ctypes.Structure):
+    """`rounding` of products.h: nothing, or to one of `FORMATS`."""
+
+    _fields_ = (("function", ctypes.c_void_p), ("format", ctypes.c_int64), ("inverse_scales", ctypes.c_void_p))
+
+    @classmethod
+    def to(cls, format: Literal["nvfp4", "fp8"], inverse_scales: Tensor) -> "Rounding":
+        """Return the rounding to a format with S, contiguous fp32 [E], which the caller keeps."""
+        library, reason = quantization.load()
+        assert library is not None, reason
+        function = ctypes.cast(library.superbolt_operand, ctypes.c_void_p)
+        return cls(function, FORMATS.index(format), inverse_scales.data_ptr())
+
+
+class LinearArguments(ctypes.Structure):
+    """`linear` of products.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_features", "in_features", "bf16", "cast")),
+        ("inputs", Rounding),
+        ("factors", ctypes.c_void_p),
+    )
+
+
+class Operands(NamedTuple):
+    """What a product does besides multiplying; the tensors are contiguous fp32 [E], E = 1 without experts."""
+
+    format: Literal["nvfp4", "fp8"] | None = None
+    """That inputs are rounded to; None: they stay as they are."""
+    inverse_scales: Tensor | None = None
+    """S of the inputs, in a format."""
+    factors: Tensor | None = None
+    """What results are multiplied by before they are rounded to the compute dtype; None: nothing."""
+
+
+PLAIN = Operands()
+
+
+def describe_linear(weight: Tensor, operands: Operands = PLAIN, source: torch.dtype | None = None) -> LinearArguments:
+    """Return a product as the C code knows it; the caller keeps the tensors.
+
+    Args:
+        weight: contiguous [O, I] or, of experts, [E, O, I], in the dtype of inputs and results.
+        operands: what is done besides.
+        source: dtype that inputs come in, fp32 or bf16; None: that of the weight.
+    """
+    bf16, factors = weight.dtype == torch.bfloat16, operands.factors
+    described = LinearArguments(
+        weight.data_ptr(),
+        *weight.shape[-2:],
+        bf16=bf16,
+        cast=bf16 and source == torch.float32,
+        factors=None if factors is None else factors.data_ptr(),
+    )
+    if operands.format is not None:
+        assert operands.inverse_scales is not None
+        described.inputs = Rounding.to(operands.format, operands.inverse_scales)
+    return described
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return (the library or None, "active" or the reason there is none)."""
     library, status = load_library(SOURCE, COMPILE)
+    if library is not None and quantization.load()[0] is None:
+        return None, quantization.load()[1]
     if library is not None:
         pointer, whole = ctypes.c_void_p, ctypes.c_int64
-        library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, whole, whole, whole, pointer]
+        library.superbolt_linear.argtypes = [pointer, whole, pointer, whole, pointer]
         library.superbolt_linear.restype = None
         library.superbolt_largest.argtypes = [pointer, whole, whole, pointer]
         library.superbolt_largest.restype = None
@@ -46,12 +113,13 @@ def applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+def few_rows_linear(x: Tensor, weight: Tensor, operands: Operands = PLAIN) -> Tensor:
     """Return fp32 x W^T, rounded to bf16 where that is the dtype of the operands; see `applies`.
 
     Args:
         x: [..., I], fp32 or bf16.
         weight: [O, I], dtype of `x`.
+        operands: what is done besides.
 
     Returns:
         fp32 [..., O].
@@ -63,9 +131,7 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     library.superbolt_linear(
         wide.data_ptr(),
         wide.numel() // wide.shape[-1],
-        weight.data_ptr(),
-        *weight.shape,
-        weight.dtype == torch.bfloat16,
+        ctypes.byref(describe_linear(weight, operands)),
         torch.get_num_threads(),
         out.data_ptr(),
     )

@@ -2,8 +2,8 @@
 #include "products.h"
 
 /* Logits, or any product without bias: y [rows, O] = x [rows, I] W^T. */
-void superbolt_linear(const float *x, i64 rows, const void *weight, i64 out, i64 in, i64 bf16, i64 threads, float *y) {
-    multiply(x, rows, weight, out, in, bf16, threads, y);
+void superbolt_linear(const float *x, i64 rows, const linear *l, i64 threads, float *y) {
+    multiply(x, rows, l, threads, y);
 }
 
 /* The most likely token of each row of scores [rows, count]. */

@@ -1,5 +1,6 @@
 /* Products of a few rows on a CPU, W stored [O, I], and the largest of a row: what products.c hands to Python and other C
- * code builds on. fp32 arithmetic, rounded to bf16 where that is the format. Shapes: I in-features, O out-features.
+ * code builds on. fp32 arithmetic, rounded to bf16 where that is the format. Shapes: I in-features, O out-features, E
+ * experts.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +18,21 @@ typedef uint32_t u16 __attribute__((vector_size(64)));
 #define MANY_ROWS 9             /* rows from which they go side by side in lanes */
 #define BLOCK 8                 /* outputs computed at once in lanes */
 #define PARALLEL_WORK (1 << 21) /* multiply-adds from which threads pay */
+
+/* How numbers are rounded to few bits: `superbolt_operand` of quantization.c, which is compiled without -ffast-math. */
+typedef struct {
+    void (*round)(const float *x, i64 count, i64 format, float encode, i64 unscaled, float *out); /* NULL: not at all */
+    i64 format;
+    const float *encode; /* S, [E] */
+} rounding;
+
+typedef struct {
+    const void *weight;   /* [O, I], experts: [E, O, I]; of a quantised one the numbers times their block scales */
+    i64 out, in, bf16;    /* bf16: weight, inputs and results are bf16, else fp32 */
+    i64 cast;             /* inputs come in fp32, to be rounded to bf16 */
+    rounding inputs;      /* behind that */
+    const float *factors; /* [E], what results are multiplied by before they are rounded; NULL: nothing */
+} linear;
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
 
@@ -186,30 +202,45 @@ static void lane_rows(const v16 *side, int rows, const void *weight, i64 bf16, i
         for (int j = 0; j < count; j++) y[r][first + j] = sums[j][r];
 }
 
-/* y[r] = W x[r] for rows given by pointers, rounded to bf16 where that is the format. */
-static void multiply_rows(const float *const *x, float *const *y, i64 rows, const void *weight, i64 out, i64 in,
-                          i64 bf16, i64 most_threads) {
+/* Copies rows of x side by side and rounds them as a product takes them. */
+static void round_rows(const float **x, int rows, const linear *l, i64 expert, float *rounded) {
+    i64 in = l->in;
+    for (int r = 0; r < rows; r++) x[r] = memcpy(rounded + r * in, x[r], (size_t)in * sizeof(float));
+    round_all(rounded, rows * in, l->cast);
+    if (l->inputs.round) l->inputs.round(rounded, rows * in, l->inputs.format, l->inputs.encode[expert], 1, rounded);
+}
+
+/* y[r] = W x[r] of one expert for rows given by pointers, rounded to bf16 where that is the format. */
+static void multiply_rows(const float *const *inputs, float *const *y, i64 rows, const linear *l, i64 expert,
+                          i64 most_threads) {
+    i64 out = l->out, in = l->in, bf16 = l->bf16;
+    const void *weight = (const char *)l->weight + expert * out * in * (bf16 ? 2 : 4);
+    float factor = l->factors ? l->factors[expert] : 1;
+    float *rounded = l->cast || l->inputs.round ? malloc((size_t)(rows < LANES ? rows : LANES) * in * sizeof(float)) : NULL;
     int threads = rows * out * in >= PARALLEL_WORK ? (int)most_threads : 1;
     for (i64 start = 0; start < rows;) {
         int part = (int)(rows - start < LANES ? rows - start : LANES);
+        if (part < MANY_ROWS) part = part < FEW_ROWS ? part : FEW_ROWS;
+        const float *x[LANES];
+        for (int r = 0; r < part; r++) x[r] = inputs[start + r];
+        if (rounded) round_rows(x, part, l, expert, rounded);
         if (part < MANY_ROWS) {
-            part = part < FEW_ROWS ? part : FEW_ROWS;
             v16 *side = part > 2 && in % LANES == 0 ? aligned_alloc(64, (size_t)(in / QUAD) * sizeof(v16)) : NULL;
             if (side)
                 for (i64 i = 0; i < in; i++)
                     for (int r = 0; r < QUAD; r++)
-                        ((float *)side)[i / QUAD * LANES + QUAD * r + i % QUAD] = r < part ? x[start + r][i] : 0;
+                        ((float *)side)[i / QUAD * LANES + QUAD * r + i % QUAD] = r < part ? x[r][i] : 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
             for (i64 block = 0; block < (out + 63) / 64; block++) {
                 i64 first = block * 64, end = first + 64 < out ? first + 64 : out, whole = side ? end / QUAD * QUAD : first;
                 if (side) quad_rows(side, part, weight, bf16, in, first, whole, y + start);
-                dot_rows(x + start, part, weight, bf16, in, whole, end, y + start);
+                dot_rows(x, part, weight, bf16, in, whole, end, y + start);
             }
             free(side);
         } else {
             v16 *side = aligned_alloc(64, (size_t)in * sizeof(v16));
             for (i64 i = 0; i < in; i++)
-                for (int r = 0; r < LANES; r++) side[i][r] = r < part ? x[start + r][i] : 0;
+                for (int r = 0; r < LANES; r++) side[i][r] = r < part ? x[r][i] : 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
             {
                 float *wide = bf16 ? malloc((size_t)in * BLOCK * sizeof(float)) : NULL;
@@ -221,17 +252,23 @@ static void multiply_rows(const float *const *x, float *const *y, i64 rows, cons
             }
             free(side);
         }
-        for (int r = 0; r < part; r++) round_all(y[start + r], out, bf16);
+        for (int r = 0; r < part; r++) {
+            float *row = y[start + r];
+            if (l->factors)
+                for (i64 i = 0; i < out; i++) row[i] *= factor;
+            round_all(row, out, bf16);
+        }
         start += part;
     }
+    free(rounded);
 }
 
 /* y [rows, O] = x [rows, I] W^T. */
-static void multiply(const float *x, i64 rows, const void *weight, i64 out, i64 in, i64 bf16, i64 threads, float *y) {
+static void multiply(const float *x, i64 rows, const linear *l, i64 threads, float *y) {
     const float *from[rows];
     float *to[rows];
-    for (i64 r = 0; r < rows; r++) from[r] = x + r * in, to[r] = y + r * out;
-    multiply_rows(from, to, rows, weight, out, in, bf16, threads);
+    for (i64 r = 0; r < rows; r++) from[r] = x + r * l->in, to[r] = y + r * l->out;
+    multiply_rows(from, to, rows, l, 0, threads);
 }
 
 /* ------------------------------------------------------------------------------------------------------- largest */

@@ -271,3 +271,18 @@ void superbolt_fp8(const job *j, float largest) {
         }
     }
 }
+
+/* ----------------------------------------------------------------------------------------- operands of few-row products */
+
+/* What NVFP4 (format 0) or FP8 leaves of numbers with one S, `encode`: times S where `unscaled`. Of NVFP4 they are whole
+ * blocks, whatever rows these come from, and lie as the 16 lanes of a patch. `out` may be `x`. */
+void superbolt_operand(const float *x, i64 count, i64 format, float encode, i64 unscaled, float *out) {
+    i64 rows = count % N ? 1 : count / N;
+    job j = {.x = x, .matrices = 1, .rows = rows, .columns = count / rows, .out = out, .kind = FLOAT32};
+    j.rows_per_scale = rows, j.encode = j.amax = &encode, j.unscaled = unscaled, j.threads = 1;
+    j.along_rows = format; /* FP8 has no blocks: patches need no turning */
+    if (format)
+        superbolt_fp8(&j, 448);
+    else
+        superbolt_quantize(&j);
+}

@@ -90,7 +90,9 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             getattr(library, f"superbolt_{function}").argtypes = [ctypes.c_void_p]
         library.superbolt_amax.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         library.superbolt_fp8.argtypes = [ctypes.c_void_p, ctypes.c_float]
-        for function in ("quantize", "rotate", "mxfp8", "amax", "fp8"):
+        whole = ctypes.c_int64
+        library.superbolt_operand.argtypes = [ctypes.c_void_p, whole, whole, ctypes.c_float, whole, ctypes.c_void_p]
+        for function in ("quantize", "rotate", "mxfp8", "amax", "fp8", "operand"):
             getattr(library, f"superbolt_{function}").restype = None
     return library, status
 

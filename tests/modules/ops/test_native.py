@@ -5,6 +5,7 @@ import torch
 
 from modules.ops import native
 from modules.ops.native import library
+from modules.precision import fp8, nvfp4
 from tests.modules.helpers import assert_close
 
 
@@ -26,6 +27,26 @@ def test_product_of_few_rows(rows, size, dtype):
     assert native.applies(x, weight)
     exact = x.double() @ weight.double().T
     assert_close(native.few_rows_linear(x, weight), exact.to(dtype), 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize(("format", "size"), [("nvfp4", 16), ("nvfp4", 304), ("fp8", 16), ("fp8", 45)])
+def test_inputs_are_rounded_as_elsewhere(rows: int, size: int, format) -> None:
+    """Bit for bit: an identity as the weight shows them."""
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.rand(rows, size, generator=generator) * 40 - 30
+    x = torch.randn(rows, size, generator=generator) * torch.exp2(magnitudes)
+    x[0, : size // 2], x[-1, -2:] = 0, 1e30
+    x, inverse_scale = x.bfloat16(), torch.tensor([3.7])
+    options = nvfp4.Options(inverse_scale=inverse_scale[0])
+    wanted = nvfp4.gemm_operand(x, options)[0] if format == "nvfp4" else fp8.gemm_operand(x, inverse_scale[0])[0]
+    identity = torch.nn.Parameter(torch.eye(size).bfloat16())
+    found = native.few_rows_linear(x, identity, native.Operands(format, inverse_scale, None))
+    assert torch.equal(found, wanted.float())
+    assert found.abs().amax() == (6 * 448 if format == "nvfp4" else 448)
+    factors = torch.tensor([0.3])
+    found = native.few_rows_linear(x, identity, native.Operands(format, inverse_scale, factors))
+    assert torch.equal(found, (wanted.float() * 0.3).bfloat16().float())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 100), (16, 8192)], ids=str)
