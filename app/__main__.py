@@ -32,10 +32,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return dispatch(given)
     except KeyboardInterrupt:
         return interrupted()
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
-            return interrupted()
-        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -82,6 +78,9 @@ def dispatch(args: list[str]) -> int:
         return 0 if args else 2
     command, rest = args[0], args[1:]
     if command in TRAINING:
+        from callbacks.stop_request import STOP
+
+        STOP.listen()
         from app.cli import RunCLI
 
         RunCLI(rest, command).run()

@@ -7,11 +7,13 @@ import types
 import typing
 from argparse import Action
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app.explain import explain
+from app.options import check_local
 from modules.errors import UserError
 
 RUN = "--config FILE --key=value"
@@ -66,6 +68,10 @@ def call(command: str, args: list[str]) -> int:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         args, run = split(args, list(parser._option_string_actions))
     values = vars(parser.instantiate(parser.parse_args(args)))
+    for name, value in values.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                check_local(str(path), name)
     positional: list[Any] = []
     for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:

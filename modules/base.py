@@ -27,7 +27,7 @@ from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
-from modules.checkpoints.start import start_from
+from modules.checkpoints.start import open_fitting, start_from
 from modules.errors import UserError
 from modules.metrics import Metrics
 from modules.objectives.next_token import next_token_loss
@@ -205,6 +205,25 @@ class StageModule(LightningModule):
         tokens, labels = torch.randint(self.data.vocab_size, (2, rows, length), generator=generator)
         return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
 
+    def check_run(self, data: TrainingData, device_type: str) -> None:
+        """Refuse what does not fit together before anything is written: no folder, no prepared corpus.
+
+        Args:
+            data: the datamodule of the run, not set up.
+            device_type: where the network will compute, cpu or cuda.
+
+        Raises:
+            UserError: the data do not fit the network or the schedule, the recipe the network, an option the device,
+                or init_from the backbone.
+        """
+        self.schedule.check_length(data.total.tokens)
+        self._check_vocabulary(data)
+        if self.compile_layers:
+            _check_compiler(device_type)
+        self.build_network(device_type)
+        if self.init_from is not None:
+            open_fitting(self.backbone_config, self.init_from)
+
     def configure_model(self) -> None:
         """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
@@ -214,15 +233,10 @@ class StageModule(LightningModule):
         if self.network is not None:
             return
         device = self.strategy.root_device
-        if self.data.vocab_size > self.backbone_config.vocab_size:
-            raise UserError(
-                f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
-                f"{self.data.vocab_size}; raise it to at least that"
-            )
+        self._check_vocabulary(self.data)
         network = self.build_network(device.type)
         if self.compile_layers:
-            if device.type != "cuda":
-                raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
+            _check_compiler(device.type)
             for layer in network.modules():
                 # A compiled mixture with FSDP2's hooks inside computes garbage for its shapes (fp32, torch 2.13).
                 if isinstance(layer, Layer) and layer.letter != "E":
@@ -233,6 +247,13 @@ class StageModule(LightningModule):
         else:
             self.initial_weights = start_from(network, self.init_from, self.data.tokenizer_folder)
         self.network = network
+
+    def _check_vocabulary(self, data: TrainingData) -> None:
+        if data.vocab_size > self.backbone_config.vocab_size:
+            raise UserError(
+                f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
+                f"{data.vocab_size}; raise it to at least that"
+            )
 
     def configure_optimizers(self) -> Optimizer:
         """Return the one optimiser."""
@@ -410,3 +431,8 @@ class StageModule(LightningModule):
         """Restore it (a checkpoint from before there was one starts with an empty window)."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
+
+
+def _check_compiler(device_type: str) -> None:
+    if device_type != "cuda":
+        raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")

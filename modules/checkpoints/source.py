@@ -75,21 +75,25 @@ def open_model(path: Path) -> ModelFolder:
         problem = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
     if (path / INDEX).exists() or (path / folder.MANIFEST).exists():
-        return TrainingSource(path)
+        return TrainingSource(path.parent / path.readlink() if path.is_symlink() else path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
     if (path / folder.CHECKPOINTS).is_dir():
-        return TrainingSource(_newest(path))
+        return _newest(path)
     raise UserError(
         f"{path} is no MODEL: it holds neither {folder.MANIFEST} (a folder that fit wrote), nor "
         f"{folder.CHECKPOINTS}/ (a run's folder), nor {CONFIG} (a Hugging Face folder)"
     )
 
 
-def _newest(run: Path) -> Path:
-    """Return the newest undamaged checkpoint of a run."""
+def _newest(run: Path) -> TrainingSource:
+    """Open the newest undamaged checkpoint of a run."""
     path, damaged = folder.newest(run / folder.CHECKPOINTS)
     if path is None:
         problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
         raise UserError(f"{run} has no complete checkpoint" + (f" ({problems})" if damaged else " yet"))
-    return path
+    source = TrainingSource(path)
+    source.notes = [
+        f"warning: {other} is damaged and passed over: {problem}; {path.name} is taken" for other, problem in damaged
+    ]
+    return source

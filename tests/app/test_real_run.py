@@ -155,7 +155,7 @@ def test_a_checkpoint_in_micro_batches_goes_on_at_its_step(program, run_file, wh
     folder.publish(saved, folder.describe(saved))
     result = start(program, run_file, tmp_path)
     assert result.code == 0, result.output
-    assert "goes on after step 4 of 4" in result.output
+    assert f"goes on after step 4 of {STEPS}" in result.output
     ours, theirs = (load_tensors(run / "checkpoints" / f"step={STEPS:08d}") for run in (tmp_path / "run", whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
