@@ -37,10 +37,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return dispatch(given)
     except KeyboardInterrupt:
         return interrupted()
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into exit code 1
-            return interrupted()
-        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -116,11 +112,14 @@ def train(command: str, args: list[str]) -> None:
     """Check the command line of a run, say what is about to happen, and import what carries it out."""
     from app.run_keys import check_files, check_run, run_of, wants_text
 
-    given = check_run(args, command)
+    given = check_run(args)
     if not wants_text(args):
         check_files(given)
         if "LOCAL_RANK" not in os.environ:
             print(f"{command} {' + '.join(given.files)} ({run_of(given)}): loading ...", file=sys.stderr, flush=True)
+    from callbacks.stop_request import STOP
+
+    STOP.listen()
     from app.cli import RunCLI
 
     RunCLI(args, command).run()

@@ -22,19 +22,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import app.strategies  # noqa: F401 (registers the strategy "sharded")
 from app import environment
 from app.errors import shorten
+from app.logger import RunLogger, RunStart
 from app.loop import use_step_loop
 from app.noise import silence
+from app.options import check_local
 from app.parser import RunParser
-from app.run_folder import SHOWN, RunFolder, differences
+from app.run_folder import ROOT, SHOWN, RunFolder, differences
 from app.run_keys import CALLBACKS, OWNED
 from app.strategies import ShardedStrategy
 from callbacks.checkpoint import RandomState
 from callbacks.console import Startup, Summary, validation_line
 from callbacks.dashboard import Dashboard
 from callbacks.data_use import DataUse
-from callbacks.preemption import Preemption
+from callbacks.preemption import Preemption, TimeLimit
 from callbacks.speed import Speed
 from callbacks.step import in_order
+from callbacks.stop_request import STOP
 from datamodules.base import StageData
 from modules.base import StageModule
 from modules.batch import HeldOutText
@@ -88,7 +91,9 @@ class RunCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-        root = self.config.trainer.default_root_dir
+        root, given = self.config.trainer.default_root_dir, self.config.ckpt_path
+        check_local(str(root), "trainer.default_root_dir")
+        check_local(given or "", "--ckpt_path")
         self.run_folder = RunFolder(Path(root), self.config.name)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
@@ -102,18 +107,17 @@ class RunCLI(LightningCLI):
             Trainer, "trainer", skip=set(OWNED), instantiate=False, fail_untyped=False, sub_configs=True
         )
         parser.set_defaults(
-            {"trainer.strategy": "sharded", "trainer.default_root_dir": "runs", "trainer.log_every_n_steps": 1}
+            {"trainer.strategy": "sharded", "trainer.default_root_dir": str(ROOT), "trainer.log_every_n_steps": 1}
         )
         parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=True)
         parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
         for key, path in CALLBACKS.items():
             parser.add_lightning_class_args(resolve_name(path), key)
-        if self.command != "fit":
-            parser.add_argument(
-                "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
-            )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
+        )
         assert isinstance(parser, RunParser)
-        parser.command = self.command
+        parser.is_whole = True
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line."""
@@ -130,7 +134,9 @@ class RunCLI(LightningCLI):
 
     def config_text(self) -> str:
         """Return the resolved configuration, complete with all defaults and the content of files that it names."""
-        return self.parser.dump(self.config, skip_unset=False)
+        config = self.config.clone()
+        del config["ckpt_path"]  # belongs to a start, not to the run
+        return self.parser.dump(config, skip_unset=False)
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -164,10 +170,13 @@ class RunCLI(LightningCLI):
             self.model.init_from = None  # Lightning tells no module what it will load
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []
-        given["callbacks"] = in_order([*callbacks, *(own if isinstance(own, list) else [own])])
+        own = own if isinstance(own, list) else [own]
+        limit = given.pop("max_time")
         given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
         given["default_root_dir"] = str(self.run_folder.path)
         try:
+            own = own if limit is None else [TimeLimit(limit), *own]
+            given["callbacks"] = in_order([*callbacks, *own])
             trainer = Trainer(**given, **FORCED)
         except UserError:
             raise
@@ -177,6 +186,7 @@ class RunCLI(LightningCLI):
             raise UserError(
                 f"trainer.strategy: {self.config.trainer.strategy} is none of ours; leave it out or say sharded"
             )
+        STOP.before_leaving.append(trainer.strategy.end_processes)
         use_step_loop(trainer)
         return trainer
 
@@ -188,24 +198,32 @@ class RunCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train, from the start or from the run's newest checkpoint; say so if nothing is left to do."""
-        from app.logger import RunLogger
+        if rank_zero_only.rank != 0:
+            self._fit()
+            return
+        with self.run_folder.locked():
+            STOP.before_leaving.append(self.run_folder.release)
+            self._fit()
 
+    def _fit(self) -> None:
         config = self.config_text()
-        checkpoint = self._newest()
+        checkpoint = self._given() or self._newest()
         changes = differences(checkpoint, config) if checkpoint is not None else []
         if checkpoint is None or changes:
             self._check_values()
         if checkpoint is not None and self._is_finished(checkpoint, changes):
             return
-        step = folder.step_of(checkpoint) if checkpoint is not None else 0
-        self._prepare_folder(config)
+        self._say_holder()
         groups: dict[str, Any] = {key: self.instantiate(key) for key in CALLBACKS}
-        logger = RunLogger(self.run_folder.path, step)
-        preemption, interval = Preemption(groups["checkpoint"]), groups["console"].every_n_steps
-        speed = Speed(interval)
-        own = [RandomState(), DataUse(interval), speed, Startup(speed), Dashboard(interval), *groups.values()]
-        trainer = self._build([*own, preemption, Summary(environment.command("app.tensorboard"))], logger, checkpoint)
+        logger = RunLogger(self.run_folder.path, folder.step_of(checkpoint) if checkpoint is not None else 0)
+        interval = groups["console"].every_n_steps
+        next_start = "the same command without --ckpt_path" if self.config.ckpt_path else "the same command"
+        preemption, speed = Preemption(groups["checkpoint"], next_start), Speed(interval)
+        begin = [RunStart(self.run_folder, config, checkpoint), RandomState(), DataUse(interval), speed, Startup(speed)]
+        summary = Summary(environment.command("app.tensorboard"), next_start)
+        trainer = self._build([*begin, Dashboard(interval), *groups.values(), preemption, summary], logger, checkpoint)
         logger.trainer = trainer
+        self.model.check_run(self.datamodule, trainer.strategy.root_device.type)
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
 
     def _check_values(self) -> None:
@@ -224,13 +242,11 @@ class RunCLI(LightningCLI):
         self._evaluate()
 
     def _evaluate(self) -> None:
-        checkpoint = Path(self.config.ckpt_path) if self.config.ckpt_path else self._newest()
+        checkpoint = self._given() or self._newest()
         if checkpoint is None:
             raise UserError(
                 f"{self.run_folder.checkpoints} holds no checkpoint: run fit first, or give --ckpt_path FOLDER"
             )
-        if problem := folder.damage(checkpoint):
-            raise UserError(f"{checkpoint} is no complete checkpoint: {problem}")
         trainer = self._build([], None, checkpoint)
         evaluate = getattr(trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
@@ -239,9 +255,28 @@ class RunCLI(LightningCLI):
         _say(f"{checkpoint}: {validation_line(about['step'], self.model.metrics, gzip)}")
 
     @rank_zero_only
-    def _prepare_folder(self, config: str) -> None:
-        self.run_folder.clean()
-        self.run_folder.save_config(config)
+    def _say_holder(self) -> None:
+        self.run_folder.say_holder()
+
+    def _given(self) -> Path | None:
+        """Return the checkpoint of `--ckpt_path`; `fit` goes on from those of its own run only."""
+        if not self.config.ckpt_path:
+            return None
+        path, run = Path(self.config.ckpt_path), self.run_folder.path
+        if (path / folder.CHECKPOINTS).is_dir():
+            names = ", ".join(step.name for step in folder.checkpoints(path / folder.CHECKPOINTS))
+            raise UserError(f"--ckpt_path: {path} is a run; name a checkpoint in {path / folder.CHECKPOINTS} ({names})")
+        if problem := folder.damage(path):
+            raise UserError(f"--ckpt_path: {path} is no complete checkpoint: {problem.removeprefix(f'{path} is ')}")
+        if self.command == "fit":
+            path = path.resolve()  # `best` is a link
+            if run.resolve() not in path.parents:
+                raise UserError(
+                    f"--ckpt_path: {path} is no checkpoint of run {self.run_folder.name} ({run}); a new run starts "
+                    f"from it by another --name and --model.init_args.init_from {path}"
+                )
+            path = run / path.relative_to(run.resolve())
+        return path
 
     def _newest(self) -> Path | None:
         checkpoint, passed = self.run_folder.newest()
@@ -250,21 +285,39 @@ class RunCLI(LightningCLI):
         return checkpoint
 
     def _is_finished(self, checkpoint: Path, changes: list[str]) -> bool:
-        """Say where the run stands and what has changed; return whether there is nothing left to do."""
+        """Say where the run stands and what has changed; return whether there is nothing left to do.
+
+        Raises:
+            UserError: the configuration ends before the checkpoint.
+        """
         about = folder.describe(checkpoint)
+        step, last, ends_by = about["step"], about["last_step"], ""
         run = f"run {self.run_folder.name} ({self.run_folder.path})"
-        if about["finished"] and not changes:
-            _say(f"{run} is finished: {about['step']} steps. " + _metrics(about["metrics"]))
-            _say("Nothing to do. Give another --name for a new run, or change the configuration to train longer.")
-            return True
-        _say(f"{run} goes on after step {about['step']} of {about['last_step']}")
         if changes:
-            _say("changed since the checkpoint:")
+            last, ends_by = self._last_step()
+        if step > last:
+            raise UserError(
+                f"{ends_by}: the run is to end at step {last}, but {checkpoint} is of step {step} already; raise it, "
+                f"or go back to a step of {self.run_folder.checkpoints} with --ckpt_path"
+            )
+        finished = step == last if changes else about["finished"]
+        if finished:
+            _say(f"{run} is finished: {step} steps. " + _metrics(about["metrics"]))
+            _say("Nothing to do. Give another --name for a new run, or change the configuration to train longer.")
+        else:
+            _say(f"{run} goes on after step {step} of {last}")
+        if changes:
+            _say("changed since the checkpoint:" if not finished else "changed since, to no effect:")
             for line in changes[:SHOWN]:
                 _say(f"  {line}")
             if len(changes) > SHOWN:
                 _say(f"  and {len(changes) - SHOWN} more")
-        return False
+        return finished
+
+    def _last_step(self) -> tuple[int, str]:
+        """Return the last step of the configuration, and the key that decides it."""
+        steps, most = self.instantiate("data").total.steps, self.config.trainer.max_steps
+        return (most, "trainer.max_steps") if 0 < most < steps else (steps, "data")
 
 
 SUMMARIES = {command: (getattr(RunCLI, command).__doc__ or "").splitlines()[0] for command in COMMANDS}

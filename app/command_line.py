@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app import environment
 from app.explain import explain
+from app.options import check_local
 from app.run_keys import check_run, wants_text
 from modules.errors import UserError
 
@@ -89,9 +90,13 @@ def call(command: str, args: list[str]) -> int:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         args, run = split(args, list(parser._option_string_actions))
         if not wants_text(args):
-            check_run(run, "fit")
+            check_run(run)
     args = complete_flags(args, [f"--{name}" for name, hint in hints.items() if hint is bool])
     values = vars(parser.instantiate(parser.parse_args(args)))
+    for name, value in values.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                check_local(str(path), name)
     positional: list[Any] = []
     for parameter in parameters:
         name = parameter.name

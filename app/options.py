@@ -20,6 +20,8 @@ StateDtype = Literal["fp32", "float32", "fp16", "float16"]
 """Format of the Mamba states between tokens."""
 Device = Literal["auto", "cpu", "cuda"]
 """Where to compute; auto: a GPU if there is one."""
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")
+"""How a URL begins, and what a path makes of one."""
 UNITS = {"": 1} | {
     prefix + suffix: base ** (power + 1)
     for suffix, base in (("B", 1000), ("iB", 1024))
@@ -127,6 +129,16 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"--max_shard_size: {text!r} is no size; give one like 5GB, 500MB or 2GiB")
     return size
+
+
+def check_local(path: str, key: str) -> None:
+    """Check that a path is one of this machine.
+
+    Raises:
+        UserError: it is a URL, which would become a folder called `s3:`.
+    """
+    if URL.match(path):
+        raise UserError(f"{key}: {path} is a URL; give a path of this machine (copy what lies elsewhere here first)")
 
 
 def read_text(text: str) -> str:

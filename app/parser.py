@@ -15,9 +15,10 @@ from modules.errors import UserError
 
 
 class RunParser(LightningArgumentParser):
-    """LightningCLI's parser with short errors. `command` is set by the CLI that fills it."""
+    """LightningCLI's parser with short errors."""
 
-    command: str
+    is_whole = False
+    """Whether this is the parser of a run file, set by the CLI (jsonargparse makes others for parts of one)."""
 
     def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """Parse a command line; unknown keys and missing files are answered first.
@@ -26,16 +27,11 @@ class RunParser(LightningArgumentParser):
             UserError: with one line that names the key or file and the mend.
         """
         if self.is_whole:
-            self._given = check_run(args, self.command)
+            self._given = check_run(args)
             args = self._given.args
         else:  # for one key of a part, with the value that jsonargparse has read and written out again as Python does
             args = [re.sub("=None$", "=null", argument) for argument in args]
         return super().parse_args(args, **kwargs)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this is the parser of a run file (jsonargparse makes others for parts of one)."""
-        return hasattr(self, "command")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""

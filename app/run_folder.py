@@ -2,10 +2,20 @@
 
 runs/<name>/config.yaml                      the resolved configuration of the newest start
 runs/<name>/checkpoints/step=00000123/       see modules/checkpoints/folder.py
+runs/<name>/checkpoints/best                 link to the best of them, where checkpoint.keep_best asks for it
+runs/<name>/set_aside/1/step=00000123/       checkpoints that a start from an earlier step left behind
+runs/<name>/lock                             locked by the process that trains; says which one that is
 runs/<name>/spikes/step=00000123.pt          see callbacks/skipped_batches.py
 runs/<name>/events.out.tfevents.*            TensorBoard
 """
 
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +24,13 @@ import yaml
 from modules.checkpoints import folder
 from modules.errors import UserError
 
+ROOT = Path("runs")
+"""Where runs lie unless trainer.default_root_dir says otherwise."""
+LOCK = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+LOCK_TRIES, LOCK_PAUSE = 10, 0.1
+"""How often, and after how many seconds, a lock is tried again: `runs` holds it for a moment, to see whether it can."""
+SET_ASIDE = "set_aside"
 SHOWN = 20
 """Differences that are printed."""
 
@@ -34,6 +51,8 @@ class RunFolder:
             raise UserError(f"name: {name!r} is no folder name; letters, digits, - and _ are safe")
         self.path = root / name
         self.name = name
+        self._lock: int | None = None
+        self._made: list[Path] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -58,6 +77,74 @@ class RunFolder:
             )
         return path, [f"{other} is damaged and passed over: {problem}" for other, problem in damaged]
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run; the lock ends with the process, however that ends.
+
+        Where nothing but the lock was written by the end of the block, nothing is left: a rejected configuration leaves
+        no folder.
+
+        Raises:
+            UserError: another process trains the run.
+        """
+        self._made = [folder for folder in (self.path, self.path.parent) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / LOCK, os.O_RDWR | os.O_CREAT, LOCK_TRIES)
+        if self._lock is None:
+            raise UserError(
+                f"run {self.name} ({self.path}) is being trained by {self.holder()}; wait for it, stop it (Ctrl-C or "
+                "SIGTERM saves), or give another --name"
+            )
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the lock up; where nothing but the lock was written, leave nothing."""
+        if self._lock is None:
+            return
+        if list(self.path.iterdir()) == [self.path / LOCK]:
+            (self.path / LOCK).unlink()
+            for path in self._made:
+                if not any(path.iterdir()):
+                    path.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    def say_holder(self) -> None:
+        """Write into the lock, which this process holds, who that is."""
+        assert self._lock is not None
+        text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, text.encode(), 0)
+
+    def holder(self) -> str:
+        """Return who says to hold the lock."""
+        return (self.path / LOCK).read_text(encoding="utf-8").strip() or "another process"
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether another process trains the run."""
+        if not (self.path / LOCK).exists():
+            return False
+        file = _lock(self.path / LOCK, os.O_RDONLY, tries=1)
+        if file is not None:
+            os.close(file)
+        return file is None
+
+    def set_aside_after(self, step: int) -> Path | None:
+        """Move the checkpoints after a step out of the way, and return where they are now; None: there are none."""
+        later = [path for path in folder.checkpoints(self.checkpoints) if folder.step_of(path) > step]
+        if not later:
+            return None
+        place = self.path / SET_ASIDE
+        target = place / str(1 + max((int(path.name) for path in place.glob("[0-9]*")), default=0))
+        target.mkdir(parents=True)
+        for path in later:
+            path.rename(target / path.name)
+        return target
+
     def save_config(self, text: str) -> None:
         """Write the resolved configuration; it replaces that of an earlier start in one step."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -65,6 +152,33 @@ class RunFolder:
         partial.write_text(text, encoding="utf-8")
         folder.sync(partial)
         partial.rename(self.path / folder.RUN_CONFIG)
+
+
+def _lock(file: Path, flags: int, tries: int) -> int | None:
+    """Lock a file, shared where it is opened for reading; return its descriptor, or None if another process holds it.
+
+    It is a lock of the process: a loader's worker, forked from it, does not keep it. To open and close the file once
+    more would give it up.
+    """
+    kind = fcntl.LOCK_EX if flags & os.O_RDWR else fcntl.LOCK_SH
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(LOCK_PAUSE)
+        descriptor = os.open(file, flags, 0o644)
+        try:
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: {file}: this file system has no locks; start no second process with this run", flush=True)
+            return descriptor
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # it was removed by the process that held it
+    return None
 
 
 def differences(checkpoint: Path, config: str) -> list[str]:

@@ -68,7 +68,7 @@ UNCHECKED = re.compile(r"(.*\.help|.*\+|-h|help|print_config)$")
 
 
 @cache
-def run_keys(command: str) -> Keys:
+def run_keys() -> Keys:
     """Return the keys of a run file."""
     trainer = parameters("lightning.pytorch.Trainer") or {}
     return {
@@ -78,7 +78,7 @@ def run_keys(command: str) -> Keys:
         "model": None,
         "data": None,
         **{key: parameters(path) for key, path in CALLBACKS.items()},
-        **({} if command == "fit" else {"ckpt_path": None}),
+        "ckpt_path": None,
     }
 
 
@@ -86,7 +86,6 @@ def owned_keys() -> dict[str, str]:
     """Return dotted keys that are none of a run file, each with what to use instead."""
     return {f"trainer.{key}": mend for key, mend in OWNED.items()} | {
         "fit": "its keys stand at the top level",
-        "ckpt_path": "a run resumes by its name",
     }
 
 
@@ -95,14 +94,13 @@ class RunArguments:
 
     Args:
         args: command line after the command's name.
-        command: `fit`, `validate` or `test`.
 
     Raises:
         UserError: a file is missing or no YAML, or an option has no place.
     """
 
-    def __init__(self, args: Sequence[str], command: str) -> None:
-        self.keys = run_keys(command)
+    def __init__(self, args: Sequence[str]) -> None:
+        self.keys = run_keys()
         self.args: list[str] = []
         """The command line with `=true` behind each flag that stands alone."""
         self.files: dict[str, Any] = {}
@@ -141,13 +139,13 @@ class RunArguments:
 MISSING = object()
 
 
-def check_run(args: Sequence[str], command: str) -> RunArguments:
+def check_run(args: Sequence[str]) -> RunArguments:
     """Check a command line of `fit`, `validate` or `test` as far as that takes no time, and return what it says.
 
     Raises:
         UserError: a key is unknown, or a file is missing; names the file or key and the mend.
     """
-    given = RunArguments(args, command)
+    given = RunArguments(args)
     for place in walk(given.tree, given.keys):
         name = given.file_of(place.path)
         _check_place(place, "" if name is None else f"{name}: ")

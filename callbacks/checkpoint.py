@@ -34,21 +34,49 @@ class Checkpoint(StepCallback):
 
     Args:
         every_n_steps: Optimiser steps between checkpoints (>= 1); the last step is always saved.
-        keep_last: Number of checkpoints to keep (>= 1); older ones are deleted.
+        keep_last: Number of the newest checkpoints to keep (>= 1); older ones are deleted.
+        keep_every_n_steps: Checkpoints of steps that this number divides are kept for good; null: none.
+        keep_best: Number of the best checkpoints to keep for good; `checkpoints/best` is a link to the best of all.
+            Only those count whose step was validated.
+        best_metric: What is lowest in the best: validation/loss or validation/bits_per_byte.
     """
 
     order = 70  # after the user's own callbacks, whose state belongs to it
 
-    def __init__(self, every_n_steps: int = 100, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        keep_last: int = 2,
+        keep_every_n_steps: int | None = None,
+        keep_best: int = 0,
+        best_metric: str = "validation/loss",
+    ) -> None:
         self.every_n_steps = check_interval(every_n_steps, "checkpoint.every_n_steps")
         if keep_last < 1:
             raise UserError(f"checkpoint.keep_last is {keep_last}: at least one checkpoint must be kept")
-        self.keep_last = keep_last
+        if keep_every_n_steps is not None:
+            check_interval(keep_every_n_steps, "checkpoint.keep_every_n_steps")
+            if keep_every_n_steps % every_n_steps:
+                raise UserError(
+                    f"checkpoint.keep_every_n_steps is {keep_every_n_steps}: make it a multiple of "
+                    f"checkpoint.every_n_steps ({every_n_steps}), or there is nothing to keep"
+                )
+        if keep_best < 0:
+            raise UserError(f"checkpoint.keep_best is {keep_best}: it must not be negative; 0 keeps none")
+        if best_metric not in VALIDATED:
+            raise UserError(f"checkpoint.best_metric: {best_metric} must be one of {', '.join(VALIDATED)}")
+        self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
+        self.keep_best, self.best_metric = keep_best, best_metric
+        self.validated_step = -1
         self.saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what a resumed run has on disk already."""
         self.saved_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember of which step the metrics are."""
+        self.validated_step = trainer.global_step
 
     def on_step_closed(self, trainer: Trainer, module: LightningModule) -> None:
         """Save if it is due."""
@@ -89,19 +117,30 @@ class Checkpoint(StepCallback):
             "metrics": {
                 name: float(stage(pl_module).metrics[name]) for name in VALIDATED if name in stage(pl_module).metrics
             },
+            "validated": trainer.global_step == self.validated_step,
             "order": dict(data(trainer).order),
             "devices": trainer.world_size,
             "torch": str(torch.__version__),
         }
 
     def _remove_old(self, trainer: Trainer, parent: Path) -> None:
-        """Keep the newest up to this step; a later one was damaged when the run went back behind it."""
-        if trainer.is_global_zero:
-            found = folder.checkpoints(parent)
-            kept = [path for path in found if folder.step_of(path) <= trainer.global_step][: self.keep_last]
-            for path in found:
-                if path not in kept:
-                    trainer.strategy.remove_checkpoint(path)
+        """Keep what the settings say; all is told from the disk, whatever happened since the run began."""
+        if not trainer.is_global_zero:
+            return
+        found = folder.checkpoints(parent)
+        # a later one was damaged when the run went back behind it
+        past = [path for path in found if folder.step_of(path) <= trainer.global_step]
+        best = folder.best(past, self.best_metric)[: self.keep_best] if self.keep_best else []
+        kept = {*past[: self.keep_last], *best}
+        if self.keep_every_n_steps is not None:
+            kept |= {path for path in past if folder.step_of(path) % self.keep_every_n_steps == 0}
+        if best:
+            folder.link(parent / folder.BEST, best[0])
+        else:
+            (parent / folder.BEST).unlink(missing_ok=True)
+        for path in found:
+            if path not in kept:
+                trainer.strategy.remove_checkpoint(path)
 
 
 class RandomState(StepCallback):

@@ -161,12 +161,13 @@ class Summary(StepCallback):
 
     Args:
         tensorboard: command that shows the curves of a `--logdir`.
+        next_start: what goes on with a run that stopped before its end.
     """
 
     order = 90
 
-    def __init__(self, tensorboard: str) -> None:
-        self._tensorboard = tensorboard
+    def __init__(self, tensorboard: str, next_start: str = "the same command") -> None:
+        self._tensorboard, self._next_start = tensorboard, next_start
         self._started = 0.0
         self._tokens = 0
 
@@ -182,7 +183,7 @@ class Summary(StepCallback):
         tokens = source.progress.tokens - self._tokens
         passed = duration(time.perf_counter() - self._started)
         last = step_loop(trainer).last_step
-        state = "finished" if trainer.global_step >= last else f"stopped before step {last}; the same command goes on"
+        state = "finished" if trainer.global_step >= last else f"stopped before step {last}; {self._next_start} goes on"
         print(f"step {trainer.global_step}: {number(tokens)} tokens in {passed}, {state}", flush=True)
         reached = stage(pl_module).metrics.get("validation/bits_per_byte")
         gzip = source.gzip_bits_per_byte() if isinstance(source, HeldOutText) else None

@@ -9,10 +9,12 @@ Shapes: B rows of a micro-batch, T tokens in a row.
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 
 import numpy as np
 import torch
@@ -102,6 +104,7 @@ class Windows(Dataset[Window]):
         if workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
+            _start_deaf_forkserver()
         loader = DataLoader(
             self,
             batch_size=None,
@@ -145,6 +148,20 @@ class ValidationLoader:
             if not present:
                 filled.labels.fill_(IGNORED_LABEL)
             yield filled
+
+
+def _start_deaf_forkserver() -> None:
+    """Start the fork server with the signals blocked that terminals and schedulers send to all processes of a job.
+
+    Workers inherit that: the trainer, which has got the signal too, still needs their windows to the end of the step,
+    and ends them then.
+    """
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with(trainer: int, worker: int) -> None:

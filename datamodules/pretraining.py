@@ -106,11 +106,18 @@ class PretrainingData(StageData):
         return Progress(steps=steps, tokens=rows * self.sequence_length, samples=rows)
 
     def prepare_data(self) -> None:
-        """Prepare the default corpus where it is missing (on rank zero)."""
+        """Prepare the default corpus where it is missing (on rank zero).
+
+        Raises:
+            UserError: another one is missing, or micro-batches do not fit: nothing is prepared for such a run.
+        """
+        missing = self._missing_defaults
+        if missing:
+            _check_division(self.global_batch_size, self.micro_batch_size, 1)
         for source in self.sources.values():
-            folder = Path(source.path)
-            if is_remote(source.path) or folder.name != DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
-                continue
+            if Path(source.path) not in missing:
+                _check_prepared(source.path)
+        for folder in missing:
             print(f"{folder} is not there yet: preparing the Python standard library's sources", flush=True)
             preparation = Preparation(paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length)
             corpus, _ = prepare_corpus(preparation)
@@ -127,13 +134,9 @@ class PretrainingData(StageData):
         """
         _ = self.corpora, self.mixture, self._validation_readers
         super().setup(stage)
-        per_pass = self.micro_batch_size * self.ranks
-        if stage == "fit" and self.global_batch_size % per_pass:
-            raise UserError(
-                f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self.ranks} "
-                f"devices with data.micro_batch_size {self.micro_batch_size}; make it a multiple of {per_pass}"
-            )
-        self.micro_batches = self.global_batch_size // per_pass
+        if stage == "fit":
+            _check_division(self.global_batch_size, self.micro_batch_size, self.ranks)
+        self.micro_batches = self.global_batch_size // (self.micro_batch_size * self.ranks)
 
     def windows(self, first: int) -> Iterator[Window]:
         """Yield this rank's windows after the first `first` steps."""
@@ -166,7 +169,8 @@ class PretrainingData(StageData):
         Raises:
             UserError: if a step has another number of tokens than before.
         """
-        if state_dict["tokens_per_step"] != self.after(1).tokens:
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        if fitting and state_dict["tokens_per_step"] != self.after(1).tokens:
             raise UserError(
                 f"data.global_batch_size: a step of this run has {state_dict['tokens_per_step']} tokens, not "
                 f"{self.after(1).tokens}; keep global_batch_size x sequence_length, or start a new run"
@@ -182,11 +186,7 @@ class PretrainingData(StageData):
         """The corpora by name, checked against the options."""
         corpora: dict[str, Corpus] = {}
         for name, source in self.sources.items():
-            if not is_remote(source.path) and not (Path(source.path) / CORPUS_FILE).is_file():
-                raise UserError(
-                    f"data.path: {source.path} is no prepared corpus; make it with: "
-                    f"python -m app prepare FILES --output {source.path}"
-                )
+            _check_prepared(source.path)
             corpus = corpora[name] = Corpus(source.path)
             if corpus.sequence_length != self.sequence_length:
                 raise UserError(
@@ -201,6 +201,12 @@ class PretrainingData(StageData):
                     f"--tokenizer {first.tokenizer_folder}"
                 )
         return corpora
+
+    @property
+    def _missing_defaults(self) -> list[Path]:
+        """Folders of the default corpus that are still to be prepared."""
+        folders = [Path(source.path) for source in self.sources.values() if not is_remote(source.path)]
+        return [folder for folder in folders if folder.name == DEFAULT_CORPUS and not (folder / CORPUS_FILE).is_file()]
 
     @cached_property
     def mixture(self) -> Mixture:
@@ -267,7 +273,7 @@ class PretrainingData(StageData):
     @property
     def vocab_size(self) -> int:
         """V, the tokens of the tokenizer: the least vocabulary a model needs."""
-        return self._corpus.vocab_size
+        return Preparation.vocab_size if self._missing_defaults else self._corpus.vocab_size
 
     def token_bytes(self) -> Tensor:
         """Return int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
@@ -297,6 +303,22 @@ class PretrainingData(StageData):
         """
         openings = [ids for corpus in self.corpora.values() for ids in corpus.openings()]
         return [ids[:length] for ids in openings if len(ids) > length][:n]
+
+
+def _check_prepared(path: str) -> None:
+    if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
+        raise UserError(
+            f"data.path: {path} is no prepared corpus; make it with: python -m app prepare FILES --output {path}"
+        )
+
+
+def _check_division(rows: int, micro_batch_size: int, ranks: int) -> None:
+    per_pass = micro_batch_size * ranks
+    if rows % per_pass:
+        raise UserError(
+            f"data.global_batch_size: {rows} rows do not divide among {ranks} "
+            f"devices with data.micro_batch_size {micro_batch_size}; make it a multiple of {per_pass}"
+        )
 
 
 def _check_positive(**values: int) -> None:

@@ -27,7 +27,7 @@ from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
 from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
-from modules.checkpoints.start import start_from
+from modules.checkpoints.start import open_fitting, start_from
 from modules.checkpoints.training_source import TOKENIZER
 from modules.errors import UserError
 from modules.metrics import Metrics
@@ -210,6 +210,25 @@ class StageModule(LightningModule):
         tokens, labels = torch.randint(self.data.vocab_size, (2, rows, length), generator=generator)
         return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
 
+    def check_run(self, data: TrainingData, device_type: str) -> None:
+        """Refuse what does not fit together before anything is written: no folder, no prepared corpus.
+
+        Args:
+            data: the datamodule of the run, not set up.
+            device_type: where the network will compute, cpu or cuda.
+
+        Raises:
+            UserError: the data do not fit the network or the schedule, the recipe the network, an option the device,
+                or init_from the backbone.
+        """
+        self.schedule.check_length(data.total.tokens)
+        self._check_vocabulary(data)
+        if self.compile_layers:
+            _check_compiler(device_type)
+        self.build_network(device_type)
+        if self.init_from is not None:
+            open_fitting(self.backbone_config, self.init_from)
+
     def configure_model(self) -> None:
         """Build, shard, materialise and initialise (or load) the network; does nothing the second time.
 
@@ -220,11 +239,13 @@ class StageModule(LightningModule):
         if self.network is not None:
             return
         device = self.strategy.root_device
-        self._check_vocabulary()
+        checkpoint = self.trainer.ckpt_path
+        if checkpoint is not None and (tokenizer := Path(checkpoint) / TOKENIZER).is_dir():
+            self.data.check_tokenizer(tokenizer, Path(checkpoint))
+        self._check_vocabulary(self.data)
         network = self.build_network(device.type)
         if self.compile_layers:
-            if device.type != "cuda":
-                raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")
+            _check_compiler(device.type)
             for layer in network.modules():
                 # A compiled mixture with FSDP2's hooks inside computes garbage for its shapes (fp32, torch 2.13).
                 if isinstance(layer, Layer) and layer.letter != "E":
@@ -236,18 +257,14 @@ class StageModule(LightningModule):
             self.initial_weights = start_from(network, self.init_from, self.data, self.allow_other_tokenizer)
         self.network = network
 
-    def _check_vocabulary(self) -> None:
-        """Check that the ids of the data mean what they meant to the checkpoint, and that the network has them all."""
-        checkpoint = self.trainer.ckpt_path
-        if checkpoint is not None and (tokenizer := Path(checkpoint) / TOKENIZER).is_dir():
-            self.data.check_tokenizer(tokenizer, Path(checkpoint))
-        if self.data.vocab_size > self.backbone_config.vocab_size:
+    def _check_vocabulary(self, data: TrainingData) -> None:
+        if data.vocab_size > self.backbone_config.vocab_size:
             mend = "raise it to at least that"
             if self.init_from is not None:
                 mend = f"prepare the data with --tokenizer {self.init_from} and another --output"
             raise UserError(
                 f"model.backbone.vocab_size: {self.backbone_config.vocab_size} is less than the tokenizer's "
-                f"{self.data.vocab_size}; {mend}"
+                f"{data.vocab_size}; {mend}"
             )
 
     def configure_optimizers(self) -> Optimizer:
@@ -435,3 +452,8 @@ class StageModule(LightningModule):
         """Restore it (a checkpoint from before there was one starts with an empty window)."""
         if "step_guard" in checkpoint:
             self.step_guard.restore(checkpoint["step_guard"])
+
+
+def _check_compiler(device_type: str) -> None:
+    if device_type != "cuda":
+        raise UserError("model.compile_layers: only worth its start-up time on CUDA; set it to false")

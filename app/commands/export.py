@@ -48,17 +48,15 @@ def export(
     Example:
         python -m app export runs/pretrain --output tiny-hf
     """
+    from app.models import open_source
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
     from modules.checkpoints.layouts.detect import fitting_layout
     from modules.checkpoints.safetensors import show_size
-    from modules.checkpoints.source import open_model
 
     limit = parse_size(max_shard_size)
-    source = open_model(model)
+    source = open_source(model)
     layout = fitting_layout(format, source.quantization, source.path)
-    for note in source.notes:
-        print(f"note: {note}")
     print(f"{source.path}: {len(source.tensors):,} tensors", flush=True)
     chosen, report = short_dtype(dtype), lambda line: print(line, flush=True)
     if layout is not None:

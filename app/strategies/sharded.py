@@ -119,8 +119,12 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the processes that this one started: they would wait for it, and then complain about its absence."""
+        """End the processes that this one started."""
         super().on_exception(exception)
+        self.end_processes()
+
+    def end_processes(self) -> None:
+        """End the processes that this one started: they would wait for it, and then complain about its absence."""
         for process in getattr(self._launcher, "procs", []):
             process.kill()
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ RUN_CONFIG = "config.yaml"
 """The resolved configuration of a run, in its folder and in each of its checkpoints."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in that of a run."""
+BEST = "best"
+"""Link to the best checkpoint of a run, beside it."""
 PARTIAL = ".partial"
 REMOVED = ".removed"
 CHECKSUM_LIMIT = 256 * 2**20
@@ -183,16 +185,43 @@ def checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def best(found: Iterable[Path], metric: str) -> list[Path]:
+    """Return those checkpoints whose step was validated, the one with the lowest metric first; of equals the newer."""
+    scored = []
+    for path in found:
+        try:
+            about = describe(path)
+        except UserError:  # damaged
+            continue
+        value = about.get("metrics", {}).get(metric)
+        if about.get("validated") and value is not None and value == value:
+            scored.append((value, -step_of(path), path))
+    return [path for *_, path in sorted(scored)]
+
+
+def link(name: Path, target: Path) -> None:
+    """Make a name a link to a folder beside it, in one step."""
+    partial = name.with_name(name.name + ".new")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target.name, target_is_directory=True)
+    partial.replace(name)
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Return the folder of the checkpoint that a run takes after a step."""
     return run / CHECKPOINTS / f"step={step:08d}"
 
 
-def newest(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest complete checkpoint of a run, and the damaged ones that are newer, with what is wrong."""
+def newest(parent: Path, whole: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest complete checkpoint of a run, and the damaged ones that are newer, with what is wrong.
+
+    Args:
+        parent: folder of the checkpoints.
+        whole: see `damage`.
+    """
     damaged = []
     for path in checkpoints(parent):
-        problem = damage(path)
+        problem = damage(path, whole)
         if problem is None:
             return path, damaged
         damaged.append((path, problem))
@@ -223,8 +252,13 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no complete checkpoint: {MANIFEST} cannot be read ({error})") from error
 
 
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder in a few words, or None if it is complete."""
+def damage(folder: Path, whole: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint folder in a few words, or None if it is complete.
+
+    Args:
+        folder: the checkpoint.
+        whole: whether files are read, or only their sizes looked at.
+    """
     try:
         files = [(name, size, checksum) for name, (size, checksum) in describe(folder)["files"].items()]
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -235,7 +269,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _fingerprint(path) != [size, checksum]:
+        if whole and _fingerprint(path) != [size, checksum]:
             return f"{name} has changed"
     return None
 

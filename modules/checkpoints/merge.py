@@ -46,8 +46,7 @@ class MergedSource:
         self.tokenizer_folder, self.generation = first.tokenizer_folder, first.generation
         self.tensors: Mapping[str, TensorInfo] = first.tensors
         self.quantization: Quantization | None = None
-        self.notes = [note for source in sources for note in source.notes]
-        self.notes += [
+        self.notes = [
             f"{source.path} is quantised; its weights are averaged as the numbers they mean, and the result is plain"
             for source in sources
             if source.quantization is not None

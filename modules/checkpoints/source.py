@@ -71,16 +71,20 @@ def open_model(path: Path) -> ModelFolder:
     """
     folder.check_model(path)
     if (path / folder.INDEX).exists() or (path / folder.MANIFEST).exists():
-        return TrainingSource(path)
+        return TrainingSource(path.parent / path.readlink() if path.is_symlink() else path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
-    return TrainingSource(_newest(path))
+    return _newest(path)
 
 
-def _newest(run: Path) -> Path:
-    """Return the newest undamaged checkpoint of a run."""
+def _newest(run: Path) -> TrainingSource:
+    """Open the newest undamaged checkpoint of a run."""
     path, damaged = folder.newest(run / folder.CHECKPOINTS)
     if path is None:
         problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
         raise UserError(f"{run} has no complete checkpoint" + (f" ({problems})" if damaged else " yet"))
-    return path
+    source = TrainingSource(path)
+    source.notes = [
+        f"warning: {other} is damaged and passed over: {problem}; {path.name} is taken" for other, problem in damaged
+    ]
+    return source

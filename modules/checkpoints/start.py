@@ -10,7 +10,7 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.batch import TrainingData
 from modules.checkpoints.load import load_weights
-from modules.checkpoints.source import open_model
+from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
 
 ALWAYS = ("vocab_size", "hidden_size", "hybrid_override_pattern", "tie_word_embeddings", "layer_norm_epsilon")
@@ -43,11 +43,7 @@ def start_from(
     Raises:
         UserError: the MODEL cannot be read, or does not fit the run's backbone or data; names the keys that differ.
     """
-    try:
-        source = open_model(path)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-    check_fits(network.config, source.config, path)
+    source = open_fitting(network.config, path)
     lines = [str(source.path), *source.notes]
     if source.quantization is not None:
         lines.append("its weights are quantised; the run starts from the numbers they mean")
@@ -67,6 +63,20 @@ def start_from(
         )
     load_weights(network, source)
     return lines
+
+
+def open_fitting(run: BackboneConfig, path: Path) -> ModelFolder:
+    """Open the MODEL that a run starts from.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the run's backbone; names the keys that differ.
+    """
+    try:
+        source = open_model(path)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    check_fits(run, source.config, path)
+    return source
 
 
 def differing_fields(one: BackboneConfig, other: BackboneConfig) -> list[str]:

@@ -5,6 +5,7 @@ processes.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,3 +184,17 @@ class Stop(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         trainer.should_stop |= trainer.global_step == self.step
+
+
+class Wait(Callback):
+    """Makes steps long.
+
+    Args:
+        seconds: at the end of each; long enough for whoever watches, unless given.
+    """
+
+    def __init__(self, seconds: float = 20) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_end(self, *_: object) -> None:
+        time.sleep(self.seconds)

@@ -155,7 +155,7 @@ def test_a_checkpoint_in_micro_batches_goes_on_at_its_step(program, run_file, wh
     folder.publish(saved, folder.describe(saved))
     result = start(program, run_file, tmp_path)
     assert result.code == 0, result.output
-    assert "goes on after step 4 of 4" in result.output
+    assert f"goes on after step 4 of {STEPS}" in result.output
     ours, theirs = (load_tensors(run / "checkpoints" / f"step={STEPS:08d}") for run in (tmp_path / "run", whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -196,9 +196,7 @@ def test_a_run_starts_from_another_and_goes_on_without_it(program, run_file, who
 def test_every_chart_of_the_dashboard_finds_its_curves(whole):
     tags = scalars(whole)
     charts = [chart for charts in LAYOUT.values() for chart in charts]
-    assert [chart.title for chart in charts if not any(re.fullmatch(chart.curves, tag) for tag in tags)] == [
-        "MFU"
-    ]
+    assert [chart.title for chart in charts if not any(re.fullmatch(chart.curves, tag) for tag in tags)] == ["MFU"]
     named = {value for chart in charts for value in chart.references.values() if isinstance(value, str)}
     assert named == {tag for tag in tags if tag.startswith("reference/")}
     assert tags["experts/dead_fraction/worst"] == tags["residual/rms/mtp_1"] == [1, 9]
