@@ -17,6 +17,7 @@ from torch import Tensor
 from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.generation.runner import Runner
+from modules.ops import native
 
 BATCH_TOKENS = 8192
 """Positions in a forward pass unless others are asked for: enough to keep a CPU or a GPU busy."""
@@ -126,10 +127,10 @@ def _score_positions(networks: list[Network], targets: Tensor, *hidden: Tensor) 
         hidden: of each network, [n, D].
     """
     ours, *others = (network.logits(states).log_softmax(-1) for network, states in zip(networks, hidden, strict=True))
-    best = ours.argmax(-1)
+    best = native.largest(ours)
     fields = [_pick(ours, targets), best == targets]
     for other in others:
-        fields += [(other.exp() * (other - ours)).sum(-1), _pick(other, targets), best == other.argmax(-1)]
+        fields += [(other.exp() * (other - ours)).sum(-1), _pick(other, targets), best == native.largest(other)]
     return [values.cpu() for values in fields]
 
 

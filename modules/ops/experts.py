@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from modules.ops import scaled
 from modules.ops.kernels import device_kind, uncompiled
 
 _ALIGNMENT_BYTES = 16
@@ -151,9 +152,7 @@ def padded_places(rows: int, offsets: Tensor, block: int) -> tuple[Tensor, Tenso
 
 
 def _multiply(a: Tensor, b: Tensor, factor: float | None, out: Tensor | None = None) -> Tensor:
-    if factor is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=factor, out=out)
+    return torch.mm(a, b, out=out) if factor is None else scaled.multiply(a, b, factor, out)
 
 
 def _row_ranges(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from modules.ops.kernels import device_kind
+from modules.ops.kernels import cpu_multiplies_bf16, device_kind
 
 
 # An operation of its own: a CPU reads the scale on the host, which has no value on the meta device.
@@ -39,17 +39,21 @@ def _(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-def multiply(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+def multiply(a: Tensor, b: Tensor, scale: Tensor | float, out: Tensor | None = None) -> Tensor:
     """Do what `scaled_product` does, without the cost of an operation of its own where the host knows the scale.
 
     Args:
         a: [M, K], bf16.
         b: [K, N], bf16.
         scale: a number, or an fp32 scalar.
+        out: where the result goes, on a CPU; None: into a new tensor.
 
     Returns:
         bf16 [M, N].
     """
     if device_kind(a) == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32).mul_(scale).to(a.dtype)
-    return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale))
+    if cpu_multiplies_bf16():
+        return torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=float(scale), out=out)
+    product = torch.mm(a.float(), b.float()).mul_(float(scale))
+    return product.to(a.dtype) if out is None else out.copy_(product)

@@ -7,7 +7,8 @@ fp32 sums, and the scales of both tensors applied once, behind the sum. There is
 
 NVIDIA GPUs from compute capability 8.9 on multiply FP8 themselves: a plain linear with sizes that are multiples of 16
 then keeps its codes and takes torch's `scaled_mm`, whose terms are the same. This project has run it on a CPU alone.
-NVFP4, experts and weight-only layers are emulated everywhere.
+NVFP4, experts and weight-only layers are emulated everywhere. The C code of a CPU (`modules.ops.native`) does the same
+from the same memory for a few rows at a time: two bytes a weight, whatever the format has on the disk.
 Shapes: R rows, E experts, I in-features, O out-features.
 """
 

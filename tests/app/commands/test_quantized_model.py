@@ -74,8 +74,8 @@ def test_generate(quantized, program) -> None:
     result = program.run("generate", quantized, "--prompt", "def add", "--max_new_tokens", "8")
     assert result.code == 0, result.output
     assert f"note: {quantized}: {SERVED}\n" in result.output
-    assert "decoding runs in torch alone, several times slower than in C: that is for plain weights" in result.output
+    assert "decoding runs in torch alone" not in result.output
     assert "8 tokens in" in result.output
     result = program.run("generate", quantized, "--prompt", "def add", "--max_new_tokens", "8", "--dtype", "fp32")
     assert f"note: {quantized}: {DEQUANTISED}\n" in result.output
-    assert "that is for plain weights" not in result.output
+    assert "decoding runs in torch alone" not in result.output

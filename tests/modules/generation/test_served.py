@@ -8,6 +8,7 @@ import torch
 
 from modules.backbone.attention import Attention
 from modules.backbone.cache import AttentionState
+from modules.backbone.mamba import Mamba2
 from modules.backbone.model import Network
 from modules.generation import native
 from modules.generation.engine import Request, generate
@@ -161,6 +162,20 @@ def test_what_a_network_is_served_in_reaches_the_c_code() -> None:
     served = run("nvfp4")
     for other in (run("bf16"), run("w4a16"), run("fp8"), run("nvfp4", (0.001, 1.0)), run("nvfp4", (1.0, 0.001))):
         assert distance(served, other) > 2 * NEAR
+
+
+@needs_compiler
+def test_no_weight_is_held_twice(network) -> None:
+    runner = Runner(network, 1, 8)
+    assert runner.native is not None
+    mixers = [layer.mixer for layer in network.backbone.layers]
+    firsts = [mixer.in_proj for mixer in mixers if isinstance(mixer, Mamba2)]
+    held = [one.products[0] for one in runner.native.arguments if chr(one.kind) == "M"]
+    assert firsts
+    assert [one.weight for one in held] == [module.weight.data_ptr() for module in firsts]
+    assert {module.weight.dtype for module in firsts} == {torch.bfloat16}
+    described, owned = runner.native._tensors[0], {parameter.data_ptr() for parameter in network.parameters()}
+    assert all(tensor.data_ptr() in owned for tensor in described if tensor.ndim > 1)
 
 
 @needs_compiler

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import modules.precision.quantized_product
 from modules.errors import UserError
+from modules.ops import scaled
 from modules.ops.native import quantization as native
 from modules.precision.backends import EMULATED
 from modules.precision.linear import GroupedLinear, Head, Linear
@@ -148,6 +149,19 @@ def test_grouped_is_a_loop_over_experts(format, with_inputs, shared) -> None:
         if end > start:
             assert_close(y[start:end], expected(x[start:end], weights[expert]), ROUNDED_ONCE, f"expert {expert}")
     assert module(x[:0], torch.zeros(4, dtype=torch.int32)).shape == (0, 24)
+
+
+def test_a_cpu_without_instructions_for_bf16_multiplies_in_fp32(monkeypatch) -> None:
+    """The same sums, rounded once; nothing goes to bf16 products, which are slow there."""
+    weights, x = [quantized(24, 32, "nvfp4", 5.0, seed=expert) for expert in range(2)], inputs(40, 32)
+    module, grouped, ends = Linear(32, 24), GroupedLinear(2, 32, 24), torch.tensor([7, 40], dtype=torch.int32)
+    install(module, weights[:1])
+    install(grouped, weights)
+    monkeypatch.setattr(scaled, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(torch, "addmm", None)
+    assert_close(module(x), expected(x, weights[0]), ROUNDED_ONCE)
+    for weight, rows in zip(weights, (slice(0, 7), slice(7, 40)), strict=True):
+        assert_close(grouped(x, ends)[rows], expected(x[rows], weight), ROUNDED_ONCE)
 
 
 def test_a_head_gives_logits_of_the_lowest_ids_too() -> None:
