@@ -14,9 +14,14 @@ from tests.app.test_real_run import make_run_file
 def run(program: Program, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Path]:
     """A folder with a run of two steps, the options of its command, and the same text with another tokenizer."""
     folder = tmp_path_factory.mktemp("run")
-    file = make_run_file(folder, steps=2)
+    file = make_run_file(folder, steps=6)
     file.write_text(file.read_text().replace("recipe: super", "recipe: fp32"))
-    options = [f"--config={file}", f"--trainer.default_root_dir={folder}", "--mock_step.enabled=false"]
+    options = [
+        f"--config={file}",
+        f"--trainer.default_root_dir={folder}",
+        "--mock_step.enabled=false",
+        "--trainer.max_steps=2",
+    ]
     result = program.run("fit", *options)
     assert result.code == 0, result.output
     texts = {"sequence_length": 64, "vocab_size": 290, "validation_fraction": 0.2, "workers": 1}
@@ -36,7 +41,7 @@ def refusal(program: Program, *args: str) -> str:
 def test_a_run_on_data_of_another_tokenizer_is_refused(program, run, command):
     folder, options, other = run
     checkpoint = folder / "run" / "checkpoints" / "step=00000002"
-    more = [f"--data.init_args.path={other}", "--data.init_args.total_tokens=1024"]
+    more = [f"--data.init_args.path={other}"]
     more += [f"--ckpt_path={checkpoint}"] if command == "test" else []
     assert refusal(program, command, *options, *more) == (
         f"error: data.init_args.path: {other} has another tokenizer than {checkpoint}, to which ids mean other text; "
@@ -46,7 +51,7 @@ def test_a_run_on_data_of_another_tokenizer_is_refused(program, run, command):
 
 def test_starting_from_a_model_of_another_tokenizer_must_be_asked_for(program, run):
     folder, options, other = run
-    more = ["--name=started", f"--model.init_args.init_from={folder / 'run'}", "--data.init_args.total_tokens=256"]
+    more = ["--name=started", f"--model.init_args.init_from={folder / 'run'}", "--trainer.max_steps=1"]
     line = refusal(program, "fit", *options, *more, f"--data.init_args.path={other}")
     problem = f"data.init_args.path: {other} has another tokenizer than {folder / 'run'}, "
     assert line.startswith(f"error: {problem}")
@@ -61,7 +66,7 @@ def test_starting_from_a_model_of_another_tokenizer_must_be_asked_for(program, r
 @pytest.mark.parametrize("seed", [0, 1])
 def test_starting_on_the_same_data_says_so_and_another_seed_does_not(program, run, seed):
     folder, options, _ = run
-    more = [f"--name=again{seed}", f"--model.init_args.init_from={folder / 'run'}", "--data.init_args.total_tokens=256"]
+    more = [f"--name=again{seed}", f"--model.init_args.init_from={folder / 'run'}", "--trainer.max_steps=1"]
     result = program.run("fit", *options, *more, f"--data.init_args.seed={seed}")
     assert result.code == 0, result.output
     assert ("the same rows come in the same order again; another data.init_args.seed" in result.output) is (seed == 0)
