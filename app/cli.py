@@ -167,7 +167,7 @@ class RunCLI(LightningCLI):
     def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
         if checkpoint is not None:
-            self.model.init_from = None  # Lightning tells no module what it will load
+            self.model.init_from, self.model.resume_from = None, checkpoint
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []
         own = own if isinstance(own, list) else [own]

@@ -266,6 +266,7 @@ class PretrainingData(StageData):
         return {
             "fingerprints": {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()},
             "phases": [asdict(phase) for phase in self.phases],
+            "tokenizer": self._corpus.tokenizer.fingerprint,
             "sequence_length": self.sequence_length,
             "seed": self.seed,
         }

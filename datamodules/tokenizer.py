@@ -113,6 +113,8 @@ class Tokenizer:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"tokenizer: {folder} is not a folder; give a MODEL, or a Hugging Face tokenizer folder")
+        if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+            raise UserError(f"tokenizer: {folder} holds no tokenizer.json; give a MODEL, or a tokenizer folder")
         try:
             if (folder / "tokenizer.json").is_file():
                 inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -127,6 +127,8 @@ class StageModule(LightningModule):
         self.backbone_config, self.precision = backbone, precision
         self.optimizer_config, self.schedule = optimizer, schedule
         self.seed, self.init_from, self.allow_other_tokenizer = seed, init_from, allow_other_tokenizer
+        self.resume_from: Path | None = None
+        """Checkpoint that the program will load, set by it: Lightning tells no module."""
         self.initial_weights: list[str] = []
         """Where the weights come from, in lines for the user; empty for random ones and for a run that goes on."""
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
@@ -239,9 +241,6 @@ class StageModule(LightningModule):
         if self.network is not None:
             return
         device = self.strategy.root_device
-        checkpoint = self.trainer.ckpt_path
-        if checkpoint is not None and (tokenizer := Path(checkpoint) / TOKENIZER).is_dir():
-            self.data.check_tokenizer(tokenizer, Path(checkpoint))
         self._check_vocabulary(self.data)
         network = self.build_network(device.type)
         if self.compile_layers:
@@ -258,6 +257,9 @@ class StageModule(LightningModule):
         self.network = network
 
     def _check_vocabulary(self, data: TrainingData) -> None:
+        """Check that the ids of the data mean what they meant to the checkpoint, and that the network has them all."""
+        if self.resume_from is not None and (self.resume_from / TOKENIZER).is_dir():
+            data.check_tokenizer(self.resume_from / TOKENIZER, self.resume_from)
         if data.vocab_size > self.backbone_config.vocab_size:
             mend = "raise it to at least that"
             if self.init_from is not None:

@@ -35,12 +35,14 @@ def prepare(
 ) -> None:
     """Turn text, Markdown, source code, JSONL, Parquet and Hugging Face datasets into tokenised, packed rows for `fit`.
 
-    The same command in the same folder continues after an interruption, and the result is the same to the byte. What is
-    skipped or changed is counted with its reason in the summary and in OUTPUT/corpus.json.
+    The same command in the same folder continues after an interruption, and the result is the same to the byte. Other
+    options, or sources that changed since, are named and refused. What is skipped or changed is counted with its reason
+    in the summary and in OUTPUT/corpus.json.
 
     Args:
         paths: What to read, one or several of: files; folders, of which all files with the suffix of a text, source
-            code, JSONL or Parquet format are taken, hidden ones are not; folders written by `Dataset.save_to_disk`;
+            code, JSONL, Parquet or Jupyter format are taken, hidden ones are not, each may be compressed (.gz, .bz2,
+            .xz, .zst), of a notebook the sources of its cells are taken; folders written by `Dataset.save_to_disk`;
             URLs of such files (s3, gs, azure, http, https) and, in object stores, of folders; datasets of the Hugging
             Face Hub as hf:OWNER/NAME[/CONFIG][:SPLIT], by network or from the cache in HF_HOME, the split train unless
             given; the word `stdlib`, the Python standard library's sources. What URLs hold is downloaded into OUTPUT
@@ -57,6 +59,8 @@ def prepare(
             none.
         deduplicate: Whether to leave out a document whose text came before.
         encoding: Text that is not UTF-8: stop (strict), put U+FFFD for bad bytes (replace), or leave it out (skip).
+            UTF-16 and UTF-32 are decoded; a file that is binary, or mostly in another encoding, is left out (strict:
+            stops).
         empty: Documents without a visible character: stop (strict) or leave them out (skip).
         malformed: JSONL lines that are no object with the text key, nulls in the text column, and files, or rows of
             them, that cannot be read: stop (strict) or leave them out (skip).

@@ -9,6 +9,7 @@ from app.rows_file import read_rows
 from app.scoring import Reader
 from datamodules.text.corpus import Corpus, RowReader
 from datamodules.text.files import is_remote
+from datamodules.text.plain import format_of, read_plain
 from datamodules.text.preparation import CORPUS_FILE
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
@@ -111,10 +112,10 @@ def _spread(readers: Sequence[RowReader], lengths: Sequence[int], tokens: int) -
 
 def _file_rows(file: Path, reader: Reader) -> list[list[int]]:
     """Return the rows of a JSONL file as `score` takes them, or pieces of a text file."""
-    if file.suffix in JSONL:
+    if format_of(file) in JSONL:
         return [reader.tokens(row, where).ids for where, row in read_rows(file).items()]
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_plain(file).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"--data: {file} is no UTF-8 text ({error.reason} at byte {error.start})") from None
     ids = reader.tokenizer.encode(text)

@@ -1,3 +1,4 @@
+import json
 import shutil
 import sysconfig
 from pathlib import Path
@@ -13,6 +14,7 @@ from datamodules.loader import ValidationLoader
 from datamodules.pretraining import CorpusRef, Phase, PretrainingData
 from datamodules.text.corpus import Corpus
 from datamodules.text.preparation import prepare_corpus
+from datamodules.tokenizer import Tokenizer
 from modules.batch import PackedBatch, Progress, Window
 from modules.errors import UserError
 from tests.datamodules.conftest import small
@@ -278,3 +280,30 @@ def test_a_corrupt_chunk_stops_a_run_with_the_name_of_the_file(corpus_folder: Pa
     data.setup("fit")
     with pytest.raises(UserError, match=r"train/chunk-\d+-0\.bin: row \d+ cannot be read"):
         list(data.train_dataloader())
+
+
+def test_another_tokenizer_is_refused_by_the_key_of_the_data(corpus_folder: Path, tmp_path):
+    Tokenizer.train(["another text altogether " * 9], 300).save(tmp_path / "model" / "tokenizer")
+    same = Path(shutil.copytree(corpus_folder / "tokenizer", tmp_path / "same"))
+    written = json.loads((same / "tokenizer.json").read_text())
+    written["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (same / "tokenizer.json").write_text(json.dumps(written, indent=2))  # as transformers leaves it
+    sources = {name: CorpusRef(path=str(corpus_folder)) for name in ("one", "two")}
+    for key, data in (("path", make_data(corpus_folder)), ("sources", make_data(corpus_folder, sources=sources))):
+        data.check_tokenizer(same, tmp_path / "model")
+        message = f"data.init_args.{key}: {corpus_folder} has another tokenizer than {tmp_path / 'model'}, "
+        with pytest.raises(UserError, match=f"^{message}.* --tokenizer {tmp_path / 'model'} and another --output$"):
+            data.check_tokenizer(tmp_path / "model" / "tokenizer", tmp_path / "model")
+
+
+def test_the_seed_changes_the_order_and_nothing_else(corpus_folder: Path):
+    def epoch(seed: int) -> list[int]:
+        data = make_data(corpus_folder, seed=seed)
+        rows = data.mixture._orders[0].rows
+        return [int(row) for step in range(-(-rows // 8)) for row in data.mixture.draw(step).row][:rows]
+
+    orders = [epoch(seed) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list(range(len(orders[0])))
+    assert make_data(corpus_folder, seed=1).order != make_data(corpus_folder).order == make_data(corpus_folder).order

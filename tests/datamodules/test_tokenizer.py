@@ -162,3 +162,17 @@ def test_prompts_begin_as_in_transformers(tokenizer: Tokenizer, post_processor: 
     assert ids == AutoTokenizer.from_pretrained(tmp_path)("def f").input_ids
     assert (ids[0] == 1) == post_processor
     assert Tokenizer.load(tmp_path).encode_prompt("</s>")[-1] != 2
+
+
+def test_truncation_and_padding_of_the_file_never_cut_or_fill_a_document(tmp_path):
+    """transformers saves with a tokenizer what its last call asked for."""
+    plain = Tokenizer.train(["some text to train on " * 9], 300)
+    plain.save(tmp_path)
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.enable_truncation(4)
+    inner.enable_padding(length=64)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded, text = Tokenizer.load(tmp_path), "some text that is longer than four tokens"
+    assert loaded.encode(text) == plain.encode(text)
+    assert loaded.encode_documents([text])[0].tolist() == plain.encode(text)
+    assert loaded.fingerprint == plain.fingerprint

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from modules.batch import PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch
 from modules.errors import UserError
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
@@ -235,3 +235,19 @@ def test_validation_loss_and_bits_per_byte() -> None:
     before = network_state(module)
     make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in network_state(module).items())
+
+
+def test_validation_without_a_target_is_an_error_and_no_nan() -> None:
+    [batch] = row_batches(1)
+    batch.labels.fill_(IGNORED_LABEL)
+    data = ListData(row_batches(1), validation=[batch])
+    with pytest.raises(
+        UserError, match=r"^data\.init_args\.validation_rows: the held-out rows have no token to predict"
+    ):
+        make_trainer(limit_val_batches=1.0).validate(make_module(), data, verbose=False)
+    [batch] = data.validation = row_batches(1)
+    batch.labels[batch.labels != IGNORED_LABEL] = 5  # a token that stands for no byte
+    module = make_module()
+    make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
+    assert module.metrics["validation/loss"] > 0
+    assert "validation/bits_per_byte" not in module.metrics, "no bits per byte without a byte"

@@ -1,5 +1,6 @@
 """What is calibrated on and what is held out, of corpora and of files."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -152,6 +153,17 @@ def test_files_that_do_not_do_are_refused(source, tmp_path, name: str, content: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_texts(source, str(tmp_path / name), 100, 100)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_compressed_and_utf_16_files_are_texts_too(source, tmp_path, name: str):
+    lines = "".join(f'{{"text": "row {n} of some text"}}\n\n' for n in range(20))
+    (tmp_path / name).write_text(lines)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(lines.encode("utf-16")))
+    plain, packed = (read_texts(source, str(tmp_path / file), 100, 100) for file in (name, f"{name}.gz"))
+    assert plain is not None
+    assert packed is not None
+    assert plain[:2] == packed[:2]
 
 
 def test_a_folder_that_is_no_corpus_and_a_file_that_is_not_there(source, tmp_path):

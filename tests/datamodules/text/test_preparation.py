@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -307,3 +308,55 @@ def test_a_given_tokenizer_is_used_and_travels_along(sources: Path, corpus_folde
 def test_options_out_of_range_are_named(key: str, value: float, sources: Path, tmp_path):
     with pytest.raises(UserError, match=f"^{key}: "):
         small(sources, tmp_path / "out", **{key: value})
+
+
+def test_sources_that_changed_since_are_named_and_nothing_is_touched(sources: Path, tmp_path, capsys):
+    given, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(sources, given)
+    prepare_corpus(small(given, output))
+    before = tree(output)
+    files = sorted(given.rglob("*.txt"))
+    files[0].write_text("other text of another size")
+    files[1].unlink()
+    for number in range(5):
+        (given / f"new{number}.txt").write_text("new")
+    with pytest.raises(UserError) as error:
+        prepare_corpus(small(given, output))
+    added = ", ".join(str(given / f"new{number}.txt") for number in range(3))
+    assert str(error.value) == (
+        f"output: the sources changed since {output} was prepared: 5 added ({added} and 2 more), "
+        f"1 removed ({files[1]}), 1 changed ({files[0]}); give another --output, or delete {output} to prepare it anew"
+    )
+    assert tree(output) == before
+
+
+def test_only_the_text_of_the_sources_counts_where_times_differ(sources: Path, tmp_path):
+    given, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(sources, given)
+    prepare_corpus(small(given, output))
+    file = min(given.rglob("*.txt"))
+    text = file.read_text()
+    os.utime(file, (1, 1))
+    assert prepare_corpus(small(given, output))[1]
+    file.write_text(text[:-1] + ("y" if text[-1] == "x" else "x"))  # as long as before
+    with pytest.raises(UserError, match=rf"the sources changed .*: 1 changed \({file}\); give another"):
+        prepare_corpus(small(given, output))
+
+
+def test_a_corpus_of_an_earlier_version_is_complete_and_says_that_it_is_not_compared(sources: Path, tmp_path, capsys):
+    prepare_corpus(small(sources, tmp_path / "out"))
+    (tmp_path / "out" / "sources.json").unlink()
+    assert prepare_corpus(small(sources, tmp_path / "out"))[1]
+    assert "kept no list of its sources: they are not compared" in capsys.readouterr().out
+
+
+def test_nothing_is_listed_with_0_bytes(tmp_path):
+    (tmp_path / "in" / ".git").mkdir(parents=True)
+    for name, content in (("a.txt", b"a" * 99), ("b.txt", b"b" * 99), ("c.png", b"1234"), ("d.txt", b"")):
+        (tmp_path / "in" / name).write_bytes(content)
+    corpus, _ = prepare_corpus(Preparation(paths=[str(tmp_path / "in")], output=tmp_path / "out", workers=1))
+    text = describe(corpus)
+    assert "unsupported suffix (4 bytes): " in text
+    assert "hidden folder: " in text
+    assert "empty: " in text
+    assert "(0 bytes)" not in text

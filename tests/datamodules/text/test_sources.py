@@ -1,7 +1,14 @@
+import bz2
+import gzip
+import json
+import lzma
 import os
 import sysconfig
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from datamodules.text import sources
@@ -113,8 +120,6 @@ def test_malformed_lines_and_unreadable_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_oversized_documents_are_split_without_loss_at_line_ends(kind: str, tmp_path):
-    import json
-
     lines = [f"line {n} " + "é😀"[n % 2] * (n % 40) + "\n" for n in range(300)] + ["日" * 500]
     whole = "".join(lines)
     content = whole.encode() if kind == "text" else json.dumps({"text": whole}).encode() + b"\n"
@@ -138,10 +143,159 @@ def test_oversized_documents_are_split_without_loss_at_line_ends(kind: str, tmp_
 
 
 def test_ranges_of_a_jsonl_file_share_its_lines_exactly(tmp_path, monkeypatch):
-    import json
-
     texts = [f"document {n} " + "x" * (n * 7 % 50) for n in range(200)]
     write(tmp_path, {"a.jsonl": b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)})
     for size in (1, 13, 64, 1000, 10**6):
         monkeypatch.setattr(sources, "_JSONL_RANGE", size)
         assert read([tmp_path])[0] == texts
+
+
+TEXT = "größe = 'αβγ 日本'  # note\nprint(größe)\n" * 30
+ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig"]
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    methods = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+    }
+    return methods[suffix](content) if suffix else content
+
+
+def read_plain(folder: Path, copies: Path, **options: object) -> tuple[list[str], Tally]:
+    tally, policies = Tally(), Policies(**options)  # type: ignore[arg-type]
+    units = list_units([str(folder)], policies, tally, copies)
+    return [document.text for unit in units for document in read_unit(unit, policies, tally)], tally
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_utf_16_and_utf_32_are_decoded_with_a_mark_and_without(encoding: str, kind: str, tmp_path):
+    texts = [TEXT, "second\n"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n\r\n" for text in texts)
+    if kind == "text":
+        write(tmp_path / "in", {f"{n}.txt": text.encode(encoding) for n, text in enumerate(texts)})
+    else:
+        write(tmp_path / "in", {"a.jsonl": lines.encode(encoding)})
+    found, tally = read_plain(tmp_path / "in", tmp_path / "copies", encoding="strict")
+    assert found == texts
+    assert not tally.skipped
+    assert bool(tally.changed) is (encoding != "utf-8-sig")
+    assert all(reason.startswith("decoded from UTF-") for reason in tally.changed)
+
+
+def test_a_long_utf_16_file_is_split_like_any_other(tmp_path):
+    write(tmp_path / "in", {"a.txt": (TEXT * 40).encode("utf-16")})
+    texts, _ = read_plain(tmp_path / "in", tmp_path / "copies", max_document_bytes=5000)
+    assert "".join(texts) == TEXT * 40
+    assert len(texts) > 5
+
+
+BINARY = {
+    "png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0",
+    "elf": b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0\x3e\0\1\0\0\0",
+    "int16": np.arange(4000, dtype="<i2").tobytes(),
+    "float32": np.linspace(-1, 1, 3000, dtype="<f4").tobytes(),
+    "random": np.random.default_rng(0).bytes(9000),
+    "gzip": gzip.compress(TEXT.encode(), mtime=0),
+    "one": b"\0",
+    "late": b"header\n" * 2000 + np.random.default_rng(0).bytes(60_000),
+    "cp1251": "Съешь же ещё этих мягких французских булок. ".encode("cp1251") * 50,
+    "shift-jis": "日本語の文章をここに書きます。".encode("shift-jis") * 50,
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_what_is_no_text_is_left_out_by_name_and_never_becomes_replacement_characters(name: str, tmp_path):
+    write(tmp_path, {"a.txt": BINARY[name], "b.txt": TEXT.encode(), "c.txt": "caf\xe9 ".encode("latin-1") * 9})
+    texts, tally = read([tmp_path])
+    assert texts == [TEXT, "caf\ufffd " * 9]
+    [entry] = tally.skipped.values()
+    assert entry == {"count": 1, "bytes": len(BINARY[name]), "examples": [str(tmp_path / "a.txt")]}
+    with pytest.raises(UserError, match=r"a\.txt: (is binary, not text|byte \d+ is not UTF-8)"):
+        read([tmp_path / "a.txt"], encoding="strict")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_read_as_what_is_in_them(suffix: str, tmp_path):
+    lines = b'{"text": "one"}\n\n{"text": "two"}\n{broken\n'
+    pq.write_table(pa.table({"text": ["table"]}), tmp_path / "t.parquet")
+    files = {"a.jsonl": lines, "b.txt": TEXT.encode(), "c.py": TEXT.encode("utf-16"), "d.txt": BINARY["png"]}
+    files["e.parquet"] = (tmp_path / "t.parquet").read_bytes()
+    write(tmp_path / "in", {f"{name}{suffix}": compressed(content, suffix) for name, content in files.items()})
+    texts, tally = read_plain(tmp_path / "in", tmp_path / "copies")
+    assert texts == ["one", "two", TEXT, TEXT, "table"]
+    folder = tmp_path / "in"
+    examples = {reason: entry["examples"] for reason, entry in tally.skipped.items()}
+    assert examples == {
+        "binary, not text": [str(folder / f"d.txt{suffix}")], "not JSON": [f"{folder / f'a.jsonl{suffix}'}:4"]
+    }  # fmt: skip
+    copies = {file: file.stat().st_mtime_ns for file in (tmp_path / "copies").rglob("*") if file.is_file()}
+    assert read_plain(tmp_path / "in", tmp_path / "copies")[0] == texts
+    assert copies == {file: file.stat().st_mtime_ns for file in (tmp_path / "copies").rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no such format"])
+def test_a_damaged_compressed_file_is_left_out_whole_or_refused(suffix: str, damage, tmp_path):
+    content = compressed(np.random.default_rng(0).bytes(3000).hex().encode(), suffix)
+    write(tmp_path / "in", {f"a.txt{suffix}": damage(content), "b.txt": b"b"})
+    texts, tally = read_plain(tmp_path / "in", tmp_path / "copies")
+    assert texts == ["b"]
+    assert tally.skipped["cannot be decoded"]["examples"] == [str(tmp_path / "in" / f"a.txt{suffix}")]
+    with pytest.raises(UserError, match=rf"a\.txt{suffix}: cannot be decoded"):
+        read_plain(tmp_path / "in", tmp_path / "copies", malformed="strict")
+
+
+def test_archives_and_other_compressions_are_named_with_what_to_do(tmp_path):
+    names = ["a.zip", "b.tar.gz", "c.tgz", "d.jsonl.lz4", "e.gz", "f.png"]
+    write(tmp_path, dict.fromkeys(names, b"xxx"))
+    tally = read([tmp_path])[1]
+    assert {reason.split(":")[0]: entry["count"] for reason, entry in tally.skipped.items()} == {
+        "archive": 3, "compressed in a way that is not read": 1,
+        "compressed, but its name says not what": 1, "unsupported suffix": 1,
+    }  # fmt: skip
+    assert all(entry["bytes"] == 3 * entry["count"] for entry in tally.skipped.values())
+    for name, message in (("b.tar.gz", "archive: unpack it"), ("e.gz", "rename it"), ("d.jsonl.lz4", "unpack")):
+        with pytest.raises(UserError, match=rf"{name} is .*{message}"):
+            read([tmp_path / name])
+
+
+def test_notebooks_give_the_sources_of_their_cells(tmp_path):
+    output = {"output_type": "stream", "text": ["not this"]}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "prose \u00e4"], "metadata": {}},
+        {"cell_type": "code", "source": "x = 1\nprint(x)\n", "outputs": [output]},
+        {"cell_type": "code", "source": []},
+        {"cell_type": "raw", "source": "not this"},
+    ]
+    old = [{"cell_type": "code", "input": ["y = 2"], "outputs": [output]}, *cells[:1]]
+    files = {
+        "a.ipynb": json.dumps({"nbformat": 4, "cells": cells, "metadata": {}}),
+        "b.ipynb": json.dumps({"nbformat": 3, "worksheets": [{"cells": old}]}),
+        "c.ipynb": json.dumps({"nbformat": 4, "cells": []}),
+        "d.ipynb": '{"cells": 3}',
+        "e.ipynb": "{broken",
+        "f.ipynb": "[1]",
+    }
+    write(tmp_path, {name: content.encode() for name, content in files.items()})
+    texts, tally = read([tmp_path], max_document_bytes=100)
+    assert texts == ["# Title\nprose \u00e4\n\nx = 1\nprint(x)\n", "y = 2\n\n# Title\nprose \u00e4\n"]
+    assert counts(tally.skipped) == {"empty": 1, "no Jupyter notebook": 3}
+
+
+def test_bad_lines_are_named_by_their_number_in_every_range(tmp_path, monkeypatch):
+    lines = [b'{"text": "x"}', b"", b"{broken", b'{"text": "' + b"y" * 50 + b'"}', b"[]"] * 20
+    write(tmp_path, {"a.jsonl": b"\n".join(lines)})
+    bad = [number for number, line in enumerate(lines, 1) if line in (b"{broken", b"[]")]
+    for size in (1, 7, 64, 10**6):
+        monkeypatch.setattr(sources, "_JSONL_RANGE", size)
+        tally = Tally()
+        seen: list[str] = []
+        monkeypatch.setattr(tally, "skip", lambda reason, name, *_, seen=seen: seen.append(name))
+        units = list_units([str(tmp_path)], Policies(), tally, Path("unused"))
+        documents = [document for unit in units for document in read_unit(unit, Policies(), tally)]
+        assert len(documents) == 40
+        assert seen == [f"{tmp_path / 'a.jsonl'}:{number}" for number in bad]
