@@ -240,7 +240,8 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
         rows.append(
             (
                 "formats",
-                f"{' and '.join(verdict.emulated)} emulated: right numbers, slower than bf16 (not counted here)",
+                f"{' and '.join(verdict.emulated)} emulated (where: see Precision): right numbers, slower than bf16, "
+                "which is not counted",
             )
         )
     rows += [("note", note) for note in notes]
