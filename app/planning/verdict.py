@@ -221,15 +221,16 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
     rows = [
         (
             "memory",
-            f"{_gib(fit.needed)} of the {_gib(fit.memory)} of a device: {_gib(fit.counted)} counted, "
-            f"{_gib(fit.allowance)} for what is not ({SPREAD:.0%} for the allocator, {_gib(FIXED[device.kind])} for "
-            "the process)",
+            f"{fit.needed / GIB:,.1f} of {_gib(fit.memory)}: {fit.counted / GIB:,.1f} counted, "
+            f"{fit.allowance / GIB:,.1f} for what is not ({SPREAD:.0%} for the allocator, "
+            f"{_gib(FIXED[device.kind])} for the process)",
         ),
         (
             "time",
-            f"{duration(verdict.seconds)}, {hours} for {with_prefix(work.tokens, '').strip()} tokens "
-            f"({with_prefix(work.tokens * work.flops_per_token, 'FLOP')}); validation and checkpoints left out",
+            f"{duration(verdict.seconds)} for {with_prefix(work.tokens, '').strip()} tokens "
+            f"({with_prefix(work.tokens * work.flops_per_token, 'FLOP')}), validation and checkpoints left out",
         ),
+        ("cost", hours),
         (
             "speed",
             f"at {speed.tokens_per_second:,.0f} tokens/s, {with_prefix(verdict.flops, 'FLOP/s')} per device "
@@ -240,8 +241,7 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
         rows.append(
             (
                 "formats",
-                f"{' and '.join(verdict.emulated)} emulated (where: see Precision): right numbers, slower than bf16, "
-                "which is not counted",
+                f"{' and '.join(verdict.emulated)} emulated (see Precision): slower than bf16, which is not counted",
             )
         )
     rows += [("note", note) for note in notes]

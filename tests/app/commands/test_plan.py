@@ -172,7 +172,7 @@ def test_a_measured_speed_is_that_of_the_devices_it_was_measured_on(tmp_path: Pa
     printed = planned(capsys, "--config", file, "--devices", "2")
     assert "at 1,000 tokens/s" in printed
     assert f"(measured on 4 devices in {tmp_path / 'pretrain'}, taken times devices)" in " ".join(printed.split())
-    assert "; 16 minutes 40 seconds; 0.56 device hours\n" in printed
+    assert "; 16 minutes 40 seconds; 0.56 device hours memory " in " ".join(printed.split())
     (tmp_path / "pretrain" / "checkpoints" / "step=00000020" / "checkpoint.json").unlink()
     assert "at 4,000 tokens/s" in planned(capsys, "--config", file, "--devices", "2"), "a damaged one is passed over"
 

@@ -78,6 +78,7 @@ def test_memory_has_room_for_what_is_not_counted():
     [
         (20, [1, 2, 3, 4, 6, 8, 16, 24, 32], 24),  # 79.6 - 2 - 1.15 x 20 leaves 54.6 for 1,150 / n
         (20, [1, 2, 4, 8, 16, 32], 32),
+        (50, [*range(8, 129, 8)], 64),  # 20.1 for 1,150 / n, known after the first trial
         (20, [1, 2, 4, 8, 16, 25], None),  # more than a machine, but no whole ones
         (70, [1, 2, 4, 8, 16, 32, 64], None),  # that alone does not fit
     ],
