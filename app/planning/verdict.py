@@ -15,7 +15,7 @@ from torch import nn
 from app.planning.devices import Device
 from app.planning.memory import StepMemory
 from app.planning.text import align, duration, with_prefix, wrap
-from callbacks.peak import combine, format_shares
+from callbacks.peak import Peak, combine, format_shares
 from modules.precision.backends import EMULATED
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule
@@ -110,11 +110,12 @@ def assume_speed(
         UserError: no peak is known.
     """
     told = format_shares(network, work.mtp_depths)
+    peaks: dict[Format, Peak] = {}
     if peak_tflops is None:
-        peaks = {number_format: device.peak(number_format) for number_format in told}
+        peaks |= {number_format: device.peak(number_format) for number_format in told}
         peak, source = combine(told, peaks), next(iter(peaks.values())).source
     else:
-        peaks, peak, source = {}, peak_tflops * 1e12, "stated"
+        peak, source = peak_tflops * 1e12, "stated"
     bound = f"{peak / 1e12:.4g} TFLOP/s, {source}"
     if share is not None:
         speed = share * peak / work.flops_per_token * devices
@@ -122,7 +123,8 @@ def assume_speed(
     saved, text = 0.0, f"assumed: {ASSUMED_SHARE[device.kind]:.3g} of {bound}"
     fast = hardware_shares(network, work.mtp_depths)
     if peaks and fast != told:
-        saved = 1 - peak / combine(fast, {number_format: device.peak(number_format) for number_format in fast})
+        peaks |= {number_format: device.peak(number_format) for number_format in fast if number_format not in peaks}
+        saved = 1 - peak / combine(fast, peaks)
         text += "; products in few bits save some of the time"
     speed = peak / (1 / ASSUMED_SHARE[device.kind] - saved) / work.flops_per_token * devices
     return Speed(tokens_per_second=speed, basis="assumed", source=text)
@@ -221,9 +223,8 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
     rows = [
         (
             "memory",
-            f"{fit.needed / GIB:,.1f} of {_gib(fit.memory)}: {fit.counted / GIB:,.1f} counted, "
-            f"{fit.allowance / GIB:,.1f} for what is not ({SPREAD:.0%} for the allocator, "
-            f"{_gib(FIXED[device.kind])} for the process)",
+            f"needs {_gib(fit.needed)}, has {fit.memory / GIB:,.1f}: {fit.counted / GIB:,.1f} counted, "
+            f"{fit.allowance / GIB:,.1f} added (allocator {SPREAD:.0%}, process {_gib(FIXED[device.kind])})",
         ),
         (
             "time",
