@@ -1,13 +1,17 @@
 """Speed from a share of the peak, memory with what is not counted, and the devices that would do."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from app.planning.devices import KINDS, Device, choose_device, kinds
+from app.planning.devices import KINDS, Device, choose_device, kinds, machine_memory
 from app.planning.memory import StepMemory
 from app.planning.verdict import Work, assume_speed, emulated_formats, fitting_devices, judge_memory
+from callbacks.peak import Peak
 from modules.backbone.model import Network
 from modules.errors import UserError
 from modules.precision.recipe import PrecisionConfig, PrecisionRule, assign_formats
@@ -108,3 +112,29 @@ def test_an_unknown_name_is_answered_with_the_known_ones(name: str):
         choose_device(name, None, "auto", 1)
     assert all(gpu.name in str(raised.value) for gpu in KINDS.values())
     assert str(raised.value).endswith(", this")
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerator", "given"), [(None, None, "auto"), ("this", None, "gpu"), ("THIS", "gpu", "cpu")]
+)
+@pytest.mark.parametrize(("model", "bf16"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A10", 1e12)])
+def test_a_gpu_of_this_machine_has_its_own_memory_and_a_measured_peak_where_no_sheet_has_it(
+    name: str | None, accelerator: Any, given: str, model: str, bf16: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: model)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=22 * GIB))
+    monkeypatch.setattr("app.planning.devices.measure_peak", lambda device, number_format: Peak(1e12, ""))
+    device, notes = choose_device(name, accelerator, given, 8)
+    assert (device.name, device.kind, device.memory, notes) == (model, "cuda", 22 * GIB, [])
+    assert device.capability is None, "this machine decides on formats"
+    assert device.peak("bf16").flops == bf16
+
+
+def test_a_container_has_the_memory_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = machine_memory()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("app.planning.devices._LIMITS", (limit,))
+    for text, expected in (("max\n", whole), ("1073741824\n", GIB)):
+        limit.write_text(text, encoding="ascii")
+        assert machine_memory() == expected
