@@ -62,8 +62,10 @@ class Speed(StepCallback):
         config, depths = module.backbone_config, module.mtp_depths
         self.flops_per_token = training_flops_per_token(config, data(trainer).sequence_length, depths)
         shares = format_shares(module.built_network, depths)
-        found = {number_format: find_peak(device, number_format) for number_format in shares}
-        self.peaks = {number_format: peak for number_format, peak in found.items() if peak is not None}
+        for number_format in shares:
+            peak = find_peak(device, number_format)
+            if peak is not None:
+                self.peaks[number_format] = peak
         self._peak = combine(shares, self.peaks) if self.peaks else None
         self._read = data(trainer).progress
         self._parts = PartClock(CudaClock() if device.type == "cuda" else HostClock())

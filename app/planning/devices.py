@@ -70,8 +70,8 @@ def choose_device(name: str | None, accelerator: str | None, given: Any, process
     Raises:
         UserError: nobody knows the name, or it contradicts the rest.
     """
-    asked = "" if name is None else name.strip().lower().removeprefix("nvidia ")
-    if asked not in ("", THIS):
+    asked = None if name is None else name.strip().lower().removeprefix("nvidia ")
+    if asked not in (None, THIS):
         if asked not in KINDS:
             known = ", ".join([*(gpu.name for gpu in KINDS.values()), THIS])
             raise UserError(f"--device: {name!r} is not known; choose one of {known}")
@@ -87,7 +87,7 @@ def choose_device(name: str | None, accelerator: str | None, given: Any, process
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = min(1.0, cores / (torch.get_num_threads() * processes))
         memory = machine_memory() // processes
-        name = f"CPU process{'es' * (processes > 1)} of this machine"
+        name = f"CPU process{'es' * (processes > 1)} here"
         return Device(name=name, kind="cpu", memory=memory, here=True, share=share), []
     if asked == THIS:
         key = "--accelerator" if accelerator else "trainer.accelerator"

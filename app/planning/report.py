@@ -66,7 +66,7 @@ class Options:
             raise UserError(f"--mfu: {self.mfu} is a share of the peak; give a number up to 1")
         for name in ("mfu", "peak_tflops"):
             if getattr(self, name) is not None and self.tokens_per_second is not None:
-                raise UserError(f"--tokens_per_second: is the speed already; leave it or --{name} out")
+                raise UserError(f"--tokens_per_second says the speed, and so does --{name}; leave one of the two out")
 
 
 class Report:
@@ -185,17 +185,21 @@ class Report:
         if rows % (micro_batch * devices):
             key, counts = "--devices" if self._options.devices else "trainer.devices", self._possible()
             near = [*[n for n in counts if n < devices][-1:], *[n for n in counts if n > devices][:1]]
+            mends = [f"take --devices {' or '.join(map(str, near))}"] if near else []
+            if rows % devices == 0:
+                smaller = max(size for size in range(1, micro_batch) if rows // devices % size == 0)
+                mends.append(f"data.init_args.micro_batch_size {smaller}")
+            mends.append(f"a multiple of {micro_batch * devices} rows")
             raise UserError(
                 f"{key}: {rows} rows (data.init_args.global_batch_size) do not divide among {devices} devices with "
-                f"data.init_args.micro_batch_size {micro_batch}; take {' or '.join(map(str, near))} devices, or make "
-                f"the rows a multiple of {micro_batch * devices}"
+                f"data.init_args.micro_batch_size {micro_batch}; {', or '.join(mends)}"
             )
         return rows // (micro_batch * devices)
 
     def _possible(self) -> list[int]:
         """Return the numbers of devices that the batch divides among, rising."""
-        most = self._data.global_batch_size // self._data.micro_batch_size
-        return [count for count in range(1, most + 1) if most % count == 0]
+        rows, micro_batch = self._data.global_batch_size, self._data.micro_batch_size
+        return [count for count in range(1, rows // micro_batch + 1) if rows % (micro_batch * count) == 0]
 
     def _judge(self, device: Device, network: Network, speed: Speed) -> Verdict:
         return Verdict(
@@ -245,7 +249,7 @@ class Report:
         mends = []
         if not self._module.activation_checkpointing:
             fit = judge_memory(self._columns["checkpointing on"], device)
-            mends += [f"{name}: true needs {fit.needed / GIB:,.1f} GiB of each device and fits"] if fit.fits else []
+            mends += [f"{name}: true fits: {fit.needed / GIB:,.1f} GiB of each device"] if fit.fits else []
         if device.kind == "cuda":
             found = fitting_devices(
                 lambda count: measure_step(
@@ -264,9 +268,7 @@ class Report:
             if found is not None:
                 count, fit = found
                 days = duration(self._verdict.seconds * self._devices / count)
-                mends.append(
-                    f"--devices {count} need {fit.needed / GIB:,.1f} GiB of each {device.name} and fit; {days}"
-                )
+                mends.append(f"--devices {count} fits: {fit.needed / GIB:,.1f} GiB of each {device.name}; {days}")
         if data.micro_batch_size > 1:
             mends.append("a smaller data.init_args.micro_batch_size needs less; the result stays the same")
         return mends

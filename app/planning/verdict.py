@@ -15,7 +15,7 @@ from torch import nn
 from app.planning.devices import Device
 from app.planning.memory import StepMemory
 from app.planning.text import align, duration, with_prefix, wrap
-from callbacks.peak import combine, format_shares
+from callbacks.peak import Peak, combine, format_shares
 from modules.precision.backends import EMULATED
 from modules.precision.formats import Format
 from modules.precision.linear import FormattedModule
@@ -110,11 +110,12 @@ def assume_speed(
         UserError: no peak is known.
     """
     told = format_shares(network, work.mtp_depths)
+    peaks: dict[Format, Peak] = {}
     if peak_tflops is None:
-        peaks = {number_format: device.peak(number_format) for number_format in told}
+        peaks |= {number_format: device.peak(number_format) for number_format in told}
         peak, source = combine(told, peaks), next(iter(peaks.values())).source
     else:
-        peaks, peak, source = {}, peak_tflops * 1e12, "stated"
+        peak, source = peak_tflops * 1e12, "stated"
     bound = f"{peak / 1e12:.4g} TFLOP/s, {source}"
     if share is not None:
         speed = share * peak / work.flops_per_token * devices
@@ -122,7 +123,8 @@ def assume_speed(
     saved, text = 0.0, f"assumed: {ASSUMED_SHARE[device.kind]:.3g} of {bound}"
     fast = hardware_shares(network, work.mtp_depths)
     if peaks and fast != told:
-        saved = 1 - peak / combine(fast, {number_format: device.peak(number_format) for number_format in fast})
+        peaks |= {number_format: device.peak(number_format) for number_format in fast if number_format not in peaks}
+        saved = 1 - peak / combine(fast, peaks)
         text += "; products in few bits save some of the time"
     speed = peak / (1 / ASSUMED_SHARE[device.kind] - saved) / work.flops_per_token * devices
     return Speed(tokens_per_second=speed, basis="assumed", source=text)
@@ -221,15 +223,15 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
     rows = [
         (
             "memory",
-            f"{_gib(fit.needed)} of the {_gib(fit.memory)} of a device: {_gib(fit.counted)} counted, "
-            f"{_gib(fit.allowance)} for what is not ({SPREAD:.0%} for the allocator, {_gib(FIXED[device.kind])} for "
-            "the process)",
+            f"needs {_gib(fit.needed)}, has {fit.memory / GIB:,.1f}: {fit.counted / GIB:,.1f} counted, "
+            f"{fit.allowance / GIB:,.1f} added (allocator {SPREAD:.0%}, process {_gib(FIXED[device.kind])})",
         ),
         (
             "time",
-            f"{duration(verdict.seconds)}, {hours} for {with_prefix(work.tokens, '').strip()} tokens "
-            f"({with_prefix(work.tokens * work.flops_per_token, 'FLOP')}); validation and checkpoints left out",
+            f"{duration(verdict.seconds)} for {with_prefix(work.tokens, '').strip()} tokens "
+            f"({with_prefix(work.tokens * work.flops_per_token, 'FLOP')}), validation and checkpoints left out",
         ),
+        ("cost", hours),
         (
             "speed",
             f"at {speed.tokens_per_second:,.0f} tokens/s, {with_prefix(verdict.flops, 'FLOP/s')} per device "
@@ -240,7 +242,7 @@ def verdict_lines(name: str, verdict: Verdict, others: Sequence[Verdict], notes:
         rows.append(
             (
                 "formats",
-                f"{' and '.join(verdict.emulated)} emulated: right numbers, slower than bf16 (not counted here)",
+                f"{' and '.join(verdict.emulated)} emulated (see Precision): slower than bf16, which is not counted",
             )
         )
     rows += [("note", note) for note in notes]

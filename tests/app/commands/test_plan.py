@@ -172,7 +172,7 @@ def test_a_measured_speed_is_that_of_the_devices_it_was_measured_on(tmp_path: Pa
     printed = planned(capsys, "--config", file, "--devices", "2")
     assert "at 1,000 tokens/s" in printed
     assert f"(measured on 4 devices in {tmp_path / 'pretrain'}, taken times devices)" in " ".join(printed.split())
-    assert "; 16 minutes 40 seconds; " in printed
+    assert "; 16 minutes 40 seconds; 0.56 device hours memory " in " ".join(printed.split())
     (tmp_path / "pretrain" / "checkpoints" / "step=00000020" / "checkpoint.json").unlink()
     assert "at 4,000 tokens/s" in planned(capsys, "--config", file, "--devices", "2"), "a damaged one is passed over"
 
@@ -205,7 +205,7 @@ def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, ca
     said = " ".join(printed.split())
     assert f"1 device assumed in each of 2 machines (trainer.devices: {given}); give --devices" in said
     assert "\n2 GPUs, micro-batches" in printed
-    assert "assumed" not in planned(capsys, "--config", file, "--devices", "1")
+    assert "device assumed" not in planned(capsys, "--config", file, "--devices", "1")
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,10 @@ def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, ca
     [
         (["--devices", "0"], "--devices: 0 must be positive"),
         (["--devices", "3"], "--devices: 8 rows (data.init_args.global_batch_size) do not divide among 3 devices"),
-        (["--devices", "3"], "take 2 or 4 devices"),
+        (["--devices", "3"], "; take --devices 2 or 4, or a multiple of 6 rows\n"),
+        (["--devices", "8"], "; take --devices 4, or data.init_args.micro_batch_size 1, or a multiple of 16 rows\n"),
         (["--trainer.devices", "3"], "trainer.devices: 8 rows"),
+        (["--data.init_args.micro_batch_size", "3"], "micro_batch_size 3; data.init_args.micro_batch_size 2, or a"),
         (["--device", "H1000"], "--device: 'H1000' is not known; choose one of GB300, GB200, B200, "),
         (["--device", "H100", "--accelerator", "cpu"], "--accelerator: cpu, but --device H100 is a GPU"),
         (["--device", "this", "--accelerator", "gpu"], "--device: this machine has no CUDA device, and --accelerator"),
@@ -230,7 +232,7 @@ def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, ca
         ),
         (["--mfu", "40", "--peak_tflops", "989"], "--mfu: 40.0 is a share of the peak"),
         (["--mfu", "0.4", "--peak_tflops", "989", "--tokens_per_second", "5"], "--tokens_per_second"),
-        (["--peak_tflops", "989", "--tokens_per_second", "5"], "leave it or --peak_tflops out"),
+        (["--peak_tflops", "989", "--tokens_per_second", "5"], "and so does --peak_tflops; leave one"),
         (["--accelerator", "tpu"], "--accelerator"),
         (["--devcies=2"], "unknown option --devcies, did you mean --devices?"),
     ],
@@ -332,13 +334,14 @@ def test_the_verdict_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_formats_are_judged_for_the_device_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """NVFP4 and MXFP8 need compute capability 10.0, FP8 8.9; this machine has neither."""
-    file, rules = (
-        small_run(tmp_path),
-        '[{pattern: "*shared_experts*", format: nvfp4}, {pattern: "*layers*", format: fp8}]',
+    rules = '[{pattern: "*shared_experts.up_proj", format: nvfp4}, {pattern: "*shared_experts.down_proj", format: fp8}]'
+    told = verdict(
+        capsys,
+        *("--config", small_run(tmp_path), "--device", "H200"),
+        *("--model.init_args.precision.rules", rules, "--model.init_args.precision.bf16_tail=0"),
     )
-    told = verdict(capsys, "--config", file, "--device", "H200", "--model.init_args.precision.rules", rules)
     backends = {row["format"]: row["backend"] for row in told["precision"]}
-    assert backends == {"fp32": "torch", "bf16": "torch", "nvfp4": "emulated", "fp8": "transformer_engine"}
+    assert backends == {"fp32": "torch", "nvfp4": "emulated", "fp8": "transformer_engine"}
     emulated = {kind["device"]: kind["emulated"] for kind in told["kinds"]}
     assert emulated == {
         **{name: [] for name in ("GB300", "GB200", "B200")},
@@ -363,7 +366,7 @@ def test_this_machine_is_judged_by_its_own_memory_and_speed(
     monkeypatch.setattr("app.planning.devices.measure_peak", lambda device, number_format: Peak(1e11, ""))
     file = small_run(tmp_path, accelerator="cpu")
     one = verdict(capsys, "--config", file, "--device", "this")["verdict"]
-    assert (one["device"], one["device_gib"], one["fits"]) == ("CPU process of this machine", 1, True)
+    assert (one["device"], one["device_gib"], one["fits"]) == ("CPU process here", 1, True)
     assert one["tflops_per_device"] == pytest.approx(0.05), "half of the peak is assumed"
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
