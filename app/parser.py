@@ -47,5 +47,18 @@ class RunParser(LightningArgumentParser):
         if not reason:
             return f"unknown key {key}"
         if reason.startswith("missing key"):
-            return f"{', '.join(self._given.files)}: {reason}"
+            return self._missing(reason.removeprefix("missing key ").split(", "))
         return f"{key}: {reason}" if key else reason
+
+    def _missing(self, keys: list[str]) -> str:
+        """Return the message for keys that a class, named in a run file or by an option, cannot do without."""
+        parent, _, last = keys[0].rpartition(".")
+        parent = parent.removesuffix(".init_args")
+        chosen = self._given.get(parent)
+        class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+        if not isinstance(class_path, str):
+            return f"{', '.join(self._given.files)}: missing key {', '.join(keys)}"
+        names = [f"{parent}.init_args.{key.rpartition('.')[2]}" for key in keys]
+        where = self._given.file_of(parent)
+        mend = "" if where else f"; add --{parent}.init_args.{last} VALUE"
+        return (f"{where}: " if where else "") + f"missing key {', '.join(names)}, which {class_path} needs{mend}"

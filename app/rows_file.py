@@ -82,7 +82,8 @@ def text_of(row: dict[str, Any], key: str, where: str) -> str:
 
 def _half(error: UnicodeEncodeError) -> str:
     """Return what a text of a JSON file has that UTF-8 cannot hold."""
-    return f"has \\u{ord(error.object[error.start]):04x}, half of a character that JSON writes as two codes (cut in the middle?); remove it"
+    code = f"\\u{ord(error.object[error.start]):04x}"
+    return f"has {code}, half of a character that JSON writes as two codes (cut in the middle?); remove it"
 
 
 def open_answers(output: Path, source: Path, settings: dict[str, Any]) -> "Answers":

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, walk
-from app.signatures import Kind, parameters
+from app.signatures import Kind, parameters, subclasses
 from modules.checkpoints import folder
 from modules.errors import UserError
 
@@ -59,6 +59,7 @@ OWNED = {
 }
 """Trainer arguments that are no keys of a run file, each with what to use instead."""
 
+OURS = ("app", "callbacks", "datamodules", "modules")
 EXAMPLE = "configs/pretrain.yaml"
 CONFIG_OPTIONS = ("-c", "--config")
 NO_VALUE = re.compile(r"(-h|--help|--print_config(=.*)?|--[\w.]+\.help)$")
@@ -157,13 +158,17 @@ def check_run(args: Sequence[str], command: str) -> RunArguments:
                 _check_place(inner, f"{part}: ")
     if given.unfinished:
         raise UserError(f"{given.unfinished[0]} needs a value: {given.unfinished[0]} VALUE")
+    if {"-h", "--help"} & set(args):
+        return given
     missing = [key for key in ("model", "data") if given.get(key) is None]
-    if missing and not {"-h", "--help"} & set(args):
+    if missing:
         if given.files:
             raise UserError(
                 f"{', '.join(given.files)}: missing key {', '.join(missing)}; {EXAMPLE} shows a whole run file"
             )
         raise UserError(f"no run file: give one with --config FILE ({EXAMPLE} is an example)")
+    for key in ("model", "data"):
+        _check_class(given, key)
     return given
 
 
@@ -173,6 +178,24 @@ def _check_place(place: Place, source: str) -> None:
     fields = keys_of(place.kind, {}) if isinstance(place.value, list) and isinstance(place.kind, Kind) else None
     if fields is not None and not place.kind.is_list:
         raise UserError(f"{source}{place.path} is a list; it holds keys: {', '.join(fields)}")
+
+
+def stages(key: str) -> list[str]:
+    """Return the class paths of this project that `model` or `data` may have."""
+    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "StageData")}[key]
+    files = sorted((Path(__file__).parent.parent / folder).glob("*.py"))
+    return [path for file in files for path in subclasses(f"{folder}.{file.stem}", base)]
+
+
+def _check_class(given: RunArguments, key: str) -> None:
+    """Answer a class path of ours that is misspelt; those of others are left to the parser."""
+    path = str(given.get(key if isinstance(given.get(key), str) else f"{key}.class_path"))
+    known = stages(key)
+    module, _, name = path.rpartition(".")
+    if name in [path.rpartition(".")[2] for path in known] and not module:
+        return  # the parser knows it by its name alone
+    if not module or (module.partition(".")[0] in OURS and parameters(path) is None):
+        raise UserError(f"{key}.class_path: {path} is no class path; known: {', '.join(known)}")
 
 
 def check_files(given: RunArguments) -> None:

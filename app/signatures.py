@@ -83,6 +83,14 @@ def parameters(path: str) -> dict[str, Kind] | None:
     return None if found is None else parameters_of(found)
 
 
+def subclasses(module: str, base: str) -> list[str]:
+    """Return the dotted paths of the classes in a module that name a base class."""
+    file = _read(module)
+    defined = file.definitions.values() if file is not None else ()
+    classes = [node for node in defined if isinstance(node, ast.ClassDef)]
+    return [f"{module}.{node.name}" for node in classes if base in map(ast.unparse, node.bases)]
+
+
 def parameters_of(found: Definition) -> dict[str, Kind] | None:
     """Return the parameters of a class or function that was found, those passed on to base classes included."""
     node, file = found.node, found.file

@@ -45,6 +45,17 @@ class Phase:
     """Tokens of the run after which the next phase begins (rounded up to whole steps); null in the last phase."""
 
 
+def uneven_batch(rows: int, micro_batch: int, devices: int) -> str:
+    """Return the message for rows of a step that do not divide among devices in micro-batches of one size."""
+    fitting = [size for size in range(micro_batch, 0, -1) if rows % (size * devices) == 0]
+    mend = f"set data.init_args.micro_batch_size to {fitting[0]}, or " if fitting else "set "
+    return (
+        f"data.init_args.global_batch_size: {rows} rows a step do not divide among {devices} devices with "
+        f"data.init_args.micro_batch_size {micro_batch}; {mend}data.init_args.global_batch_size to a multiple of "
+        f"{micro_batch * devices}"
+    )
+
+
 class PretrainingData(StageData):
     """Batches for pretraining.
 
@@ -126,10 +137,7 @@ class PretrainingData(StageData):
         super().setup(stage)
         per_pass = self.micro_batch_size * self.ranks
         if stage == "fit" and self.global_batch_size % per_pass:
-            raise UserError(
-                f"data.global_batch_size: {self.global_batch_size} rows do not divide among {self.ranks} "
-                f"devices with data.micro_batch_size {self.micro_batch_size}; make it a multiple of {per_pass}"
-            )
+            raise UserError(uneven_batch(self.global_batch_size, self.micro_batch_size, self.ranks))
         self.micro_batches = self.global_batch_size // per_pass
 
     def windows(self, first: int) -> Iterator[Window]:

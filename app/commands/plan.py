@@ -112,10 +112,9 @@ def _strategy(given: Any) -> "ShardedStrategy":
 
 def _accumulation(rows: int, micro_batch: int, devices: int) -> int:
     if rows % (micro_batch * devices):
-        raise UserError(
-            f"data.global_batch_size: {rows} rows do not divide among {devices} devices with data.micro_batch_size "
-            f"{micro_batch}; make it a multiple of {micro_batch * devices}, or plan for other --devices"
-        )
+        from datamodules.pretraining import uneven_batch
+
+        raise UserError(uneven_batch(rows, micro_batch, devices))
     return rows // (micro_batch * devices)
 
 
