@@ -55,11 +55,14 @@ class CommandParser(ArgumentParser):
         if found := MISSING.search(message):
             raise UserError(self._missing(found[1].split(", ")[0])) from ex
         key, reason = explain(message, ex)
+        reason = re.sub(r"^argument (--\w+): expected (?:one|at least one) argument$", r"\1 needs a value", reason)
         answer = f"--{key}: {reason}" if key else reason
         if not reason:
             options = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
             near = get_close_matches(key, options, n=1)
             answer = f"unknown option --{key}" + (f", did you mean --{near[0]}?" if near else "")
+            if key in [action.dest for action in self._actions if not action.option_strings]:
+                answer = f"--{key}: {key.upper()} is given without --{key}, by its place"
         raise UserError(f"{answer}; see {self.prog} --help") from ex
 
     def _missing(self, name: str) -> str:

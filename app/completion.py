@@ -5,9 +5,9 @@ The shell's function calls `completion words WORD...` with the words after the p
 
 from typing import Any
 
-from app.keys import keys_of
+from app.keys import leaves
 from app.run_keys import RunArguments, run_keys, stages
-from app.signatures import Kind, parameters
+from app.signatures import parameters
 from modules.errors import UserError
 
 BASH = """\
@@ -75,17 +75,3 @@ def tree_of(args: list[str]) -> dict[str, Any]:
     for key in ("model", "data"):
         tree.setdefault(key, {"class_path": stages(key)[0]})
     return tree
-
-
-def leaves(kind: Any, tree: Any, path: str = "") -> list[str]:
-    """Return the dotted keys below a place that hold values and no further keys."""
-    keys = keys_of(kind, tree)
-    if keys is None or (isinstance(kind, Kind) and kind.is_list):
-        return [path]
-    inner = tree if isinstance(tree, dict) else {}
-    return [
-        leaf
-        for key, below in keys.items()
-        if key != "dict_kwargs"
-        for leaf in leaves(below, inner.get(key), f"{path}.{key}" if path else key)
-    ]

@@ -13,6 +13,12 @@ from app.explain import explain
 from app.run_keys import check_run
 from modules.errors import UserError
 
+EXAMPLES = {
+    "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
+    "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+}
+"""Key of a class -> one that it takes."""
+
 
 class RunParser(LightningArgumentParser):
     """LightningCLI's parser with short errors. `command` is set by the CLI that fills it."""
@@ -48,6 +54,12 @@ class RunParser(LightningArgumentParser):
             return f"unknown key {key}"
         if reason.startswith("missing key"):
             return self._missing(reason.removeprefix("missing key ").split(", "))
+        if reason.startswith("Expected a dot import path string"):
+            reason = (
+                f"{reason.rpartition(': ')[2]} is not what it takes: a mapping is given whole, as '{{name: {{...}}}}'"
+            )
+        if key in EXAMPLES and reason.startswith("expected "):
+            reason = f"{reason.rpartition(', got ')[2]} is no class that can be imported, such as {EXAMPLES[key]}"
         return f"{key}: {reason}" if key else reason
 
     def _missing(self, keys: list[str]) -> str:

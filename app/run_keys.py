@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, walk
+from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, leaves, walk
 from app.signatures import Kind, parameters, subclasses
 from modules.checkpoints import folder
 from modules.errors import UserError
@@ -103,7 +103,7 @@ class RunArguments:
     """
 
     def __init__(self, args: Sequence[str], command: str) -> None:
-        self.keys = run_keys(command)
+        self.command, self.keys = command, run_keys(command)
         self.args: list[str] = []
         """The command line with `=true` behind each flag that stands alone."""
         self.files: dict[str, Any] = {}
@@ -151,11 +151,14 @@ def check_run(args: Sequence[str], command: str) -> RunArguments:
     given = RunArguments(args, command)
     for place in walk(given.tree, given.keys):
         name = given.file_of(place.path)
-        _check_place(place, "" if name is None else f"{name}: ")
+        _check_place(place, "" if name is None else f"{name}: ", given)
         if isinstance(place.value, str) and (fields := keys_of(place.kind, {})) is not None:
             part = Path(name or "").parent / place.value
+            if not part.exists():
+                known = ", ".join(list(fields)[:4])
+                raise UserError(f"{place.path}: there is no file {part}; give one, or keys below it ({known}, ...)")
             for inner in walk(read_yaml(part, place.path), fields, place.path):
-                _check_place(inner, f"{part}: ")
+                _check_place(inner, f"{part}: ", given)
     if given.unfinished:
         raise UserError(f"{given.unfinished[0]} needs a value: {given.unfinished[0]} VALUE")
     if {"-h", "--help"} & set(args):
@@ -172,9 +175,10 @@ def check_run(args: Sequence[str], command: str) -> RunArguments:
     return given
 
 
-def _check_place(place: Place, source: str) -> None:
+def _check_place(place: Place, source: str, given: RunArguments) -> None:
     if place.beside is not None:
-        raise UserError(source + answer_unknown(place.path, place.beside, owned_keys()))
+        everywhere = leaves(given.keys, given.tree)
+        raise UserError(source + answer_unknown(place.path, place.beside, owned_keys(), everywhere))
     fields = keys_of(place.kind, {}) if isinstance(place.value, list) and isinstance(place.kind, Kind) else None
     if fields is not None and not place.kind.is_list:
         raise UserError(f"{source}{place.path} is a list; it holds keys: {', '.join(fields)}")
@@ -206,8 +210,21 @@ def check_files(given: RunArguments) -> None:
     """
     from datamodules.text.preparation import check_corpus
 
+    root, run = Path(str(given.get("trainer.default_root_dir", "runs"))), run_of(given)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"trainer.default_root_dir: {root} is no folder; name one that is there, or can be made")
+    checkpoint = given.get("ckpt_path")
+    if checkpoint is not None and not Path(str(checkpoint)).exists():
+        raise UserError(
+            f"--ckpt_path: {checkpoint} does not exist; checkpoints are folders, {run}/checkpoints/step=..."
+        )
+    if given.command != "fit" and checkpoint is None and not folder.checkpoints(run / folder.CHECKPOINTS):
+        raise UserError(
+            f"{run / folder.CHECKPOINTS} holds no checkpoint: run fit first, give the --name of another run, or "
+            "--ckpt_path FOLDER"
+        )
     start = given.get("model.init_args.init_from")
-    if start is not None and not folder.checkpoints(run_of(given) / folder.CHECKPOINTS):
+    if start is not None and not folder.checkpoints(run / folder.CHECKPOINTS):
         try:
             folder.check_model(Path(str(start)))
         except UserError as error:
@@ -244,8 +261,10 @@ def options_of(args: Sequence[str]) -> Iterator[tuple[str, str | None, list[str]
         if not argument.startswith("--") and option not in ("-c", "-h"):
             if Path(argument).suffix in (".yaml", ".yml"):
                 raise UserError(f"{argument}: a run file is given with --config {argument}")
+            meant = f"; did you mean -{argument}?" if re.match("-[a-z]{2}", argument) else ""
             raise UserError(
-                f"unrecognized arguments: {argument} (options start with --, several values of one are given as [a,b])"
+                f"unrecognized arguments: {argument} (options start with --, several values of one are given as "
+                f"[a,b]){meant}"
             )
         if equals or NO_VALUE.match(argument):
             yield option, value, [argument]
