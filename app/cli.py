@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +31,7 @@ from app.loop import use_step_loop
 from app.noise import silence
 from app.parser import RunParser
 from app.run_folder import SHOWN, RunFolder, differences
-from app.run_keys import CALLBACKS, OWNED, check_run, stages
+from app.run_keys import CALLBACKS, OWNED, check_run, stages, wants_text
 from app.strategies import ShardedStrategy
 from callbacks.checkpoint import RandomState
 from callbacks.console import Startup, Summary, validation_line
@@ -102,6 +103,8 @@ class RunCLI(LightningCLI):
         self.given = check_run(args, command)
         self.helps = bool({"-h", "--help"} & set(args))
         silence()
+        if wants_text(args):  # it takes a second to find them, so only where somebody reads them
+            set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             save_config_callback=None,  # written by `fit`, which also keeps a copy in each checkpoint
             seed_everything_default=1,
@@ -148,7 +151,7 @@ class RunCLI(LightningCLI):
                 "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
             )
         assert isinstance(parser, RunParser)
-        parser.command = self.command
+        parser.given = self.given
 
     def _explain_class(self, parser: LightningArgumentParser, key: str) -> None:
         """Add the keys of the class that the run file names, or of the first stage, for `--help` only."""

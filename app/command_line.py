@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from app import environment
 from app.explain import explain
@@ -22,8 +22,6 @@ from modules.errors import UserError
 RUN = "--config FILE --key=value"
 """How the help shows that a command takes the command line of `fit` beside its own options."""
 
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # of dataclasses, for --help
 
 BOOLEANS = ("true", "false", "yes", "no")
 MISSING = re.compile(r"the following arguments are required: (.*)")

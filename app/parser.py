@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.explain import explain
-from app.run_keys import check_run
+from app.run_keys import RunArguments
 from modules.errors import UserError
 
 EXAMPLES = {
@@ -21,19 +21,18 @@ EXAMPLES = {
 
 
 class RunParser(LightningArgumentParser):
-    """LightningCLI's parser with short errors. `command` is set by the CLI that fills it."""
+    """LightningCLI's parser with short errors. `given`, a command line that was checked, is set by the CLI."""
 
-    command: str
+    given: RunArguments
 
     def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parse a command line; unknown keys and missing files are answered first.
+        """Parse a command line; that of a run was read before, and its flags completed.
 
         Raises:
             UserError: with one line that names the key or file and the mend.
         """
         if self.is_whole:
-            self._given = check_run(args, self.command)
-            args = self._given.args
+            args = self.given.args
         else:  # for one key of a part, with the value that jsonargparse has read and written out again as Python does
             args = [re.sub("=None$", "=null", argument) for argument in args]
         return super().parse_args(args, **kwargs)
@@ -41,7 +40,7 @@ class RunParser(LightningArgumentParser):
     @property
     def is_whole(self) -> bool:
         """Whether this is the parser of a run file (jsonargparse makes others for parts of one)."""
-        return hasattr(self, "command")
+        return hasattr(self, "given")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
@@ -66,11 +65,11 @@ class RunParser(LightningArgumentParser):
         """Return the message for keys that a class, named in a run file or by an option, cannot do without."""
         parent, _, last = keys[0].rpartition(".")
         parent = parent.removesuffix(".init_args")
-        chosen = self._given.get(parent)
+        chosen = self.given.get(parent)
         class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
         if not isinstance(class_path, str):
-            return f"{', '.join(self._given.files)}: missing key {', '.join(keys)}"
+            return f"{', '.join(self.given.files)}: missing key {', '.join(keys)}"
         names = [f"{parent}.init_args.{key.rpartition('.')[2]}" for key in keys]
-        where = self._given.file_of(parent)
+        where = self.given.file_of(parent)
         mend = "" if where else f"; add --{parent}.init_args.{last} VALUE"
         return (f"{where}: " if where else "") + f"missing key {', '.join(names)}, which {class_path} needs{mend}"

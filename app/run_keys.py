@@ -140,6 +140,8 @@ class RunArguments:
 
 
 MISSING = object()
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where the C library is there."""
 
 
 def check_run(args: Sequence[str], command: str) -> RunArguments:
@@ -286,7 +288,7 @@ def read_yaml(path: Path, key: str = "--config") -> Any:
         UserError: it is missing, no YAML, or no mapping of keys to values.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file ({key})") from None
     except IsADirectoryError:
