@@ -9,12 +9,18 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/peers
+# README's `python -m app ...` is that of the environment.
+USE = echo 'by hand: source .venv/bin/activate, then python -m app --help (or .venv/bin/python -m app --help)'
 
-.PHONY: help fit test lint format tensorboard
+.PHONY: help setup fit test lint format tensorboard
 .DEFAULT_GOAL := help
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@$(USE)
+
+setup: $(READY)  ## set up .venv, and say how to use it
+	@$(USE)
 
 fit: $(READY)  ## train: CONFIG=FILE (the tiny model unless given), ARGS='--key=value ...'
 	@$(BIN)/python -m app fit --config $(CONFIG) $(ARGS)
@@ -44,6 +50,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+	@$(USE) >&2
 
 # What only tests compare with (Triton alone is 1 GB) lies in a folder that only they look into: transformers, and a
 # user's run, stay as they are without it. Where torch has brought its own Triton, that one is used.

@@ -112,7 +112,7 @@ def train(command: str, args: list[str]) -> None:
     """Check the command line of a run, say what is about to happen, and import what carries it out."""
     from app.run_keys import check_files, check_run, run_of, wants_text
 
-    given = check_run(args)
+    given = check_run(args, command)
     if not wants_text(args):
         check_files(given)
         if "LOCAL_RANK" not in os.environ:

@@ -10,10 +10,14 @@ exactness or a user would be surprised:
 * the same command in the same folder resumes by itself, or says that the run is finished.
 """
 
+import re
+from argparse import Action
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import app.strategies  # noqa: F401 (registers the strategy "sharded")
 from app import environment
+from app.command_line import HelpFormatter
 from app.errors import shorten
 from app.logger import RunLogger, RunStart
 from app.loop import use_step_loop
@@ -28,7 +33,7 @@ from app.noise import silence
 from app.options import check_local
 from app.parser import RunParser
 from app.run_folder import ROOT, SHOWN, RunFolder, differences
-from app.run_keys import CALLBACKS, OWNED
+from app.run_keys import CALLBACKS, OWNED, check_run, stages, wants_text
 from app.strategies import ShardedStrategy
 from callbacks.checkpoint import RandomState
 from callbacks.console import Startup, Summary, validation_line
@@ -45,8 +50,23 @@ from modules.checkpoints import folder
 from modules.errors import UserError
 
 COMMANDS = ("fit", "validate", "test")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+"""What the program has run on, or is made for."""
+
 BASES = {"model": StageModule, "data": StageData}
 """Key -> what its class must be. The parser asks for less: it would take the arguments of a base as keys of its own."""
+
+TRAINER_HELP = {
+    "accelerator": "Kind of device: auto (a GPU if there is one), cpu or gpu.",
+    "strategy": "How the model is laid over devices: sharded (FSDP2, on one device too); or the class "
+    "app.strategies.ShardedStrategy with init_args.gradient_sync: every, where whole gradients do not fit a device.",
+    "logger": "Loggers beside TensorBoard, which always writes: one or a list of class_path and init_args, for example "
+    "lightning.pytorch.loggers.CSVLogger with save_dir, or WandbLogger (package wandb) with project.",
+    "callbacks": "Own callbacks: a list of class_path and init_args, for example "
+    "lightning.pytorch.callbacks.EarlyStopping with monitor: validation/loss.",
+    "profiler": "Lightning's profiler of a run: simple, advanced, pytorch, or a class.",
+}
+"""What `--help` says of keys of which Lightning's own text names what is refused here."""
 
 FORCED: dict[str, Any] = {
     "precision": "32-true",
@@ -63,6 +83,13 @@ FORCED: dict[str, Any] = {
 """Trainer arguments that the program depends on."""
 
 
+class RunHelp(HelpFormatter):
+    """Help without the list of Lightning's subclasses, most of which are refused."""
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r",? ?known subclasses: [^)]*", "", super()._expand_help(action)).replace(" ()", "")
+
+
 class RunCLI(LightningCLI):
     """Parses a run; `run` carries it out.
 
@@ -76,7 +103,11 @@ class RunCLI(LightningCLI):
 
     def __init__(self, args: list[str], command: str = "fit") -> None:
         self.command = command
+        self.given = check_run(args, command)
+        self.helps = bool({"-h", "--help"} & set(args))
         silence()
+        if wants_text(args):  # it takes a second to find them, so only where somebody reads them
+            set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             save_config_callback=None,  # written by `fit`, which also keeps a copy in each checkpoint
             seed_everything_default=1,
@@ -85,6 +116,8 @@ class RunCLI(LightningCLI):
                 "prog": f"{environment.command()} {command}",
                 "description": SUMMARIES[command],
                 "dump_header": None,
+                "formatter_class": RunHelp,
+                "usage": "%(prog)s --config FILE [--config FILE ...] [--key VALUE ...]",
             },
             args=args,
             run=False,
@@ -109,18 +142,35 @@ class RunCLI(LightningCLI):
         parser.set_defaults(
             {"trainer.strategy": "sharded", "trainer.default_root_dir": str(ROOT), "trainer.log_every_n_steps": 1}
         )
-        parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=True)
-        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
+        for key, help in TRAINER_HELP.items():
+            parser._option_string_actions[f"--trainer.{key}"].help = help
+        for key, base in {"model": LightningModule, "data": LightningDataModule}.items():
+            if self.helps:
+                self._explain_class(parser, key)
+            else:
+                parser.add_subclass_arguments(base, key, fail_untyped=False, required=True)
         for key, path in CALLBACKS.items():
             parser.add_lightning_class_args(resolve_name(path), key)
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="Checkpoint folder; the run's newest unless given."
         )
         assert isinstance(parser, RunParser)
-        parser.is_whole = True
+        parser.given = self.given
+
+    def _explain_class(self, parser: LightningArgumentParser, key: str) -> None:
+        """Add the keys of the class that the run file names, or of the first stage, for `--help` only."""
+        known = stages(key)
+        chosen = self.given.get(f"{key}.class_path", known[0])
+        parser.add_argument(
+            f"--{key}.class_path", type=str, default=chosen, help=f"Class of `{key}`; ours: {', '.join(known)}."
+        )
+        parser.add_class_arguments(resolve_name(chosen), f"{key}.init_args", fail_untyped=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line."""
+        if self.helps:
+            parser.print_help()
+            raise SystemExit(0)
         self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
@@ -155,11 +205,12 @@ class RunCLI(LightningCLI):
             made = self.parser.instantiate(Namespace({key: self.config[key]}))[key]
         except ValueError as error:
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__  # the parser wraps what the class said
+            while cause is not None and not isinstance(cause, UserError | ModuleNotFoundError):
+                cause = cause.__cause__ or cause.__context__  # the parser wraps what the class said
             if cause is None:
                 raise
-            raise UserError(shorten(str(cause))) from error
+            what = f"{key}: a package is missing: " if isinstance(cause, ModuleNotFoundError) else ""
+            raise UserError(what + shorten(str(cause))) from error
         if not isinstance(made, BASES.get(key, object)):
             raise UserError(f"{key}: {self.config[key].class_path} is no {BASES[key].__name__}")
         return made
@@ -168,6 +219,7 @@ class RunCLI(LightningCLI):
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
         if checkpoint is not None:
             self.model.init_from, self.model.resume_from = None, checkpoint
+        check_devices(self.config.trainer)
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []
         own = own if isinstance(own, list) else [own]
@@ -230,7 +282,8 @@ class RunCLI(LightningCLI):
         """Let the classes refuse what they must before anything is printed or written."""
         if self.config.trainer.max_steps == 0:
             raise UserError("trainer.max_steps: 0 trains nothing; give a positive number, or -1 for the whole run")
-        for key in ("model", "data", *CALLBACKS):
+        check_devices(self.config.trainer)
+        for key in ("model", "data", "trainer", *CALLBACKS):
             self.instantiate(key)
 
     def validate(self) -> None:
@@ -252,7 +305,8 @@ class RunCLI(LightningCLI):
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
         gzip = self.datamodule.gzip_bits_per_byte() if isinstance(self.datamodule, HeldOutText) else None
         about = folder.describe(checkpoint)
-        _say(f"{checkpoint}: {validation_line(about['step'], self.model.metrics, gzip)}")
+        name = {"validate": "validation"}.get(self.command, self.command)
+        _say(f"{checkpoint}: {validation_line(about['step'], self.model.metrics, gzip, name)}")
 
     @rank_zero_only
     def _say_holder(self) -> None:
@@ -333,6 +387,35 @@ def parse_run(args: list[str]) -> RunCLI:
         UserError: a file or key is wrong.
     """
     return RunCLI(args)
+
+
+def check_devices(trainer: Any) -> None:
+    """Check that this machine has the devices that a run file asks for.
+
+    Args:
+        trainer: the keys of the trainer.
+
+    Raises:
+        UserError: it has not; names the key and the mend.
+    """
+    kind, devices = trainer.accelerator, trainer.devices
+    if kind not in ACCELERATORS:
+        raise UserError(f"trainer.accelerator: {kind} is none of {', '.join(ACCELERATORS)}")
+    gpus = torch.cuda.device_count()
+    if kind in ("gpu", "cuda") and not gpus:
+        why = "has no CUDA" if torch.version.cuda is None else "finds none"
+        raise UserError(
+            f"trainer.accelerator: {kind}, but this machine has no GPU that torch can use (torch {torch.__version__} "
+            f"{why}); say auto or cpu, which trains slowly"
+        )
+    on_gpus = gpus and kind != "cpu"
+    wanted = devices if isinstance(devices, int) else int(devices) if str(devices).lstrip("-").isdecimal() else None
+    if wanted is None and devices != "auto" and not on_gpus:
+        raise UserError(f"trainer.devices: {devices} is no number of processes, which a CPU needs; or say auto")
+    if wanted is not None and (wanted < -1 or wanted == 0 or (wanted == -1 and not on_gpus)):
+        raise UserError(f"trainer.devices: {devices} must be at least 1, or auto")
+    if wanted is not None and on_gpus and wanted > gpus:
+        raise UserError(f"trainer.devices: {wanted}, but this machine has {gpus} GPUs; give {gpus} or less, or auto")
 
 
 def _loggers(given: Any) -> list[Any]:

@@ -54,11 +54,14 @@ class CommandParser(ArgumentParser):
         if found := MISSING.search(message):
             raise UserError(self._missing(found[1].split(", ")[0])) from ex
         key, reason = explain(message, ex)
+        reason = re.sub(r"^argument (--\w+): expected (?:one|at least one) argument$", r"\1 needs a value", reason)
         answer = f"--{key}: {reason}" if key else reason
         if not reason:
             options = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
             near = get_close_matches(key, options, n=1)
             answer = f"unknown option --{key}" + (f", did you mean --{near[0]}?" if near else "")
+            if key in [action.dest for action in self._actions if not action.option_strings]:
+                answer = f"--{key}: {key.upper()} is given without --{key}, by its place"
         raise UserError(f"{answer}; see {self.prog} --help") from ex
 
     def _missing(self, name: str) -> str:
@@ -90,7 +93,7 @@ def call(command: str, args: list[str]) -> int:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         args, run = split(args, list(parser._option_string_actions))
         if not wants_text(args):
-            check_run(run)
+            check_run(run, "fit")
     args = complete_flags(args, [f"--{name}" for name, hint in hints.items() if hint is bool])
     values = vars(parser.instantiate(parser.parse_args(args)))
     for name, value in values.items():

@@ -7,12 +7,15 @@ else keeps its traceback and exits with 1, because somebody will have to read it
 import errno
 import re
 
+from app.run_keys import stages
+from app.signatures import parameters
 from modules.errors import UserError
 
 NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
 """Kinds of OSError that no edit of a file or key mends."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_MEND = "make room, then start the same command again: what was written before is complete"
+_SHORT_KEY = re.compile(r"(?<![\w./-])(model|data)\.([a-z_]+)")
 FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
 LONGEST = 600
 """Characters of a message that are shown: about three lines of a wide terminal."""
@@ -20,12 +23,22 @@ LONGEST = 600
 
 def mistake(error: BaseException) -> str | None:
     """Return the line that answers a user's mistake, or None if the error is a defect of the program."""
-    message = str(error).strip()
+    message = with_init_args(str(error).strip())
     if isinstance(error, UserError | OSError) and FROM_WORKER.match(message):
         return shorten(message.splitlines()[-1].partition(": ")[2])
     if isinstance(error, OSError):
         return None if isinstance(error, NOT_A_MISTAKE) else shorten(_os_error(error))
     return shorten(message) if isinstance(error, UserError) else None
+
+
+def with_init_args(message: str) -> str:
+    """Return a message with the keys of model and data in full: a class knows its own name of a key only."""
+
+    def full(found: re.Match[str]) -> str:
+        known = parameters(stages(found[1])[0]) or {}
+        return f"{found[1]}.init_args.{found[2]}" if found[2] in known else found[0]
+
+    return _SHORT_KEY.sub(full, message)
 
 
 def shorten(message: str) -> str:

@@ -13,8 +13,9 @@ _OUTSIDE = (ImportError, AttributeError, YAMLError)
 """Errors of others: the level above says what could not be imported or read."""
 _KEY = re.compile(r'Parser key "([^"]+)"[^:]*:\s*')
 _UNION = re.compile(r"Does not validate against any of the Union subtypes\nSubtypes: \[(.*)\]\n")
-_OTHER_KIND = re.compile(r"(?:Expected an?|Not a valid subclass of) (.+?)\. Got value: (.*)")
+_OTHER_KIND = re.compile(r"(?:Expected an?|Not a valid subclass of) (.+?)\. Got value: ?(.*)")
 _UNKNOWN = re.compile(r"(?:(?:Group '(\S+)' does not accept o|O)ption '|unrecognized arguments: --)([^\s'=]+)")
+_PROBLEM = re.compile(r"Problem with given class_path '([^']+)':\s*(.+)")
 _MISSING = re.compile(r"the following arguments are required: (.*)")
 
 
@@ -29,6 +30,7 @@ def explain(message: str, error: BaseException | None) -> tuple[str, str]:
         The key, empty if none is named; the reason, empty if it is that nothing knows the key.
     """
     keys: list[str] = []
+    problem = _PROBLEM.search(message)
     named, union = False, None
     while error is not None and not isinstance(error, _OUTSIDE):
         if isinstance(error, ArgumentError) and len(keys) == 1:  # of a parser for what a class takes
@@ -41,10 +43,16 @@ def explain(message: str, error: BaseException | None) -> tuple[str, str]:
     reason = " ".join(_KEY.sub("", message, count=1).split())
     if found := _UNKNOWN.match(reason):
         return _join(*keys, found[1], found[2]), ""
+    other_kind = _OTHER_KIND.match(reason)
+    if (
+        other_kind and problem and not problem[2].startswith("Parser key")
+    ):  # of the one member of the union that was meant
+        reason, other_kind = (problem[2] if _MISSING.match(problem[2]) else problem[0]), None
+        reason = " ".join(reason.split())
     if found := _MISSING.match(reason):
         return "", "missing key " + ", ".join(_join(*keys, name) for name in found[1].split(", "))
-    if found := _OTHER_KIND.match(reason):
-        reason = f"expected {_kinds(union[1] if union else found[1])}, got {found[2]}"
+    if found := other_kind:
+        reason = f"expected {_kinds(union[1] if union else found[1])}, got {found[2] or 'nothing'}"
     return _join(*keys), reason
 
 

@@ -5,7 +5,7 @@ the place and the file. So keys are checked first, by what the source of the cla
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from app.signatures import Kind, parameters
@@ -51,17 +51,41 @@ def walk(tree: Any, kind: Any, path: str = "") -> Iterator[Place]:
             yield Place(name, value, None, keys)
 
 
-def answer_unknown(name: str, keys: Keys, owned: dict[str, str]) -> str:
+def leaves(kind: Any, tree: Any, path: str = "") -> list[str]:
+    """Return the dotted keys below a place that hold values and no further keys.
+
+    Args:
+        kind: what may be at the place.
+        tree: values there; they say which class.
+        path: its own dotted key; empty at the top.
+    """
+    keys = keys_of(kind, tree)
+    if keys is None or (isinstance(kind, Kind) and kind.is_list):
+        return [path]
+    inner = tree if isinstance(tree, dict) else {}
+    return [
+        leaf
+        for key, below in keys.items()
+        if key != "dict_kwargs"
+        for leaf in leaves(below, inner.get(key), f"{path}.{key}" if path else key)
+    ]
+
+
+def answer_unknown(name: str, keys: Keys, owned: dict[str, str], elsewhere: Sequence[str] = ()) -> str:
     """Return the message for an unknown key: where it is, and what was probably meant.
 
     Args:
         name: dotted key.
         keys: those known in its place.
         owned: dotted keys that exist elsewhere but not here, with what to use instead.
+        elsewhere: dotted keys of the whole run file, for one that is known in another place.
     """
     if name in owned:
         return f"{name} is not set here: {owned[name]}"
-    near = difflib.get_close_matches(name.rpartition(".")[2], keys, n=1, cutoff=0.6)
+    last = name.rpartition(".")[2]
+    if same := [other for other in elsewhere if other.rpartition(".")[2] == last]:
+        return f"unknown key {name}; did you mean {' or '.join(same[:2])}?"
+    near = difflib.get_close_matches(last, keys, n=1, cutoff=0.6)
     return f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(keys))}")
 
 

@@ -10,28 +10,37 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.explain import explain
-from app.run_keys import check_run
+from app.run_keys import RunArguments
 from modules.errors import UserError
+
+EXAMPLES = {
+    "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
+    "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+}
+"""Key of a class -> one that it takes."""
 
 
 class RunParser(LightningArgumentParser):
-    """LightningCLI's parser with short errors."""
+    """LightningCLI's parser with short errors. `given`, a command line that was checked, is set by the CLI."""
 
-    is_whole = False
-    """Whether this is the parser of a run file, set by the CLI (jsonargparse makes others for parts of one)."""
+    given: RunArguments
 
     def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parse a command line; unknown keys and missing files are answered first.
+        """Parse a command line; that of a run was read before, and its flags completed.
 
         Raises:
             UserError: with one line that names the key or file and the mend.
         """
         if self.is_whole:
-            self._given = check_run(args)
-            args = self._given.args
+            args = self.given.args
         else:  # for one key of a part, with the value that jsonargparse has read and written out again as Python does
             args = [re.sub("=None$", "=null", argument) for argument in args]
         return super().parse_args(args, **kwargs)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the parser of a run file (jsonargparse makes others for parts of one)."""
+        return hasattr(self, "given")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a UserError with the essence of a message of jsonargparse."""
@@ -43,5 +52,24 @@ class RunParser(LightningArgumentParser):
         if not reason:
             return f"unknown key {key}"
         if reason.startswith("missing key"):
-            return f"{', '.join(self._given.files)}: {reason}"
+            return self._missing(reason.removeprefix("missing key ").split(", "))
+        if reason.startswith("Expected a dot import path string"):
+            reason = (
+                f"{reason.rpartition(': ')[2]} is not what it takes: a mapping is given whole, as '{{name: {{...}}}}'"
+            )
+        if key in EXAMPLES and reason.startswith("expected "):
+            reason = f"{reason.rpartition(', got ')[2]} is no class that can be imported, such as {EXAMPLES[key]}"
         return f"{key}: {reason}" if key else reason
+
+    def _missing(self, keys: list[str]) -> str:
+        """Return the message for keys that a class, named in a run file or by an option, cannot do without."""
+        parent, _, last = keys[0].rpartition(".")
+        parent = parent.removesuffix(".init_args")
+        chosen = self.given.get(parent)
+        class_path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+        if not isinstance(class_path, str):
+            return f"{', '.join(self.given.files)}: missing key {', '.join(keys)}"
+        names = [f"{parent}.init_args.{key.rpartition('.')[2]}" for key in keys]
+        where = self.given.file_of(parent)
+        mend = "" if where else f"; add --{parent}.init_args.{last} VALUE"
+        return (f"{where}: " if where else "") + f"missing key {', '.join(names)}, which {class_path} needs{mend}"

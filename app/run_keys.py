@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, walk
-from app.signatures import Kind, parameters
+from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, leaves, walk
+from app.signatures import Kind, parameters, subclasses
 from modules.checkpoints import folder
 from modules.errors import UserError
 
@@ -59,6 +59,7 @@ OWNED = {
 }
 """Trainer arguments that are no keys of a run file, each with what to use instead."""
 
+OURS = ("app", "callbacks", "datamodules", "modules")
 EXAMPLE = "configs/pretrain.yaml"
 CONFIG_OPTIONS = ("-c", "--config")
 NO_VALUE = re.compile(r"(-h|--help|--print_config(=.*)?|--[\w.]+\.help)$")
@@ -94,13 +95,14 @@ class RunArguments:
 
     Args:
         args: command line after the command's name.
+        command: `fit`, `validate` or `test`.
 
     Raises:
         UserError: a file is missing or no YAML, or an option has no place.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
-        self.keys = run_keys()
+    def __init__(self, args: Sequence[str], command: str) -> None:
+        self.command, self.keys = command, run_keys()
         self.args: list[str] = []
         """The command line with `=true` behind each flag that stands alone."""
         self.files: dict[str, Any] = {}
@@ -137,40 +139,68 @@ class RunArguments:
 
 
 MISSING = object()
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where the C library is there."""
 
 
-def check_run(args: Sequence[str]) -> RunArguments:
+def check_run(args: Sequence[str], command: str) -> RunArguments:
     """Check a command line of `fit`, `validate` or `test` as far as that takes no time, and return what it says.
 
     Raises:
         UserError: a key is unknown, or a file is missing; names the file or key and the mend.
     """
-    given = RunArguments(args)
+    given = RunArguments(args, command)
     for place in walk(given.tree, given.keys):
         name = given.file_of(place.path)
-        _check_place(place, "" if name is None else f"{name}: ")
+        _check_place(place, "" if name is None else f"{name}: ", given)
         if isinstance(place.value, str) and (fields := keys_of(place.kind, {})) is not None:
             part = Path(name or "").parent / place.value
+            if not part.exists():
+                known = ", ".join(list(fields)[:4])
+                raise UserError(f"{place.path}: there is no file {part}; give one, or keys below it ({known}, ...)")
             for inner in walk(read_yaml(part, place.path), fields, place.path):
-                _check_place(inner, f"{part}: ")
+                _check_place(inner, f"{part}: ", given)
     if given.unfinished:
         raise UserError(f"{given.unfinished[0]} needs a value: {given.unfinished[0]} VALUE")
+    if {"-h", "--help"} & set(args):
+        return given
     missing = [key for key in ("model", "data") if given.get(key) is None]
-    if missing and not {"-h", "--help"} & set(args):
+    if missing:
         if given.files:
             raise UserError(
                 f"{', '.join(given.files)}: missing key {', '.join(missing)}; {EXAMPLE} shows a whole run file"
             )
         raise UserError(f"no run file: give one with --config FILE ({EXAMPLE} is an example)")
+    for key in ("model", "data"):
+        _check_class(given, key)
     return given
 
 
-def _check_place(place: Place, source: str) -> None:
+def _check_place(place: Place, source: str, given: RunArguments) -> None:
     if place.beside is not None:
-        raise UserError(source + answer_unknown(place.path, place.beside, owned_keys()))
+        everywhere = leaves(given.keys, given.tree)
+        raise UserError(source + answer_unknown(place.path, place.beside, owned_keys(), everywhere))
     fields = keys_of(place.kind, {}) if isinstance(place.value, list) and isinstance(place.kind, Kind) else None
     if fields is not None and not place.kind.is_list:
         raise UserError(f"{source}{place.path} is a list; it holds keys: {', '.join(fields)}")
+
+
+def stages(key: str) -> list[str]:
+    """Return the class paths of this project that `model` or `data` may have."""
+    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "StageData")}[key]
+    files = sorted((Path(__file__).parent.parent / folder).glob("*.py"))
+    return [path for file in files for path in subclasses(f"{folder}.{file.stem}", base)]
+
+
+def _check_class(given: RunArguments, key: str) -> None:
+    """Answer a class path of ours that is misspelt; those of others are left to the parser."""
+    path = str(given.get(key if isinstance(given.get(key), str) else f"{key}.class_path"))
+    known = stages(key)
+    module, _, name = path.rpartition(".")
+    if name in [path.rpartition(".")[2] for path in known] and not module:
+        return  # the parser knows it by its name alone
+    if not module or (module.partition(".")[0] in OURS and parameters(path) is None):
+        raise UserError(f"{key}.class_path: {path} is no class path; known: {', '.join(known)}")
 
 
 def check_files(given: RunArguments) -> None:
@@ -181,8 +211,21 @@ def check_files(given: RunArguments) -> None:
     """
     from datamodules.text.preparation import check_corpus
 
+    root, run = Path(str(given.get("trainer.default_root_dir", "runs"))), run_of(given)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"trainer.default_root_dir: {root} is no folder; name one that is there, or can be made")
+    checkpoint = given.get("ckpt_path")
+    if checkpoint is not None and not Path(str(checkpoint)).exists():
+        raise UserError(
+            f"--ckpt_path: {checkpoint} does not exist; checkpoints are folders, {run}/checkpoints/step=..."
+        )
+    if given.command != "fit" and checkpoint is None and not folder.checkpoints(run / folder.CHECKPOINTS):
+        raise UserError(
+            f"{run / folder.CHECKPOINTS} holds no checkpoint: run fit first, give the --name of another run, or "
+            "--ckpt_path FOLDER"
+        )
     start = given.get("model.init_args.init_from")
-    if start is not None and not folder.checkpoints(run_of(given) / folder.CHECKPOINTS):
+    if start is not None and not folder.checkpoints(run / folder.CHECKPOINTS):
         try:
             folder.check_model(Path(str(start)))
         except UserError as error:
@@ -219,8 +262,10 @@ def options_of(args: Sequence[str]) -> Iterator[tuple[str, str | None, list[str]
         if not argument.startswith("--") and option not in ("-c", "-h"):
             if Path(argument).suffix in (".yaml", ".yml"):
                 raise UserError(f"{argument}: a run file is given with --config {argument}")
+            meant = f"; did you mean -{argument}?" if re.match("-[a-z]{2}", argument) else ""
             raise UserError(
-                f"unrecognized arguments: {argument} (options start with --, several values of one are given as [a,b])"
+                f"unrecognized arguments: {argument} (options start with --, several values of one are given as "
+                f"[a,b]){meant}"
             )
         if equals or NO_VALUE.match(argument):
             yield option, value, [argument]
@@ -242,7 +287,7 @@ def read_yaml(path: Path, key: str = "--config") -> Any:
         UserError: it is missing, no YAML, or no mapping of keys to values.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file ({key})") from None
     except IsADirectoryError:

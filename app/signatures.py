@@ -25,6 +25,8 @@ class SourceFile:
     """What it defines."""
     imports: dict[str, tuple[str, str]]
     """Name in the file -> (module, name in it, empty for the module itself)."""
+    aliases: dict[str, str]
+    """Name -> what a line at the top level assigns to it, as it is written."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,21 @@ class Kind:
 
     annotation: ast.expr
     file: SourceFile = field(repr=False)
+    is_option: bool = False
+    """Whether the parameter is given by its name only."""
+
+    def choices(self) -> list[str]:
+        """Return the values that the type lists: of a Literal, here or by its name in another file, or of a flag."""
+        found: list[str] = []
+        for member in self.members():
+            text = ast.unparse(member.annotation)
+            if text == "bool":
+                found += ["true", "false"]
+            elif text.startswith("Literal["):
+                found += [str(item) for item in ast.literal_eval(f"[{text[8:]}")]
+            elif literal := _literal(member.file, text):
+                found += literal
+        return found
 
     def members(self) -> "list[Kind]":
         """Return the members of a union and the items of a list or tuple, flattened; of another type only itself."""
@@ -83,6 +100,14 @@ def parameters(path: str) -> dict[str, Kind] | None:
     return None if found is None else parameters_of(found)
 
 
+def subclasses(module: str, base: str) -> list[str]:
+    """Return the dotted paths of the classes in a module that name a base class."""
+    file = _read(module)
+    defined = file.definitions.values() if file is not None else ()
+    classes = [node for node in defined if isinstance(node, ast.ClassDef)]
+    return [f"{module}.{node.name}" for node in classes if base in map(ast.unparse, node.bases)]
+
+
 def parameters_of(found: Definition) -> dict[str, Kind] | None:
     """Return the parameters of a class or function that was found, those passed on to base classes included."""
     node, file = found.node, found.file
@@ -123,8 +148,17 @@ def _of_bases(found: Definition) -> dict[str, Kind] | None:
 
 def _arguments(arguments: ast.arguments, file: SourceFile) -> dict[str, Kind]:
     anything = ast.Name("Any")
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return {argument.arg: Kind(argument.annotation or anything, file) for argument in named}
+    named = [*arguments.posonlyargs, *arguments.args]
+    found = {argument.arg: Kind(argument.annotation or anything, file) for argument in named}
+    return found | {option.arg: Kind(option.annotation or anything, file, True) for option in arguments.kwonlyargs}
+
+
+def _literal(file: SourceFile, name: str) -> list[str]:
+    """Return the values of a `NAME = Literal[...]`, empty if the name is anything else."""
+    module, inner = file.imports.get(name, (file.module, name))
+    source = _read(module)
+    text = source.aliases.get(inner, "") if source is not None else ""
+    return [str(item) for item in ast.literal_eval(f"[{text[8:]}")] if text.startswith("Literal[") else []
 
 
 def _passes_on(init: ast.FunctionDef, keywords: str) -> bool:
@@ -174,16 +208,19 @@ def _read(module: str) -> SourceFile | None:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     definitions: dict[str, ast.ClassDef | ast.FunctionDef] = {}
     imports: dict[str, tuple[str, str]] = {}
+    aliases: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             definitions[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            aliases[node.targets[0].id] = ast.unparse(node.value)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *filter(None, [node.module])])
             imports |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             imports |= {alias.asname or alias.name.partition(".")[0]: (alias.name, "") for alias in node.names}
-    return SourceFile(module, definitions, imports)
+    return SourceFile(module, definitions, imports, aliases)
 
 
 def _find(module: str) -> Path | None:

@@ -91,13 +91,15 @@ def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float
     return "  ".join([*parts, f"{duration(seconds_left)} left"])
 
 
-def validation_line(step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: float | None) -> str:
-    """Return the console line of a validation after `step` steps."""
+def validation_line(
+    step: int, metrics: Mapping[str, Any], gzip_bits_per_byte: float | None, name: str = "validation"
+) -> str:
+    """Return the console line of a validation, or of another evaluation by `name`, after `step` steps."""
     shown = {name.removeprefix("validation/"): metrics[name] for name in VALIDATED if name in metrics}
     text = "  ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in shown.items())
     if "bits_per_byte" in shown and gzip_bits_per_byte:
         text += f" (gzip -9: {gzip_bits_per_byte:.4f})"
-    return f"validation after step {step}: {text}"
+    return f"{name} after step {step}: {text}"
 
 
 def number(value: float) -> str:

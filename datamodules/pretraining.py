@@ -314,11 +314,16 @@ def _check_prepared(path: str) -> None:
 
 
 def _check_division(rows: int, micro_batch_size: int, ranks: int) -> None:
+    """Check that the rows of a step divide among devices in micro-batches of one size."""
     per_pass = micro_batch_size * ranks
     if rows % per_pass:
+        fitting = [size for size in range(micro_batch_size, 0, -1) if rows % (size * ranks) == 0]
+        mend = f"set data.init_args.micro_batch_size to {fitting[0]}, or " if fitting else "set "
+        devices = "1 device" if ranks == 1 else f"{ranks} devices"
         raise UserError(
-            f"data.global_batch_size: {rows} rows do not divide among {ranks} "
-            f"devices with data.micro_batch_size {micro_batch_size}; make it a multiple of {per_pass}"
+            f"data.init_args.global_batch_size: {rows} rows a step do not divide among {devices} with "
+            f"data.init_args.micro_batch_size {micro_batch_size}; {mend}data.init_args.global_batch_size to a multiple "
+            f"of {per_pass}"
         )
 
 

@@ -132,6 +132,8 @@ def use_lines(written: Written, name: str, transformers: Sequence[str]) -> list[
         lines = [f"{misread}."]
     else:
         lines = [*transformers]
+    if written.layout.name == "compressed-tensors":
+        lines = [f"{NEEDS}.", *lines]
     return [*lines, "With vLLM:", "```", f"vllm serve {name}", "```"]
 
 
@@ -157,6 +159,10 @@ def _is_routed(name: str) -> bool:
     return STACKED in name and not name.startswith(MTP)  # transformers does not load an MTP block
 
 
+NEEDS = (
+    "transformers loads this layout with the package compressed-tensors beside it: pip install "
+    "'compressed-tensors>=0.15' (tried: transformers 5.23 with compressed-tensors 0.20)"
+)
 LOST_SCALES = (
     "transformers (5.23) leaves out the global scales of routed experts in NVFP4, so its numbers are far off; the "
     "README.md written here shows how to put them in, or take --format hf"

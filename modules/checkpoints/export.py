@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modules.checkpoints.card import UNLIMITED, write_card
-from modules.checkpoints.card_quantized import Written, misreading
+from modules.checkpoints.card_quantized import NEEDS, Written, misreading
 from modules.checkpoints.config import CONFIG, GENERATION_CONFIG, to_hugging_face
 from modules.checkpoints.folder import new_folder, read_json, write_json
 from modules.checkpoints.huggingface import HuggingFaceSource
@@ -152,6 +152,8 @@ def convert(
         )
     if misread := misreading(new, quantization, source.tensors.keys() - quantization.weights.keys()):
         report(f"note: {misread}")
+    if layout == "compressed-tensors":
+        report(f"note: {NEEDS}")
     return exported
 
 

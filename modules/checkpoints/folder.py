@@ -92,6 +92,9 @@ def check_model(path: Path) -> None:
         problem = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}; a MODEL is a folder on this machine: download it first")
     if not any((path / name).exists() for name in (INDEX, MANIFEST, CONFIG, CHECKPOINTS)):
+        runs = sorted(child.parent for child in path.glob(f"*/{CHECKPOINTS}"))
+        if runs:
+            raise UserError(f"{path} holds runs, and a MODEL is one of them: {', '.join(map(str, runs[:3]))}")
         raise UserError(
             f"{path} is no MODEL: it holds neither {MANIFEST} (a folder that fit wrote), nor "
             f"{CHECKPOINTS}/ (a run's folder), nor {CONFIG} (a Hugging Face folder)"

@@ -61,8 +61,9 @@ class Acceptance:
         """Return a short table for people."""
         if not self.verifications:
             return ["speculative decoding: no verification"]
-        drafts = "1 draft" if len(self.kept) == 2 else f"{len(self.kept) - 1} drafts"
-        head = f"speculative decoding: {self.length:.2f} tokens a verification ({self.verifications:,} of {drafts})"
+        drafts = "1 draft" if len(self.kept) == 2 else f"{len(self.kept) - 1} drafts each"
+        passes = "1 verification" if self.verifications == 1 else f"{self.verifications:,} verifications"
+        head = f"speculative decoding: {self.length:.2f} tokens a verification ({passes} of {drafts})"
         rows = [
             f"  draft {place}: {share:6.1%} kept"
             + ("" if place == 1 or math.isnan(rate) else f", {rate:.1%} of those whose drafts before were")

@@ -121,6 +121,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException):
 def test_what_is_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "file").touch()
     for output, message in ((tmp_path, "holds files already"), (tmp_path / "file", "is a file")):
-        with pytest.raises(UserError, match=f"--output: .* {message}"), new_folder(output):
+        with pytest.raises(UserError, match=f" {message}"), new_folder(output):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
