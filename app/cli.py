@@ -38,6 +38,7 @@ from callbacks.samples import Samples
 from callbacks.skipped_batches import SkippedBatches
 from callbacks.speed import Speed
 from callbacks.step import in_order
+from callbacks.text import fold
 from callbacks.validation import Validation
 from datamodules.base import StageData
 from modules.base import StageModule
@@ -348,4 +349,4 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 @rank_zero_only
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(fold(line), flush=True)

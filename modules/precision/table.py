@@ -50,8 +50,8 @@ def precision_lines(
     }
     return [
         *_align(rows),
-        "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias compute in fp32, and",
-        "weights are kept in fp32",
+        "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias",
+        "compute in fp32, and weights are kept in fp32",
         *refused,
     ]
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
 from modules.generation.session import Session
+from tests.modules.checkpoints.folders import write_fit_folder
 from tests.modules.checkpoints.helpers import their_model
+from tests.modules.helpers import make_network, tiny_config
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "import os\n\nfor name in os.environ:\n    print(name, 'naïve')\n"]
 COUNT = 8
@@ -98,6 +101,22 @@ def test_a_conversation_is_that_of_the_rendered_turns(model, network, monkeypatc
         len(Tokenizer.load(model).encode(f"<|im_end|>\n<|im_start|>user\n{line}", special_tokens=True)) for line in talk
     ]
     assert max(computed[1:]) < max(new[1:]) + 20, "earlier turns stay in the cache"
+
+
+def test_a_model_that_was_never_taught_to_chat_says_so(model, tmp_path, monkeypatch, capsys) -> None:
+    def noted(folder: Path) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        assert main(["chat", str(folder)]) == 0
+        return capsys.readouterr().err
+
+    assert f"note: {model} was never taught to chat (it brings no chat template)" in noted(model)
+    taught = shutil.copytree(model, tmp_path / "taught")
+    (taught / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    assert "never taught" not in noted(taught)
+    run = write_fit_folder(tmp_path / "step=20", make_network(tiny_config(vocab_size=288)), tokenizer=True)
+    for folder in (run / "tokenizer", run):
+        (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    assert "was never taught to chat (it was pretrained on text alone)" in noted(run)
 
 
 def test_commands(model, network, monkeypatch, capsys) -> None:
