@@ -96,7 +96,7 @@ def test_a_level_that_stays_high_stops_the_run_and_says_how_to_go_on(program, ru
     options = ["--model.init_args.bad_steps=[15,16,17,18]", "--model.init_args.max_skipped_steps=3"]
     result = start(program, run_file, tmp_path, *options)
     assert result.code == 2, result.output
-    *_, before, message = result.output.splitlines()
+    *_, before, _, message = result.output.splitlines()
     assert before.startswith("step 17 skipped, loss spike")
     assert message.startswith("error: nothing but skipped steps in steps 15 to 17 (model.max_skipped_steps 3): 3 loss ")
     assert "raise model.spike_guard.sigmas or set model.spike_guard to null" in message

@@ -5,19 +5,19 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from app.__main__ import main
+from app.commands.chat import never_taught
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
 from modules.generation.session import Session
-from tests.modules.checkpoints.folders import write_fit_folder
 from tests.modules.checkpoints.helpers import their_model
-from tests.modules.helpers import make_network, tiny_config
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "import os\n\nfor name in os.environ:\n    print(name, 'naïve')\n"]
 COUNT = 8
@@ -113,10 +113,15 @@ def test_a_model_that_was_never_taught_to_chat_says_so(model, tmp_path, monkeypa
     taught = shutil.copytree(model, tmp_path / "taught")
     (taught / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
     assert "never taught" not in noted(taught)
-    run = write_fit_folder(tmp_path / "step=20", make_network(tiny_config(vocab_size=288)), tokenizer=True)
-    for folder in (run / "tokenizer", run):
-        (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
-    assert "was never taught to chat (it was pretrained on text alone)" in noted(run)
+
+
+def test_a_template_does_not_hide_that_a_run_saw_text_alone() -> None:
+    template = SimpleNamespace(is_own=True)
+    run = {"model": {"class_path": "modules.pretraining.Pretraining", "init_args": {"init_from": None}}}
+    (line, _) = never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), template)
+    assert line.startswith("note: runs/mine was never taught to chat (it was pretrained on text alone)")
+    run["model"]["init_args"]["init_from"] = "an-instruct-model"
+    assert never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), template) == []
 
 
 def test_commands(model, network, monkeypatch, capsys) -> None:

@@ -127,7 +127,7 @@ def test_bits_and_sizes_are_those_of_the_files(nvfp4, model: Path):
 
 
 def test_terminal_and_card_tell_the_same_bits_and_promise_no_engine(model, data, folder, capsys):
-    for number, options in enumerate(([], ["--format", "fp8"], ["--rules", "*q_proj=bf16"])):
+    for number, options in enumerate(([], ["--format", "fp8"], ["--rules", "*o_proj=bf16"])):
         output, report = quantized(model, folder / f"card{number}", "--data", data, *options)
         printed, card = capsys.readouterr().out, (output / "README.md").read_text(encoding="utf-8")
         of_quantized, of_all = f"{report['bits']['quantized']:.3f}", f"{report['bits']['all']:.3f}"
