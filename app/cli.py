@@ -43,6 +43,7 @@ from callbacks.preemption import Preemption, TimeLimit
 from callbacks.speed import Speed
 from callbacks.step import in_order
 from callbacks.stop_request import STOP
+from callbacks.text import fold
 from datamodules.base import StageData
 from modules.base import StageModule
 from modules.batch import HeldOutText
@@ -430,4 +431,4 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 @rank_zero_only
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(fold(line), flush=True)

@@ -2,16 +2,20 @@
 
     python -m app fit --config configs/pretrain_nvfp4.yaml
     python -m app fit --config configs/pretrain_nvfp4.yaml --name pretrain_bf16 --model.init_args.precision.recipe bf16
-    python -m benchmarks.nvfp4_loss runs/pretrain_bf16 runs/pretrain_nvfp4 [--ablations runs/NAME ...] [--output docs]
+    python -m benchmarks.nvfp4_loss runs/pretrain_bf16 runs/pretrain_nvfp4 [--pair BASE RUN ...] [--output docs]
 
 Reads what the runs wrote for TensorBoard. They must have seen the same tokens, and be configured alike in everything
-but `model.init_args.precision`. A gap is a run's loss over that of the first run, minus one. Writes nvfp4_loss.png and,
-with ablations, nvfp4_ablations.png.
+but `model.init_args.precision`. A gap is a run's loss over that of the first run, minus one. Writes nvfp4_loss.png.
+A gap of one pair of runs says little: with another seed (`--model.init_args.seed`, `--data.init_args.seed`,
+`--seed_everything`, the same for both runs of a pair) it is another. Each `--pair` adds such a pair, and the mean and
+spread of all their last gaps are printed. To compare two recipes, compare these: a difference within the spread is no
+difference.
 """
 
 import argparse
 from itertools import accumulate
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
@@ -66,8 +70,8 @@ def smoothed(curve: dict[int, float]) -> dict[int, float]:
     """Return the means over the newest `WINDOW` points, from where there are so many."""
     sums = [0.0, *accumulate(curve.values())]
     width = min(WINDOW, len(curve))
-    means = [(after - before) / width for before, after in zip(sums, sums[width:], strict=False)]
-    return dict(zip([*curve][width - 1 :], means, strict=True))
+    averages = [(after - before) / width for before, after in zip(sums, sums[width:], strict=False)]
+    return dict(zip([*curve][width - 1 :], averages, strict=True))
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -116,29 +120,38 @@ def print_table(runs: list[Run]) -> None:
         if run is not base:
             pairs = zip(ends, (base.validation, base.training), strict=True)
             cells = [f"{cell} ({c[end] / b[end] - 1:+.2%})" for cell, ((c, end), b) in zip(cells, pairs, strict=True)]
-        reference = runs[min(1, len(runs) - 1)] if run is base or run is not runs[1] else base
-        print(f"{run.name:<{wide}}{cells[0]:>24}{cells[1]:>28}  {precision_of(run, reference)}")
+        print(f"{run.name:<{wide}}{cells[0]:>24}{cells[1]:>28}  {precision_of(run, runs[run is base])}")
 
 
-def picture(runs: list[Run], path: Path, training: bool) -> None:
-    """Draw the losses of runs, and below them the gaps to the first."""
-    base, above, below = runs[0], [], []
-    for run, color in zip(runs, COLORS, strict=False):
-        pale = blend(color)
-        if training:
-            above.append(
-                Curve(f"{run.name}, training, mean of {WINDOW} steps", pale, *columns(run.training), points=False)
-            )
-        above.append(Curve(f"{run.name}, validation", color, *columns(run.validation)))
-        if run is not base and training:
-            below.append(Curve("training", pale, *percent(gaps(run.training, base.training)), points=False))
-        if run is not base:
-            name = "validation" if training else ""
-            below.append(Curve(name, color, *percent(gaps(run.validation, base.validation))))
-    below.insert(0, Curve("", COLORS[0], [0, max(base.validation)], [0, 0], points=False))
-    heights = (360, 200) if training else (220, 340)
-    panels = [Panel("nats per token", above, heights[0]), Panel(f"gap to {base.name}, %", below, heights[1])]
-    draw(panels, "tokens", path)
+def last_gap(base: Run, run: Run) -> float:
+    """Return the gap of the last validation."""
+    return [*gaps(run.validation, base.validation).values()][-1]
+
+
+def spread_lines(ends: list[float]) -> list[str]:
+    """Return what the last gaps of pairs of runs say together."""
+    if len(ends) == 1:
+        return ["one pair of runs: with another seed the gap is another (--pair BASE RUN adds a pair)"]
+    each = ", ".join(f"{end:+.2%}" for end in ends)
+    return [
+        f"{len(ends)} pairs of runs: {each}; mean {mean(ends):+.2%}, standard deviation {100 * stdev(ends):.2f} points",
+        "Recipes whose means differ by less than that spread cannot be ranked.",
+    ]
+
+
+def picture(base: Run, run: Run, path: Path) -> None:
+    """Draw the losses of two runs, and below them the gap."""
+    above = []
+    for one, color in zip((base, run), COLORS, strict=False):
+        name = f"{one.name}, training, mean of {WINDOW} steps"
+        above.append(Curve(name, blend(color), *columns(one.training), points=False))
+        above.append(Curve(f"{one.name}, validation", color, *columns(one.validation)))
+    below = [
+        Curve("", COLORS[0], [0, max(base.validation)], [0, 0], points=False),
+        Curve("training", blend(COLORS[1]), *percent(gaps(run.training, base.training)), points=False),
+        Curve("validation", COLORS[1], *percent(gaps(run.validation, base.validation))),
+    ]
+    draw([Panel("nats per token", above, 360), Panel(f"gap to {base.name}, %", below, 200)], "tokens", path)
     print(f"wrote {path}")
 
 
@@ -158,24 +171,26 @@ def percent(curve: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def main() -> None:
-    """Parse the command line, print the table and draw the pictures."""
+    """Parse the command line, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?", default=Path("runs/pretrain_bf16"), help="run in bf16")
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/pretrain_nvfp4"), help="run in NVFP4")
-    parser.add_argument("--ablations", type=Path, nargs="+", default=[], help="more runs, at most four")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures (default: docs)")
+    parser.add_argument(
+        "--pair", type=Path, nargs=2, action="append", default=[], metavar=("BASE", "RUN"), help="the same, other seeds"
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the picture (default: docs)")
     options = parser.parse_args()
-    runs = [read(folder) for folder in (options.base, options.run, *options.ablations)]
-    if len(runs) > len(COLORS):
-        raise SystemExit(f"--ablations: {len(options.ablations)} runs; a picture holds {len(COLORS) - 2}")
-    check_alike(runs)
-    print_table(runs)
-    final = [*gaps(runs[1].validation, runs[0].validation).values()][-1]
-    verdict = "within" if abs(final) <= ASKED else "NOT within"
-    print(f"\n{runs[1].name} ends {final:+.2%} from {runs[0].name}: {verdict} {ASKED:.0%}")
-    picture(runs[:2], options.output / "nvfp4_loss.png", training=True)
-    if options.ablations:
-        picture(runs, options.output / "nvfp4_ablations.png", training=False)
+    pairs = [[read(folder) for folder in pair] for pair in ((options.base, options.run), *options.pair)]
+    for pair in pairs:
+        check_alike(pair)
+        print_table(pair)
+        print()
+    ends = [last_gap(*pair) for pair in pairs]
+    base, run = pairs[0]
+    verdict = "within" if abs(mean(ends)) <= ASKED else "NOT within"
+    print(f"{run.name} ends {mean(ends):+.2%} from {base.name}: {verdict} {ASKED:.0%}")
+    print("\n".join(spread_lines(ends)))
+    picture(base, run, options.output / "nvfp4_loss.png")
 
 
 if __name__ == "__main__":

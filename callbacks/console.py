@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.speed import Speed
 from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
+from callbacks.text import WIDTH, entry, fold
 from modules.base import VALIDATED, StageModule
 from modules.batch import HeldOutText, MixedSources
 from modules.ops.kernels import kernel_table
@@ -72,23 +73,26 @@ def progress_line(step: int, last: int, metrics: Mapping[str, Any], speed: float
     Args:
         step: optimiser steps done.
         last: optimiser steps of the run.
-        metrics: by name; loss, learning rate, gradient norm, MFU and the share of data wait are shown if there.
+        metrics: by name; loss, learning rate, gradient norm, MFU and the share of waiting for data are shown if there.
         speed: tokens per second.
         seconds_left: estimated time to the end.
     """
-    parts = [f"step {step:>{len(str(last))}}/{last} {100 * step / last:5.1f}%"]
+    parts = [f"step {step:>{len(str(last))}}/{last}", f"{step / last:4.0%}"]
     for name, label, form in (
         ("training/loss", "loss", ".4f"),
-        ("training/learning_rate", "lr", ".2e"),
-        ("training/gradient_norm", "grad", ".2f"),
+        ("training/learning_rate", "lr", ".1e"),
+        ("training/gradient_norm", "grad", ".3g"),
     ):
         if name in metrics:
             parts.append(f"{label} {float(metrics[name]):{form}}")
-    parts.append(f"{number(speed)} tokens/s")
-    for name, label in (("speed/mfu", "MFU"), ("speed/data_wait_share", "data wait")):
+    parts.append(f"{number(speed)} tok/s")
+    for name, label in (("speed/mfu", "MFU"), ("speed/data_wait_share", "wait")):
         if name in metrics:
-            parts.append(f"{label} {float(metrics[name]):.1%}")
-    return "  ".join([*parts, f"{duration(seconds_left)} left"])
+            parts.append(f"{label} {float(metrics[name]):.0%}")
+    parts.append(f"{duration(seconds_left)} left")
+    while sum(map(len, parts)) + 2 * len(parts) - 2 > WIDTH:
+        del parts[-2]  # waiting, then MFU: TensorBoard has them too
+    return "  ".join(parts)
 
 
 def validation_line(
@@ -138,7 +142,7 @@ class Startup(StepCallback):
         """Print the table."""
         if trainer.is_global_zero:
             table = start_table(trainer, stage(pl_module)) + self.speed.describe()
-            print("\n".join(f"{name:<12}{text}" for name, text in table), flush=True)
+            print("\n".join(entry(name, text) for name, text in table), flush=True)
 
 
 def start_table(trainer: Trainer, module: StageModule) -> list[tuple[str, str]]:
@@ -193,7 +197,7 @@ class Summary(StepCallback):
             print(f"held-out text: {float(reached):.3f} bits per byte; gzip -9 needs {gzip:.3f}", flush=True)
         consumed = source.consumed(trainer.global_step) if isinstance(source, MixedSources) else {}
         for name, used in consumed.items():
-            print(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs", flush=True)
+            print(fold(f"data: {name}: {used.rows:,} rows, {used.epochs:.2f} epochs"), flush=True)
         print(f"curves: {self._tensorboard} --logdir {shlex.quote(trainer.default_root_dir)}", flush=True)
 
 

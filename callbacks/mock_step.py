@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.step import StepCallback, data, stage
+from callbacks.text import entry
 from modules.base import StageModule
 from modules.batch import PackedBatch
 from modules.errors import UserError
@@ -65,7 +66,7 @@ class MockStep(StepCallback):
         used = memory.read()
         if trainer.is_global_zero:
             seconds = time.perf_counter() - started
-            print(f"{'mock step':<12}{rows} rows of {length} random tokens: {seconds:.2f} s, {used}", flush=True)
+            print(entry("mock step", f"{rows} rows of {length} random tokens: {seconds:.2f} s, {used}"), flush=True)
 
 
 def mock_step(module: StageModule, micro_batches: list[PackedBatch]) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from callbacks.operands import OperandSums
 from callbacks.step import StepCallback, begins_due_step, check_interval, curve_name, stage, with_summary
+from callbacks.text import fold
 from callbacks.weights import (
     ExpertRows,
     PassingSteps,
@@ -187,7 +188,7 @@ class Watch:
 
 def _print(line: str, trainer: Trainer) -> None:
     if trainer.is_global_zero:
-        print(line, flush=True)
+        print(fold(line), flush=True)
 
 
 def unseen_lines(schemes: Iterable[Scheme]) -> list[str]:

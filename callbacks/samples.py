@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.step import StepCallback, data, stage
+from callbacks.text import quote
 from modules.backbone.model import Network
 from modules.batch import SamplePrompts
 from modules.errors import UserError
@@ -20,6 +21,7 @@ from modules.generation.sampling import Sampling
 
 LONGEST_PROMPT = 256
 """Tokens that a prepared corpus keeps of the beginnings of held-out documents."""
+BRACKETS = "prompt \u27e6what the model writes\u27e7"
 COUNTED_PROMPTS = 16
 """Prompts to continue where drafts are counted, shown or not: a share from 3 of them would be off by 5 points."""
 
@@ -109,8 +111,9 @@ class Samples(StepCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the newest texts."""
         if trainer.is_global_zero:
-            for prompt, continuation in self.texts:
-                print(f"--- sample: {prompt!r} goes on with\n{continuation}", flush=True)
+            for number, (prompt, continuation) in enumerate(self.texts, start=1):
+                print(f"--- sample {number} of {len(self.texts)}: {BRACKETS}", flush=True)
+                print(quote(bracketed(prompt, continuation)), flush=True)
 
 
 def _take_first_process(tokens: Tensor) -> None:
@@ -120,5 +123,10 @@ def _take_first_process(tokens: Tensor) -> None:
 
 def markdown(prompt: str, continuation: str) -> str:
     """Return a text for TensorBoard, which renders Markdown: code blocks keep line breaks and spaces."""
-    indented = "\n".join("    " + line for line in (prompt + "\u27e6" + continuation + "\u27e7").splitlines())
-    return f"prompt \u27e6continuation\u27e7\n\n{indented}"
+    indented = "\n".join("    " + line for line in bracketed(prompt, continuation).splitlines())
+    return f"{BRACKETS}\n\n{indented}"
+
+
+def bracketed(prompt: str, continuation: str) -> str:
+    """Return a prompt and, in brackets, what the model goes on with."""
+    return f"{prompt}\u27e6{continuation}\u27e7"

@@ -1,8 +1,9 @@
 """The batches of skipped steps, kept for a person to look at: most spikes are a few lines of strange text.
 
 Whether a step was skipped is known on the device only; asking at each step would make the host wait. So the
-windows of the steps since the last logging point are held (token ids, small beside activations), and the skipped
-ones are written when the curves are. They are written before a checkpoint too: a resumed run does not see them again.
+windows of the steps since the last logging point are held (token ids and losses, small beside activations), and the
+skipped ones are written when the curves are. They are written before a checkpoint too: a resumed run does not see them
+again.
 
 runs/<name>/spikes/step=00000123.pt            one device
 runs/<name>/spikes/step=00000123-rank=1.pt     several: each writes its own micro-batches
@@ -18,7 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.step import StepCallback, stage
-from modules.batch import Window
+from callbacks.text import fold
+from modules.batch import PackedBatch, Window
 from modules.errors import UserError
 from modules.optim.spikes import REASONS
 
@@ -27,6 +29,7 @@ FOLDER = "spikes"
 
 class _Step(NamedTuple):
     window: Window
+    token_losses: list[Tensor | None]
     reason: Tensor
     values: Tensor
     scores: Tensor
@@ -37,7 +40,8 @@ class SkippedBatches(StepCallback):
 
     A file is loaded by `torch.load(file, weights_only=True)`: `step`, `rank`, `reason` ("not_finite", "loss_spike" or
     "gradient_spike"), `loss`, `gradient_norm` (of the whole step, before clipping) and `micro_batches`, a list with the
-    fields of each `PackedBatch`.
+    fields of each `PackedBatch` and, where the stage tells them, `token_losses`, fp32 [B, T]: those of the step itself,
+    kept from its forward pass, as later weights, or other random numbers of rounding, would give others.
 
     Args:
         keep_last: Number of skipped steps whose batches are kept (>= 1); older ones are deleted.
@@ -53,8 +57,8 @@ class SkippedBatches(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
         """Hold the window; write what was skipped at the logging interval, before the module may stop the run."""
-        guard = stage(pl_module).step_guard
-        self._steps.append(_Step(batch, guard.reason, guard.values, guard.scores))
+        module, guard = stage(pl_module), stage(pl_module).step_guard
+        self._steps.append(_Step(batch, module.token_losses, guard.reason, guard.values, guard.scores))
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._write(trainer)
 
@@ -88,8 +92,8 @@ class SkippedBatches(StepCallback):
             "loss": loss,
             "gradient_norm": norm,
             "micro_batches": [
-                {name: tensor.cpu().clone() for name, tensor in batch.tensors().items()}
-                for batch in step.window.micro_batches
+                {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+                for tensors in map(_tensors, step.window.micro_batches, step.token_losses)
             ],
         }
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +103,12 @@ class SkippedBatches(StepCallback):
             old.unlink()
         if trainer.is_global_zero:
             shown = folder / f"step={number:08d}-rank=*.pt" if several else path
-            print(f"{skip_line(number, reason, (loss, norm), step.scores.tolist())}; batch in {shown}", flush=True)
+            print(fold(skip_line(number, reason, (loss, norm), step.scores.tolist())), flush=True)
+            print(f"  its batch: {shown}", flush=True)
+
+
+def _tensors(batch: PackedBatch, token_losses: Tensor | None) -> dict[str, Tensor]:
+    return batch.tensors() | ({} if token_losses is None else {"token_losses": token_losses})
 
 
 def skip_line(step: int, reason: str, values: Sequence[float], scores: Sequence[float]) -> str:

@@ -38,7 +38,10 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = special_names(tokenizer.folder)
-        self._source = _find(tokenizer.folder) or self._plain()
+        found = _find(tokenizer.folder)
+        self.is_own = found is not None
+        """Whether the model brings a template; one that does not was hardly taught to chat."""
+        self._source = found or self._plain()
 
     def render(self, messages: Sequence[Message], *, answer: bool, **variables: object) -> str:
         """Return a conversation as text.

@@ -25,6 +25,7 @@ class ProgressBar:
         if sys.stderr.isatty():
             self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, unit_scale=True, leave=False)
         self._last_line = time.monotonic()
+        self._told = False
 
     def __enter__(self) -> "ProgressBar":
         """Return itself."""
@@ -33,9 +34,11 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the bar."""
+        """Remove the bar; a job that told how far it is tells that it is done."""
         if self._bar is not None:
             self._bar.close()
+        elif self._told and kind is None:
+            self._tell()
 
     def advance(self, amount: int) -> None:
         """Count `amount` more as done."""
@@ -44,8 +47,12 @@ class ProgressBar:
             self._bar.update(amount)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            share = self._done / max(self._total, 1)
-            amounts = f"{self._done:,} of {self._total:,} {self._unit}"
-            if self._unit == "B":
-                amounts = f"{self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
-            print(f"{self._title}: {amounts} ({share:.0%})", flush=True)
+            self._tell()
+
+    def _tell(self) -> None:
+        share = self._done / self._total if self._total else 1.0
+        amounts = f"{self._done:,} of {self._total:,} {self._unit}"
+        if self._unit == "B":
+            amounts = f"{self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
+        self._told = True
+        print(f"{self._title}: {amounts} ({share:.0%})", flush=True)

@@ -73,6 +73,8 @@ class MicroBatchLoss(NamedTuple):
     metrics: Mapping[str, Tensor]
     """Detached scalars by name; summed over the micro-batches and ranks of a step, then recorded."""
     router: list[Routing]
+    token_losses: Tensor | None = None
+    """fp32 [B, T], detached: what each position adds to the loss in nats, 0 where it has none; None: not told."""
 
 
 class TrainingDivergedError(UserError):
@@ -147,6 +149,8 @@ class StageModule(LightningModule):
         self.step_guard = StepGuard(spike_guard)
         self.expert_counts: Tensor | None = None
         """int64 [routers, E]: choices of each expert in the last step, over all ranks; None without routers."""
+        self.token_losses: list[Tensor | None] = []
+        """`MicroBatchLoss.token_losses` of the last step's micro-batches on this rank."""
         self._validation = torch.empty(0)
 
     # ------------------------------------------------------------------------------------------------ for the stages
@@ -309,11 +313,13 @@ class StageModule(LightningModule):
         self.switch_formats(self.data.progress.tokens - window.tokens)
         totals = self.totals(micro_batches)
         router_counts: list[Tensor] = []
+        self.token_losses = []
         for number, batch in enumerate(micro_batches):
             place = (window.step - 1) * self.data.micro_batches + number
             self._formats.reseed(torch.initial_seed(), self.global_rank, place)
             self.strategy.sync_gradients(self.built_network, number == len(micro_batches) - 1)
-            loss, metrics, router = self.micro_batch_loss(batch, totals)
+            loss, metrics, router, token_losses = self.micro_batch_loss(batch, totals)
+            self.token_losses.append(token_losses)
             for name, value in {"training/loss": loss.detach(), **metrics}.items():
                 self.metrics.record(name, value, "sum")
             router_counts += [torch.stack([routing.counts.sum(0) for routing in router])] if router else []

@@ -64,4 +64,4 @@ class Pretraining(StageModule):
             balance = sequence_auxiliary_loss(parts.output.router) / totals["rows"]
             metrics["training/auxiliary_loss"] = balance.detach()
             loss = loss + self.auxiliary_loss_coefficient * balance
-        return MicroBatchLoss(loss, metrics, parts.output.router)
+        return MicroBatchLoss(loss, metrics, parts.output.router, parts.token_nats)

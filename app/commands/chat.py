@@ -13,8 +13,11 @@ from modules.errors import UserError
 if TYPE_CHECKING:
     from datamodules.chat_template import ChatTemplate, Message
     from datamodules.tokenizer import Tokenizer
+    from modules.checkpoints.source import ModelFolder
     from modules.generation.session import Session
 
+PRETRAINING = "modules.pretraining.Pretraining"
+"""Stage that teaches no turns."""
 HELP = "/exit ends (so does Ctrl-D), /reset forgets, /system TEXT sets the system message and forgets the rest"
 
 
@@ -80,6 +83,8 @@ def chat(
         seed=seed,
     )
     template = ChatTemplate(tokenizer)
+    for line in never_taught(model, source, template):
+        print(line, file=sys.stderr)
     ends = [*source.generation.eos_token_ids, template.turn_end()]
     network = load_network(source, dtype, where)
     note_decoding(network)
@@ -105,6 +110,19 @@ def chat(
         elif command:
             with torch.inference_mode():
                 talk.answer(line, max_new_tokens)
+
+
+def never_taught(model: Path, source: "ModelFolder", template: "ChatTemplate") -> list[str]:
+    """Return lines that say so if nothing shows that a model was taught to chat; else none."""
+    run = source.facts.get("run", {}).get("model", {})
+    pretrained = run.get("class_path") == PRETRAINING and not run.get("init_args", {}).get("init_from")
+    if template.is_own and not pretrained:
+        return []
+    why = "it was pretrained on text alone" if pretrained else "it brings no chat template"
+    return [
+        f"note: {model} was never taught to chat ({why}): replies go on with the text like any other,",
+        f"      in turns of plain ChatML; to go on with a text: python -m app generate {model} --prompt TEXT",
+    ]
 
 
 class Conversation:

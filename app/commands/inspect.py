@@ -66,15 +66,15 @@ def inspect(
     loader = StepLoader(run)
     if batch is None:
         number = 1 if step is None else step
-        micro_batches, origins = loader.load(number), loader.origins(number)
+        micro_batches, origins, losses = loader.load(number), loader.origins(number), None
         title = [f"Step {number:,} of {loader.steps:,} of run {run.config.name}, on one device"]
     else:
         found = saved.load(batch)
-        micro_batches, origins = found.micro_batches, loader.origins_of(found)
+        micro_batches, origins, losses = found.micro_batches, loader.origins_of(found), found.token_losses
         title = saved_title(found, batch)
     tokenizer = Tokenizer.load(loader.data.tokenizer_folder)
     view = build_view(
-        micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins, loader.module.mtp_depths
+        micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins, loader.module.mtp_depths, losses
     )
     troubles, paper = warnings(view), terminal.Paper.of_stdout()
     default = SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
@@ -150,7 +150,7 @@ def saved_title(saved: "SavedBatch", file: Path) -> list[str]:
     return [
         f"Step {saved.step:,}, rank {saved.rank}, saved by the spike guard",
         f"reason: {saved.reason.replace('_', ' ')}",
-        f"loss {saved.loss:.4f}, gradient norm {saved.gradient_norm:.4f}",
+        f"loss {saved.loss:.4f} (all its parts), gradient norm {saved.gradient_norm:.4f} before clipping",
         f"file: {file}",
     ]
 

@@ -13,6 +13,7 @@ from modules.batch import PackedBatch
 from modules.errors import UserError
 
 FIELDS = ("tokens", "labels", "document_ids")
+LOSSES = "token_losses"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class SavedBatch:
     gradient_norm: float
     """Gradient norm of the step, before clipping."""
     micro_batches: list[PackedBatch]
+    token_losses: list[Tensor] | None
+    """fp32 [B, T] of each micro-batch: nats of each position's label; None: the stage that saved it told none."""
 
 
 def load(file: Path) -> SavedBatch:
@@ -43,6 +46,7 @@ def load(file: Path) -> SavedBatch:
         raise _refusal(file, "it is no complete file of torch.save with tensors and plain values only") from error
     try:
         micro_batches = [_micro_batch(entry) for entry in content["micro_batches"]]
+        losses = [_token_losses(entry, entry["tokens"]) for entry in content["micro_batches"] if LOSSES in entry]
         saved = SavedBatch(
             step=int(content["step"]),
             rank=int(content["rank"]),
@@ -50,6 +54,7 @@ def load(file: Path) -> SavedBatch:
             loss=float(content["loss"]),
             gradient_norm=float(content["gradient_norm"]),
             micro_batches=micro_batches,
+            token_losses=losses if len(losses) == len(micro_batches) else None,
         )
     except KeyError as error:
         raise _refusal(file, f"it has no {error}") from error
@@ -75,6 +80,13 @@ def _micro_batch(entry: dict[str, Any]) -> PackedBatch:
     if len(shape) != 2 or not tensors["tokens"].numel() or any(tensors[name].shape != shape for name in FIELDS):
         raise UserError(f"{', '.join(FIELDS)} are not [rows, positions] alike")
     return PackedBatch(**tensors)
+
+
+def _token_losses(entry: dict[str, Any], tokens: Tensor) -> Tensor:
+    losses = entry[LOSSES]
+    if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.shape != tokens.shape:
+        raise UserError(f"{LOSSES} are not a number for each token")
+    return losses.float()
 
 
 def _refusal(file: Path, reason: str) -> UserError:

@@ -3,12 +3,22 @@
 import os
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from app.inspection.tokens import Token
-from app.inspection.view import BatchView, Document, Row, caption, heading, summary
+from app.inspection.view import (
+    BatchView,
+    Document,
+    Row,
+    caption,
+    heading,
+    largest_losses,
+    loss_line,
+    summary,
+)
 from modules.batch import IGNORED_LABEL
 
 MARKS = "⟦⟧ no loss  «» special token  ⟨⟩ bytes of a character, or a hidden one  ↵ line break  ⇥ tabulator"
@@ -16,6 +26,8 @@ SHOWN_DOCUMENTS = 3
 """Documents of a row that are shown unless all are asked for."""
 HEAD_TOKENS, TAIL_TOKENS = 80, 40
 """Tokens at the beginning and end of a document's text that are shown unless all are asked for."""
+WORST = 10
+"""Largest losses that are listed, where they are known."""
 TABLE_ENDS = 2
 """First and last tokens of a document whose targets are listed unless all are asked for."""
 
@@ -52,6 +64,8 @@ def write_summary(view: BatchView, title: Sequence[str], troubles: Sequence[str]
     width = max(len(what) for what, _ in facts)
     lines += [f"  {what:<{width}}  {value}" for what, value in facts]
     lines.append("")
+    if worst := largest_losses(view, WORST):
+        lines += ["largest losses:", *(f"  {loss_line(view, *place)}"[: paper.width] for place in worst), ""]
     lines += [paper.paint(f"warning: {trouble}", RED) for trouble in troubles]
     return lines if troubles else [*lines, paper.paint("no warnings", GREEN)]
 
@@ -85,7 +99,9 @@ class _RowWriter:
         """Return the lines of the row."""
         documents = self.row.documents
         shown = documents if self.full else documents[:SHOWN_DOCUMENTS]
-        lines = ["", self.paper.paint(f"row {self.row.number}", BOLD) + f"  {heading(self.row)}"]
+        title = f"row {self.row.number}"
+        first, *rest = textwrap.wrap(f"{title}  {heading(self.row)}", self.paper.width, subsequent_indent="  ")
+        lines = ["", self.paper.paint(title, BOLD) + first.removeprefix(title), *rest]
         for number, document in enumerate(shown):
             lines += ["", "  " + self.paper.paint(caption(document, number), BLUE)]
             lines += [] if document.padding else [*self._text(document), *self._table(document)]
@@ -104,14 +120,14 @@ class _RowWriter:
         return [*self._flow(positions[:HEAD_TOKENS]), gap, *self._flow(positions[-TAIL_TOKENS:])]
 
     def _flow(self, positions: range) -> list[str]:
-        """Return the running text of tokens, wrapped; its line breaks break lines only where all is asked for."""
+        """Return the running text of tokens, wrapped, with its own line breaks."""
         pieces: list[tuple[str, str]] = []
         masked = False
         for position in positions:
             token, now_masked = self.tokens[position], self.targets[0][position] == IGNORED_LABEL
             if now_masked != masked:
                 pieces.append(("⟦" if now_masked else "⟧", DIM))
-            text = token.text.replace("\t", "   ") if self.full else token.line
+            text = token.text.replace("\t", "   ")
             style = DIM if now_masked else _STYLES.get(token.kind, CYAN if position % 2 else "")
             pieces.append((f"«{text}»" if token.kind == "special" else text, style))
             masked = now_masked

@@ -16,6 +16,9 @@ from app.inspection.tokens import Token, Vocabulary
 from datamodules.tokenizer import Tokenizer
 from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, shifted_labels
 
+CONTEXT = 6
+"""Tokens that are shown before one whose loss stands out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
@@ -57,11 +60,24 @@ class Row:
     """int32 [T]."""
     documents: list[Document]
     """In order, padding included."""
+    losses: Tensor | None
+    """fp32 [T]: nats of each position's label, where they are known."""
 
     def targets(self, depths: int) -> list[list[int]]:
         """Return the labels of the next token and of MTP depths 1 to `depths`, [1 + M][T]."""
         labels, ids = self.labels[None], self.document_ids[None]
         return [shifted_labels(labels, ids, depth)[0].tolist() for depth in range(depths + 1)]
+
+    def own_losses(self) -> list[float | None]:
+        """Return the loss of each of the T tokens in nats: that of the position before, whose label it was.
+
+        None: it was no label (the first token of a document, one without loss), or losses are not known.
+        """
+        if self.losses is None:
+            return [None] * len(self.tokens)
+        labelled = (self.labels[:-1] == self.tokens[1:]) & (self.document_ids[:-1] == self.document_ids[1:])
+        found = zip(self.losses[:-1].tolist(), labelled.tolist(), strict=True)
+        return [None, *(loss if is_label else None for loss, is_label in found)]
 
     def shown(self, vocabulary: Vocabulary) -> list[Token]:
         """Return how each of the T tokens is shown; characters do not reach over a document's border."""
@@ -103,7 +119,12 @@ class BatchView:
 
 
 def build_view(
-    micro_batches: Sequence[PackedBatch], tokenizer: Tokenizer, vocab_size: int, origins: Sequence[str], depths: int
+    micro_batches: Sequence[PackedBatch],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    origins: Sequence[str],
+    depths: int,
+    token_losses: Sequence[Tensor] | None = None,
 ) -> BatchView:
     """Return the view of a window.
 
@@ -113,6 +134,7 @@ def build_view(
         vocab_size: V of the model.
         origins: where each row comes from, over all micro-batches.
         depths: M, MTP depths to count targets for.
+        token_losses: fp32 [B, T] of each micro-batch, where they are known.
     """
     vocabulary = Vocabulary(tokenizer)
     rows: list[Row] = []
@@ -127,6 +149,7 @@ def build_view(
                 labels=labels,
                 document_ids=ids,
                 documents=_documents(tokens, labels, ids, vocabulary),
+                losses=None if token_losses is None else token_losses[number][place],
             )
             rows.append(row)
     counted = sum(count_targets(batch.labels, batch.document_ids, depths) for batch in micro_batches)
@@ -180,6 +203,30 @@ def summary(view: BatchView) -> list[tuple[str, str]]:
     parts = ["next token", *(f"MTP depth {depth}" for depth in range(1, view.depths + 1))]
     counted = [f"{part} {count:,}" for part, count in zip(parts, view.counted, strict=True)]
     return [*lines, ("targets", ", ".join(counted))]
+
+
+def largest_losses(view: BatchView, count: int) -> list[tuple[Row, int, float]]:
+    """Return the labels that were predicted worst, as (row, position that predicts, nats), the worst first.
+
+    What is not a number comes before all others.
+    """
+    found = [
+        (row, position, loss)
+        for row in view.rows
+        if row.losses is not None
+        for position, loss in enumerate(row.losses.tolist())
+        if row.labels[position] != IGNORED_LABEL
+    ]
+    return sorted(found, key=lambda one: (one[2] == one[2], -one[2]))[:count]
+
+
+def loss_line(view: BatchView, row: Row, position: int, loss: float) -> str:
+    """Return where and on what a loss came about."""
+    start = next(document.start for document in row.documents if document.end > position)
+    ids = row.tokens[max(start, position - CONTEXT + 1) : position + 1].tolist()
+    before = "".join(token.line for token in view.vocabulary.show(ids))
+    (label,) = view.vocabulary.show([int(row.labels[position])])
+    return f"{loss:6.2f} nats  row {row.number} position {position}: '{label.line}' after '{before}'"
 
 
 def share(part: int, whole: int) -> str:

@@ -171,7 +171,7 @@ LAYOUT: dict[str, list[Chart]] = {
             above=0.01,
         ),
         Chart(
-            title="Signal to quantisation noise by operand",
+            title="Signal to quantisation noise",
             curves="quantization/snr_db/.*/worst",
             note="dB, worst module; NVFP4 has 17 to 20",
             axis=(10, 25),

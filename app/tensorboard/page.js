@@ -4,7 +4,7 @@ const COLOURS = ["#2563eb", "#d9480f", "#2f9e44", "#9c36b5", "#c2255c", "#0c8599
 const DASHES = ["", "6 3", "2 3", "9 3 2 3"];
 const WIDTH = 330, HEIGHT = 170, LEFT = 44, RIGHT = 12, TOP = 8, BOTTOM = 22;
 const RELOAD = 30000;  // milliseconds
-const MOST_IN_LEGEND = 10;
+const MOST_IN_LEGEND = 6;
 const STYLE = `
   body { margin: 0; padding: 12px 18px 40px; color: #1d2129; background: #fff; font: 14px/1.4 system-ui, sans-serif; }
   h2 { font-size: 16px; margin: 22px 0 8px; }

@@ -48,7 +48,7 @@ class RunPage(base_plugin.TBPlugin):
 
     def get_plugin_apps(self) -> dict[str, Any]:
         """Return what is served: the page's script, and its content."""
-        return {"/page.js": self._serve_script, "/content": self._serve_content}
+        return {"/page.js": Request.application(self._script), "/content": Request.application(self._content)}
 
     def is_active(self) -> bool:
         """Return that there is always something to see."""
@@ -58,13 +58,11 @@ class RunPage(base_plugin.TBPlugin):
         """Return how the page is loaded."""
         return base_plugin.FrontendMetadata(es_module_path="/page.js", tab_name="Superbolt")
 
-    @Request.application
-    def _serve_script(self, request: Request) -> Response:
+    def _script(self, request: Request) -> Response:
         script = (files("app.tensorboard") / "page.js").read_bytes()
         return http_util.Respond(request, script, "text/javascript")
 
-    @Request.application
-    def _serve_content(self, request: Request) -> Response:
+    def _content(self, request: Request) -> Response:
         ctx, experiment = plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
         return http_util.Respond(request, content(self._read(ctx, experiment), time.time()), "application/json")
 

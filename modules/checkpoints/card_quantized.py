@@ -32,6 +32,14 @@ LAYOUTS = {
 }
 
 
+UNTRIED = "No engine has run this folder yet: {} its layout; whether this architecture runs in it is for you to try."
+ENGINES = {
+    "modelopt": UNTRIED.format("vLLM, SGLang and TensorRT-LLM document"),
+    "compressed-tensors": UNTRIED.format("vLLM documents"),
+}
+"""What is known of engines, by layout."""
+
+
 class Written(NamedTuple):
     """A quantised model as it is written."""
 
@@ -86,14 +94,19 @@ def _size_rows(written: Written, logical: Mapping[str, TensorInfo]) -> Rows:
         size_of(info)
         for name, layer in quantization.weights.items()
         for _, info in stored_tensors(layout, layer, name, logical[name].shape).values()
+        if prod(info.shape) > 1  # a scale of a whole tensor is no part of a weight's bits, as `quantize` counts them
     )
-    total, elements = sum(map(size_of, written.tensors.values())), sum(prod(info.shape) for info in logical.values())
+    kept = sum(size_of(info) for name, info in logical.items() if name not in quantization.weights)
+    elements = sum(prod(info.shape) for info in logical.values())
     caches = len(quantization.kv_scales)
     rows = [
         ("layout", LAYOUTS[layout.name]),
-        ("bits per weight of the quantised layers", f"{8 * held / weights:.2f}, scales included" if weights else ""),
-        ("bits per weight of the model", f"{8 * total / elements:.2f}"),
-        ("size", show_size(total)),
+        (
+            "bits per weight of the quantised layers",
+            f"{8 * held / weights:.3f}, with block scales" if weights else "",
+        ),
+        ("bits per weight of the model", f"{8 * (held + kept) / elements:.3f}"),
+        ("size", show_size(sum(map(size_of, written.tensors.values())))),
         ("KV cache", f"FP8 with scales of {caches} layers" if caches else "not quantised"),
     ]
     return [row for row in rows if row[1]]
@@ -134,7 +147,7 @@ def use_lines(written: Written, name: str, transformers: Sequence[str]) -> list[
         lines = [*transformers]
     if written.layout.name == "compressed-tensors":
         lines = [f"{NEEDS}.", *lines]
-    return [*lines, "With vLLM:", "```", f"vllm serve {name}", "```"]
+    return [*lines, ENGINES[written.layout.name]]
 
 
 def misreading(layout: Layout, quantization: Quantization, plain: Iterable[str]) -> str | None:

@@ -21,6 +21,8 @@ class NextTokenLoss(NamedTuple):
     """fp32 scalar, differentiable: this micro-batch's share of the weighted mean over all targets of the step."""
     nats: Tensor
     """fp32 [1 + M], detached: summed cross-entropy of the next token and of each MTP depth."""
+    token_nats: Tensor
+    """fp32 [B, T], detached: cross-entropy of the next token at each position; 0 where there is no label."""
     output: Output
 
 
@@ -51,7 +53,8 @@ def next_token_loss(
     loss, results = network.lm_head(
         hidden, cross_entropy, positions=batch.positions, token_weights=token_weights, labels=labels.flatten()
     )
-    return NextTokenLoss(loss, results["loss"].view(mtp_depths + 1, -1).sum(1), output)
+    nats = results["loss"].view(mtp_depths + 1, *batch.tokens.shape)
+    return NextTokenLoss(loss, nats.flatten(1).sum(1), nats[0], output)
 
 
 def sequence_auxiliary_loss(router: list[Routing]) -> Tensor:

@@ -39,13 +39,13 @@ def whole(program: Program, run_file: Path, tmp_path_factory) -> Path:
     assert result.code == 0, result.output
     assert "mock step" not in result.output
     file = folder / "run" / "spikes" / f"step={BAD:08d}.pt"
-    lines = [line for line in result.output.splitlines() if " skipped, " in line]
-    assert len(lines) == 1
+    lines = result.output.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if " skipped, " in line]
     assert re.fullmatch(
-        rf"step {BAD} skipped, loss spike: loss [\d.]+ \(\+[\d.]+ sigma\), gradient norm [\d.]+ \([+-][\d.]+ sigma\); "
-        rf"batch in {re.escape(str(file))}",
-        lines[0],
+        rf"step {BAD} skipped, loss spike: loss [\d.]+ \(\+[\d.]+ sigma\), gradient norm [\d.]+ \([+-][\d.]+ sigma\)",
+        lines[place],
     )
+    assert lines[place + 1] == f"  its batch: {file}"
     return folder
 
 
@@ -60,6 +60,10 @@ def test_the_batch_of_a_spike_is_there_to_look_at(whole: Path) -> None:
         expected = torch.randint(290, (2, 64), generator=torch.Generator().manual_seed(2 * (BAD - 1) + index))
         assert torch.equal(batch["tokens"], expected)
     values = scalars(whole / "run", values=True)
+    losses = torch.cat([batch["token_losses"].flatten() for batch in saved["micro_batches"]])
+    targets = sum(int((batch["labels"] >= 0).sum()) for batch in saved["micro_batches"])
+    next_token = values["training/next_token_loss"][BAD - 1]
+    assert float(losses.double().sum()) / targets == pytest.approx(next_token, rel=1e-5), "those of the step itself"
     assert saved["loss"] == values["training/loss"][BAD - 1]
     assert saved["gradient_norm"] == values["training/gradient_norm"][BAD - 1]
 
@@ -92,7 +96,7 @@ def test_a_level_that_stays_high_stops_the_run_and_says_how_to_go_on(program, ru
     options = ["--model.init_args.bad_steps=[15,16,17,18]", "--model.init_args.max_skipped_steps=3"]
     result = start(program, run_file, tmp_path, *options)
     assert result.code == 2, result.output
-    *_, before, message = result.output.splitlines()
+    *_, before, _, message = result.output.splitlines()
     assert before.startswith("step 17 skipped, loss spike")
     assert message.startswith("error: nothing but skipped steps in steps 15 to 17 (model.max_skipped_steps 3): 3 loss ")
     assert "raise model.spike_guard.sigmas or set model.spike_guard to null" in message

@@ -1,4 +1,4 @@
-"""Two runs of known losses: the table, the pictures, and runs that may not be compared."""
+"""Runs of known losses: the table, the spread, the picture, and runs that may not be compared."""
 
 import sys
 from collections.abc import Callable
@@ -19,10 +19,10 @@ BASE = {0: 8.0, 40: 4.0, 80: 2.0}
 def run(tmp_path: Path) -> Callable[..., Path]:
     """Write a run whose losses are `factor` times those of BASE."""
 
-    def write(name: str, recipe: str, factor: float = 1.0, steps: int = 80, rows: int = 4) -> Path:
+    def write(name: str, recipe: str, factor: float = 1.0, steps: int = 80, rows: int = 4, seed: int = 0) -> Path:
         config = {
             "name": name,
-            "model": {"init_args": {"precision": {"recipe": recipe, "hadamard": True}, "seed": 0}},
+            "model": {"init_args": {"precision": {"recipe": recipe, "hadamard": True}, "seed": seed}},
             "data": {"init_args": {"global_batch_size": rows, "sequence_length": 16}},
         }
         folder = tmp_path / name
@@ -44,23 +44,35 @@ def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     nvfp4_loss.main()
 
 
-def test_the_table_and_the_pictures(run, monkeypatch, capsys, tmp_path: Path):
-    folders = [run("plain", "bf16"), run("small", "super", 1.005)]
-    compare(monkeypatch, *folders, "--ablations", run("worse", "super", 1.5), "--output", tmp_path)
+def test_the_table_and_the_picture(run, monkeypatch, capsys, tmp_path: Path):
+    compare(monkeypatch, run("plain", "bf16"), run("small", "super", 1.005), "--output", tmp_path)
     out = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
     assert out.startswith(f"{80 * 64:,} tokens")
     assert [line.split()[1:] for line in out.splitlines() if line.startswith("  gap")] == [
         ["+0.00%", "+0.50%", "+0.50%"],
-        ["+0.00%", "+50.00%", "+50.00%"],
     ]
     mean = (13 * 1 + 12 * 2) / 25  # steps 56 to 80: 1 in the even ones, 2 in the odd ones
     assert rows["plain"] == ["plain", "2.0000", f"{mean:.4f}", "recipe", "bf16"]
     assert rows["small"][1:5] == ["2.0100", "(+0.50%)", f"{1.005 * mean:.4f}", "(+0.50%)"]
     assert "small ends +0.50% from plain: within 1%" in out
-    for name, colors in (("nvfp4_loss", chart.COLORS[:2]), ("nvfp4_ablations", chart.COLORS[:3])):
-        drawn = {color for _, color in Image.open(tmp_path / f"{name}.png").getcolors(2**24) or ()}
-        assert {ImageColor.getrgb(color) for color in colors} <= drawn
+    assert "one pair of runs: with another seed the gap is another" in out
+    drawn = {color for _, color in Image.open(tmp_path / "nvfp4_loss.png").getcolors(2**24) or ()}
+    assert {ImageColor.getrgb(color) for color in chart.COLORS[:2]} <= drawn
+
+
+def test_several_seeds_have_a_mean_and_a_spread(run, monkeypatch, capsys, tmp_path: Path):
+    pairs = [
+        (run(f"plain_{seed}", "bf16", base, seed=seed), run(f"small_{seed}", "super", factor * base, seed=seed))
+        for seed, (base, factor) in enumerate(((1.0, 1.02), (1.1, 1.0), (0.9, 1.01)))
+    ]
+    more = [part for pair in pairs[1:] for part in ("--pair", *pair)]
+    compare(monkeypatch, *pairs[0], *more, "--output", tmp_path)
+    out = capsys.readouterr().out
+    assert "3 pairs of runs: +2.00%, -0.00%, +1.00%; mean +1.00%, standard deviation 1.00 points" in out.replace(
+        "+0.00%, +1", "-0.00%, +1"
+    )
+    assert "cannot be ranked" in out
 
 
 def test_a_large_gap_is_said(run, monkeypatch, capsys, tmp_path: Path):

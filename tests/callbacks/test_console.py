@@ -10,16 +10,29 @@ from modules.errors import UserError
 def test_progress_line_says_where_the_run_is():
     metrics = {"training/loss": torch.tensor(2.5), "training/learning_rate": 3e-4, "training/gradient_norm": 0.5}
     line = progress_line(120, 2000, metrics, 12345.0, 325.4)
-    assert line == "step  120/2000   6.0%  loss 2.5000  lr 3.00e-04  grad 0.50  12.3k tokens/s  5m25s left"
+    assert line == "step  120/2000    6%  loss 2.5000  lr 3.0e-04  grad 0.5  12.3k tok/s  5m25s left"
 
 
 def test_progress_line_says_whether_it_is_fast():
     metrics = {"speed/mfu": 0.4567, "speed/data_wait_share": 0.0012}
-    assert progress_line(1, 10, metrics, 5.0, 9.0).endswith("5 tokens/s  MFU 45.7%  data wait 0.1%  9s left")
+    assert progress_line(1, 10, metrics, 5.0, 9.0).endswith("5 tok/s  MFU 46%  wait 0%  9s left")
 
 
 def test_metrics_that_are_not_there_are_left_out():
-    assert progress_line(1, 10, {}, 5.0, 9.0) == "step  1/10  10.0%  5 tokens/s  9s left"
+    assert progress_line(1, 10, {}, 5.0, 9.0) == "step  1/10   10%  5 tok/s  9s left"
+
+
+def test_no_progress_line_is_wider_than_100_columns():
+    worst = {
+        "training/loss": 11.7654,
+        "training/learning_rate": 4.5e-4,
+        "training/gradient_norm": 1.234e10,
+        "speed/mfu": 1.0,
+        "speed/data_wait_share": 1.0,
+    }
+    line = progress_line(999_999, 2_980_232, worst, 999_400, 364 * 86400 + 23 * 3600)
+    assert len(line) <= 100
+    assert line.endswith("999k tok/s  364d23h left")
 
 
 def test_validation_line_compares_with_gzip():

@@ -9,7 +9,7 @@ import torch
 
 from callbacks.skipped_batches import SkippedBatches, skip_line
 from modules.base import MicroBatchLoss
-from modules.batch import PackedBatch
+from modules.batch import IGNORED_LABEL, PackedBatch
 from modules.errors import UserError
 from modules.pretraining import Pretraining
 from tests.modules.helpers import ListData, fit, make_module, row_batches
@@ -50,15 +50,16 @@ def test_the_window_of_a_skipped_step_is_written_whole(tmp_path, capsys, interva
     assert isinstance(saved["gradient_norm"], float)
     assert len(saved["micro_batches"]) == 2
     for micro_batch, batch in zip(saved["micro_batches"], data.batches[2:4], strict=True):
-        assert list(micro_batch) == ["tokens", "labels", "document_ids"]
+        assert list(micro_batch) == ["tokens", "labels", "document_ids", "token_losses"]
+        assert micro_batch["token_losses"].shape == batch.tokens.shape
+        assert torch.equal(micro_batch["token_losses"] > 0, batch.labels != IGNORED_LABEL)
         for name, tensor in batch.tensors().items():
             assert torch.equal(micro_batch[name], tensor)
             assert micro_batch[name].dtype == tensor.dtype
     output = capsys.readouterr().out
     assert output.count(" skipped, ") == 1
-    assert f"step 2 skipped, not finite: loss nan, gradient norm nan; batch in {tmp_path}/spikes/step=00000002.pt" in (
-        output
-    )
+    assert "step 2 skipped, not finite: loss nan, gradient norm nan\n" in output
+    assert f"\n  its batch: {tmp_path}/spikes/step=00000002.pt\n" in output
 
 
 def test_a_file_holds_no_more_than_its_batch(tmp_path) -> None:

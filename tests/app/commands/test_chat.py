@@ -2,12 +2,15 @@
 
 import io
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from app.__main__ import main
+from app.commands.chat import never_taught
 from datamodules.chat_template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
@@ -98,6 +101,27 @@ def test_a_conversation_is_that_of_the_rendered_turns(model, network, monkeypatc
         len(Tokenizer.load(model).encode(f"<|im_end|>\n<|im_start|>user\n{line}", special_tokens=True)) for line in talk
     ]
     assert max(computed[1:]) < max(new[1:]) + 20, "earlier turns stay in the cache"
+
+
+def test_a_model_that_was_never_taught_to_chat_says_so(model, tmp_path, monkeypatch, capsys) -> None:
+    def noted(folder: Path) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        assert main(["chat", str(folder)]) == 0
+        return capsys.readouterr().err
+
+    assert f"note: {model} was never taught to chat (it brings no chat template)" in noted(model)
+    taught = shutil.copytree(model, tmp_path / "taught")
+    (taught / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    assert "never taught" not in noted(taught)
+
+
+def test_a_template_does_not_hide_that_a_run_saw_text_alone() -> None:
+    template = SimpleNamespace(is_own=True)
+    run = {"model": {"class_path": "modules.pretraining.Pretraining", "init_args": {"init_from": None}}}
+    (line, _) = never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), template)
+    assert line.startswith("note: runs/mine was never taught to chat (it was pretrained on text alone)")
+    run["model"]["init_args"]["init_from"] = "an-instruct-model"
+    assert never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), template) == []
 
 
 def test_commands(model, network, monkeypatch, capsys) -> None:

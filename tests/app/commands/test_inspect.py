@@ -204,7 +204,8 @@ def test_a_saved_batch_of_one_of_two_ranks(
     assert main(["inspect", "--config", str(run_file), "--batch", str(file)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(
-        f"Step 4, rank 1, saved by the spike guard\nreason: loss 9.5\nloss 9.5000, gradient norm 3.0000\nfile: {file}\n"
+        f"Step 4, rank 1, saved by the spike guard\nreason: loss 9.5\nloss 9.5000 (all its parts), "
+        f"gradient norm 3.0000 before clipping\nfile: {file}\n"
     )
     saved_origins = re.findall(r"(?m)^row \d  (corpus row [\d,]+, epoch 1)", printed)
     assert main(["inspect", "--config", str(run_file), "--step", "4", "--rows", "all"]) == 0

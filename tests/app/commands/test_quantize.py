@@ -126,6 +126,19 @@ def test_bits_and_sizes_are_those_of_the_files(nvfp4, model: Path):
     assert report["bits"]["all"] == pytest.approx(8 * (held - scalars) / weights)
 
 
+def test_terminal_and_card_tell_the_same_bits_and_promise_no_engine(model, data, folder, capsys):
+    for number, options in enumerate(([], ["--format", "fp8"], ["--rules", "*o_proj=bf16"])):
+        output, report = quantized(model, folder / f"card{number}", "--data", data, *options)
+        printed, card = capsys.readouterr().out, (output / "README.md").read_text(encoding="utf-8")
+        of_quantized, of_all = f"{report['bits']['quantized']:.3f}", f"{report['bits']['all']:.3f}"
+        assert f"bits per weight: {of_quantized} of the quantised layers, " in printed
+        assert f"{of_all} of all" in printed
+        assert f"| bits per weight of the quantised layers | {of_quantized}, with block scales |" in card
+        assert f"| bits per weight of the model | {of_all} |" in card
+        assert "No engine has run this folder yet" in card
+        assert "vllm serve" not in card
+
+
 def test_experts_are_reported_with_their_tokens(nvfp4, data: Path):
     report = nvfp4[1]
     layers = [row["layer"] for row in report["experts"]]

@@ -30,9 +30,12 @@ def batch(tokens: list[list[int]], labels: list[list[int]], documents: list[list
     )
 
 
-def view_of(*batches: PackedBatch, vocab_size: int = SMALLEST_VOCABULARY) -> BatchView:
+def view_of(
+    *batches: PackedBatch, vocab_size: int = SMALLEST_VOCABULARY, losses: list[list[float]] | None = None
+) -> BatchView:
     rows = sum(len(one.tokens) for one in batches)
-    return build_view(batches, byte_tokenizer(), vocab_size, [f"corpus row {row}" for row in range(rows)], 1)
+    told = None if losses is None else [torch.tensor([one]) for one in losses]
+    return build_view(batches, byte_tokenizer(), vocab_size, [f"corpus row {row}" for row in range(rows)], 1, told)
 
 
 def packed() -> list[PackedBatch]:

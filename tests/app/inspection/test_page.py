@@ -1,6 +1,7 @@
 """The page, read back with html.parser."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,45 @@ def test_tokens_masks_and_borders(tmp_path: Path):
     assert starts == {"r0d0": "0", "r0d1": "3", "r0d2": "5", "r1d0": "0"}
     assert page.texts["title"] == ["Step 1"]
     assert "padding: positions 5-5, 1 token" in page.texts["h3"]
-    lengths = [a["style"] for tag, a in page.elements if tag == "a"]
+    lengths = [a["style"] for tag, a in page.elements if tag == "a" and "style" in a]
     assert lengths == ["flex:3", "flex:2", "flex:1", "flex:6"]
-    assert [a["class"] for tag, a in page.elements if tag == "a"] == ["c0", "c1", "pad", "c0"]
+    assert [a["class"] for tag, a in page.elements if tag == "a" and "style" in a] == ["c0", "c1", "pad", "c0"]
+
+
+LOSSES = [[0.5, 3.0, 0.0, 7.25, 0.0, 0.0], [20.0, float("nan"), 1.5, 0.0, 9.0, 0.0]]
+
+
+def test_a_token_has_the_colour_of_its_loss(tmp_path: Path):
+    """That is what the position before it lost: `</s>` of the first document came behind `b` at 3 nats, the median."""
+    page = page_of(view_of(*packed(), losses=LOSSES), tmp_path)
+    assert page.documents["r0d0"] == [("", "a"), ("", "b"), ("m s h0", "</s>")]
+    assert page.documents["r0d1"] == [("", "c"), ("m s h0", "</s>")]
+    assert page.documents["r1d0"] == [("", "a"), ("h5", "b"), ("h5", "c"), ("", "d"), ("", "e"), ("m h1", "f")]
+    assert page.data["rows"]["1"]["losses"].split(",") == ["20.000", "nan", "1.500", "0.000", "9.000", "0.000"]
+    assert "mean loss" in page.texts["th"]
+    worst = [text for text in page.texts["code"] if " nats  row " in text]
+    assert worst[:3] == [
+        "   nan nats  row 1 position 1: 'c' after 'ab'",
+        " 20.00 nats  row 1 position 0: 'b' after 'a'",
+        "  9.00 nats  row 1 position 4: 'f' after 'abcde'",
+    ]
+    assert [a["data-at"] for tag, a in page.elements if tag == "a" and "data-at" in a][:3] == ["1", "0", "4"]
+
+
+def test_a_page_without_losses_shows_none(tmp_path: Path):
+    page = page_of(view_of(*packed()), tmp_path)
+    assert "losses" not in page.data["rows"]["0"]
+    assert not any(re.search(r"\bh\d", a.get("class") or "") for tag, a in page.elements if tag == "i")
+    assert "mean loss" not in page.texts["th"]
+
+
+def test_rows_are_linked_to_their_neighbours_and_the_index(tmp_path: Path):
+    page = page_of(view_of(*packed(), *packed()), tmp_path)
+    links = [a["href"] for tag, a in page.elements if tag == "a" and "style" not in a]
+    index, rest = links[:4], links[4:]
+    assert index == ["#r0", "#r1", "#r2", "#r3"]
+    assert rest == ["#r1", "#index", "#r0", "#r2", "#index", "#r1", "#r3", "#index", "#r2", "#index"]
+    assert {a["id"] for tag, a in page.elements if tag == "section"} == {"r0", "r1", "r2", "r3"}
 
 
 def test_ids_and_targets(tmp_path: Path):

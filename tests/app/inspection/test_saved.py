@@ -39,6 +39,16 @@ def test_a_file_of_before_with_the_counts_of_its_window_is_read(tmp_path: Path):
     assert torch.equal(saved.load(tmp_path / "batch.pt").micro_batches[1].tokens, packed()[1].tokens)
 
 
+def test_the_losses_of_the_tokens_are_read(tmp_path: Path):
+    batches = [batch.tensors() | {"token_losses": torch.rand(batch.tokens.shape)} for batch in packed()]
+    torch.save(content() | {"micro_batches": batches}, tmp_path / "batch.pt")
+    losses = saved.load(tmp_path / "batch.pt").token_losses
+    assert losses is not None
+    assert all(torch.equal(read, given["token_losses"]) for read, given in zip(losses, batches, strict=True))
+    torch.save(content(), tmp_path / "batch.pt")
+    assert saved.load(tmp_path / "batch.pt").token_losses is None
+
+
 def change(**fields: object) -> Callable[[], Any]:
     return lambda: content() | fields
 

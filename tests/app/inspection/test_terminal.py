@@ -15,7 +15,8 @@ def test_short_rows_are_shown_whole():
     a, b, c = ids("abc")
     assert lines[2:] == [
         "",
-        "row 0  corpus row 0; micro-batch 0, row 0 in it; 2 documents; 3 of 6 positions with loss; 1 padding",
+        "row 0  corpus row 0; micro-batch 0, row 0 in it; 2 documents; 3 of 6 positions",
+        "  with loss; 1 padding",
         "",
         "  document 0: positions 0-2, 3 tokens, 2 with loss",
         "    ab⟦«</s>»⟧",
@@ -36,6 +37,18 @@ def test_short_rows_are_shown_whole():
     ]
 
 
+def test_the_largest_losses_come_first():
+    view = view_of(*packed(), losses=[[0.5, 3.0, 0.0, 7.25, 0.0, 0.0], [20.0, 2.0, 1.5, 0.0, 9.0, 0.0]])
+    lines = write_summary(view, ["title"], [], PLAIN)
+    place = lines.index("largest losses:")
+    assert lines[place + 1 : place + 4] == [
+        "   20.00 nats  row 1 position 0: 'b' after 'a'",
+        "    9.00 nats  row 1 position 4: 'f' after 'abcde'",
+        "    7.25 nats  row 0 position 3: '</s>' after 'c'",
+    ]
+    assert "largest losses:" not in write_summary(view_of(*packed()), ["title"], [], PLAIN)
+
+
 def long_view():
     tokens = [*ids("word\n" * 60), EOS]
     many = [ids("x")[0], EOS] * 4
@@ -51,6 +64,7 @@ def test_long_rows_are_abbreviated_unless_all_is_asked_for():
     short = write_rows(view, view.rows, False, PLAIN)
     assert "  ... 181 tokens ..." in short
     assert "  and 2 more with 4 positions (--full true shows all)" in short
+    assert sum(line == "    word↵" for line in short) == 16 + 7, "of 80 and 40 tokens, a letter each: lines stay lines"
     assert sum(re.match(r" +\d+ +\d+  ", line) is not None for line in short) == 4 + 2 + 2
     full = write_rows(view, view.rows, True, PLAIN)
     assert sum(line == "    word↵" for line in full) == 60

@@ -54,7 +54,7 @@ def test_what_was_not_measured_is_not_there():
 
 def test_a_group_shows_only_the_runs_that_measured_it():
     page = content({"plain": RUN, "nvfp4": FEW_BITS}, NOW)
-    chart = charts(page)["Signal to quantisation noise by operand"]
+    chart = charts(page)["Signal to quantisation noise"]
     assert [(one["run"], one["curve"]) for one in chart["series"]] == [("nvfp4", "dgrad.g"), ("nvfp4", "fprop.x")]
     assert [one["name"] for one in page["runs"]] == ["nvfp4", "plain"]
 
