@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from callbacks.stop_request import STOP
+
 TRAINING = {
     "fit": "train a model, or go on with a run",
     "validate": "print the validation metrics of a run's newest checkpoint",
@@ -27,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command line after the program's name; that of the process unless given.
     """
     given = list(sys.argv[1:] if args is None else args)
+    if given and given[0] in TRAINING:
+        STOP.listen()
     settle_process()
     try:
         return dispatch(given)
@@ -78,9 +82,6 @@ def dispatch(args: list[str]) -> int:
         return 0 if args else 2
     command, rest = args[0], args[1:]
     if command in TRAINING:
-        from callbacks.stop_request import STOP
-
-        STOP.listen()
         from app.cli import RunCLI
 
         RunCLI(rest, command).run()

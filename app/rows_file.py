@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modules.errors import UserError
+from modules.errors import UserError, writing
 
 RUN_SUFFIX = ".run.json"
 
@@ -115,7 +115,7 @@ class Answers:
         lines = b"".join(map(encode_row, rows))
         if not self._output.exists():
             self._describe(None)
-        with self._output.open("ab") as file:
+        with writing(self._output), self._output.open("ab") as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -158,5 +158,6 @@ class Answers:
     def _describe(self, summary: dict[str, Any] | None) -> None:
         text = json.dumps({"settings": self._settings, "summary": summary}, ensure_ascii=False, indent=2)
         draft = self._run.with_name(self._run.name + ".tmp")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self._run)
+        with writing(self._run):
+            draft.write_text(text + "\n", encoding="utf-8")
+            draft.replace(self._run)

@@ -13,6 +13,7 @@ from string import Template
 
 from app.inspection.tokens import Token
 from app.inspection.view import BatchView, Document, Row, caption, heading, summary
+from datamodules.text.files import write_file
 from modules.batch import IGNORED_LABEL
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -38,8 +39,7 @@ def write_page(file: Path, view: BatchView, rows: Sequence[Row], title: Sequence
     parts += [_section(row, view) for row in rows]
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     content = template.substitute(title=_escape(title[0]), body="\n".join(parts), data=_data(view, rows)).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    write_file(file, content)
     return len(content)
 
 

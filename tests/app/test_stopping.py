@@ -34,12 +34,15 @@ def test_signals_at_random_moments_lose_nothing(program, whole, tmp_path, worker
         assert "Traceback" not in result.output
         if result.code == 0:
             break
+        if not result.output:  # it came before the program's first line
+            assert result.code in (CODES[number], -number)
+            continue
         assert result.code == CODES[number], result.output
         if saved := re.search(r"stopped by \w+ at step (\d+): saved (\S+)", result.output):
             assert folder.damage(Path(saved[2])) is None
             assert int(saved[1]) == run.steps_done()
         elif number != signal.SIGKILL:
-            assert f"interrupted by {number.name}; the same command goes on" in result.output
+            assert re.search(r"^interrupted\b.*; the same command goes on", result.output, re.MULTILINE)
     assert run.start().code == 0
     assert losses(run.losses) == losses(whole.losses)
     same_checkpoint(run.last, whole.last)
