@@ -33,11 +33,13 @@ def main(args: Sequence[str] | None = None) -> int:
         STOP.listen()
     settle_process()
     try:
-        return dispatch(given)
+        code = dispatch(given)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return interrupted()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     except Exception as error:
         from app.errors import mistake
@@ -47,7 +49,14 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError) and error.filename is None:
+            drop_output()
         return 2
+
+
+def drop_output() -> None:
+    """Write what is left for stdout nowhere: it cannot be written, and Python would complain once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def settle_process() -> None:

@@ -150,10 +150,13 @@ class RunFolder:
         """Write the resolved configuration; it replaces that of an earlier start in one step."""
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / (folder.RUN_CONFIG + folder.PARTIAL)
-        with writing(self.path / folder.RUN_CONFIG):
-            partial.write_text(text, encoding="utf-8")
-            folder.sync(partial)
-            partial.rename(self.path / folder.RUN_CONFIG)
+        try:
+            with writing(self.path / folder.RUN_CONFIG):
+                partial.write_text(text, encoding="utf-8")
+                folder.sync(partial)
+                partial.rename(self.path / folder.RUN_CONFIG)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _lock(file: Path, flags: int, tries: int) -> int | None:
