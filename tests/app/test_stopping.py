@@ -228,3 +228,20 @@ def test_runs_lists_and_compares(program, tmp_path):
     assert "model.init_args.rate: 0.01 -> 0.5" in result.output.splitlines()
     assert "trainer.max_steps: 4 -> -1" in result.output.splitlines()
     assert program.run("runs", tmp_path / "nowhere").code == 2
+
+
+@pytest.mark.parametrize(("size", "named"), [(4000, "run"), (8000, "step=00000006")])
+def test_a_full_disk_is_one_line_and_loses_nothing(program, whole, tmp_path, size, named):  # noqa: F811
+    """From step 4 on, curves and checkpoints (of which torch makes an error of its own) cannot be written."""
+    run = Run(program, tmp_path / "runs")
+    small = f"--trainer.callbacks=[{{class_path: tests.app.standin.SmallDisk, init_args: {{size: {size}, step: 4}}}}]"
+    result = run.start(small)
+    assert result.code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = result.output.splitlines()
+    assert [line for line in lines if "error" in line.lower()] == lines[-1:]
+    assert f"{named}: File too large; make room, then start the same command again" in lines[-1]
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step=00000003"]
+    assert run.start("--trainer.callbacks=null").code == 0
+    same_checkpoint(run.last, whole.last)
+    assert_curves_whole(run.folder)
