@@ -53,10 +53,10 @@ def test_a_second_interrupt_stops_at_once(program, tmp_path):
     run = Run(program, tmp_path / "runs", "--trainer.callbacks=[{class_path: tests.app.standin.Wait}]")
 
     def twice(pid: int) -> None:
-        for _ in range(2):
-            wait_for(lambda: run.steps_done() >= 1)
-            time.sleep(1.2)
-            os.kill(pid, signal.SIGINT)
+        wait_for(lambda: "waiting" in program.output())
+        os.kill(pid, signal.SIGINT)
+        time.sleep(1.2)
+        os.kill(pid, signal.SIGINT)
 
     result = run.start(meanwhile=twice)
     assert result.code == 130
@@ -79,9 +79,10 @@ def test_one_name_is_one_process(program, tmp_path):
     run = Run(program, tmp_path / "runs", "--trainer.callbacks=[{class_path: tests.app.standin.Wait}]")
     command = [sys.executable, "-m", "app", *run.args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: run.steps_done() >= 1)
+        assert first.stdout is not None
+        assert any(line == "waiting\n" for line in first.stdout)
         config = (run.folder / "config.yaml").read_text()
         result = run.start()
         assert result.code == 2
