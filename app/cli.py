@@ -251,7 +251,7 @@ class RunCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train, from the start or from the run's newest checkpoint; say so if nothing is left to do."""
-        if rank_zero_only.rank != 0:
+        if getattr(rank_zero_only, "rank", 0):
             self._fit()
             return
         with self.run_folder.locked():

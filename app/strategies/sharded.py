@@ -319,7 +319,7 @@ class _Writer(dcp.FileSystemWriter):
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        with writing(self.path):
+        with writing(os.fspath(self.path)):
             return super().write_data(plan, planner)
 
 
