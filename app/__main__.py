@@ -14,6 +14,7 @@ from pathlib import Path
 from app import environment
 
 environment.check()  # before the annotations below, which older Pythons refuse
+from callbacks.stop_request import STOP  # noqa: E402
 
 TRAINING = {
     "fit": "train a model, or go on with a run",
@@ -32,13 +33,17 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command line after the program's name; that of the process unless given.
     """
     given = list(sys.argv[1:] if args is None else args)
+    if given and given[0] in TRAINING:
+        STOP.listen()
     settle_process()
     try:
-        return dispatch(given)
+        code = dispatch(given)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return interrupted()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     except Exception as error:
         from app.errors import mistake
@@ -49,7 +54,14 @@ def main(args: Sequence[str] | None = None) -> int:
         rank = os.environ.get("LOCAL_RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {environment.as_started(message)}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError) and error.filename is None:
+            drop_output()
         return 2
+
+
+def drop_output() -> None:
+    """Write what is left for stdout nowhere: it cannot be written, and Python would complain once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def settle_process() -> None:
@@ -117,9 +129,6 @@ def train(command: str, args: list[str]) -> None:
         check_files(given)
         if "LOCAL_RANK" not in os.environ:
             print(f"{command} {' + '.join(given.files)} ({run_of(given)}): loading ...", file=sys.stderr, flush=True)
-    from callbacks.stop_request import STOP
-
-    STOP.listen()
     from app.cli import RunCLI
 
     RunCLI(args, command).run()

@@ -228,7 +228,7 @@ class RunCLI(LightningCLI):
         given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
         given["default_root_dir"] = str(self.run_folder.path)
         try:
-            own = own if limit is None else [TimeLimit(limit), *own]
+            own = own if limit is None else [*own, TimeLimit(limit)]
             given["callbacks"] = in_order([*callbacks, *own])
             trainer = Trainer(**given, **FORCED)
         except UserError:
@@ -251,7 +251,7 @@ class RunCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train, from the start or from the run's newest checkpoint; say so if nothing is left to do."""
-        if rank_zero_only.rank != 0:
+        if getattr(rank_zero_only, "rank", 0):
             self._fit()
             return
         with self.run_folder.locked():

@@ -4,16 +4,14 @@ A mistake (a `UserError`, a file that is not there, a full disk) costs one to th
 else keeps its traceback and exits with 1, because somebody will have to read it.
 """
 
-import errno
 import re
 
 from app.run_keys import stages
 from app.signatures import parameters
-from modules.errors import UserError
+from modules.errors import UserError, full_disk
 
 NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
 """Kinds of OSError that no edit of a file or key mends."""
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_DISK_MEND = "make room, then start the same command again: what was written before is complete"
 _SHORT_KEY = re.compile(r"(?<![\w./-])(model|data)\.([a-z_]+)")
 FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
@@ -26,9 +24,11 @@ def mistake(error: BaseException) -> str | None:
     message = with_init_args(str(error).strip())
     if isinstance(error, UserError | OSError) and FROM_WORKER.match(message):
         return shorten(message.splitlines()[-1].partition(": ")[2])
-    if isinstance(error, OSError):
-        return None if isinstance(error, NOT_A_MISTAKE) else shorten(_os_error(error))
-    return shorten(message) if isinstance(error, UserError) else None
+    if isinstance(error, UserError):
+        return shorten(message)
+    if (full := full_disk(error)) is not None:
+        return shorten(f"{_os_error(full)}; {FULL_DISK_MEND}")
+    return shorten(_os_error(error)) if isinstance(error, OSError) and not isinstance(error, NOT_A_MISTAKE) else None
 
 
 def with_init_args(message: str) -> str:
@@ -48,5 +48,4 @@ def shorten(message: str) -> str:
 
 
 def _os_error(error: OSError) -> str:
-    text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-    return f"{text}; {FULL_DISK_MEND}" if error.errno in FULL_DISK else text
+    return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"

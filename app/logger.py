@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from app.run_folder import RunFolder
 from callbacks.step import StepCallback
 from modules.checkpoints.folder import step_of, sync
+from modules.errors import writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -142,10 +143,8 @@ class _Writer:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            try:
+            with writing(self._folder):
                 return getattr(self._writer, name)(*args, **kwargs)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror or str(error), str(self._folder)) from error
 
         return call
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from app.options import STDOUT, read_bytes
 from datamodules.text.plain import parse_row, read_plain
-from modules.errors import UserError
+from modules.errors import UserError, writing
 
 RUN_SUFFIX = ".run.json"
 
@@ -140,10 +140,15 @@ class Answers:
         lines = b"".join(map(encode_row, rows))
         if not self._output.exists():
             self._describe(None)
-        with self._output.open("ab") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._output), self._output.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if (written := file.write(lines)) < len(lines):
+                    file.write(lines[written:])  # a disk that is full says so at the next write
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # no half of a row stays
+                raise
         self.count += len(rows)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -183,8 +188,12 @@ class Answers:
     def _describe(self, summary: dict[str, Any] | None) -> None:
         text = json.dumps({"settings": self._settings, "summary": summary}, ensure_ascii=False, indent=2)
         draft = self._run.with_name(self._run.name + ".tmp")
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(self._run)
+        try:
+            with writing(self._run):
+                draft.write_text(text + "\n", encoding="utf-8")
+                draft.replace(self._run)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 class StreamedAnswers(Answers):

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from modules.checkpoints import folder
-from modules.errors import UserError
+from modules.errors import UserError, writing
 
 ROOT = Path("runs")
 """Where runs lie unless trainer.default_root_dir says otherwise."""
@@ -116,8 +116,9 @@ class RunFolder:
         """Write into the lock, which this process holds, who that is."""
         assert self._lock is not None
         text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, text.encode(), 0)
+        with writing(self.path / LOCK):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, text.encode(), 0)
 
     def holder(self) -> str:
         """Return who says to hold the lock."""
@@ -149,9 +150,13 @@ class RunFolder:
         """Write the resolved configuration; it replaces that of an earlier start in one step."""
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self.path / (folder.RUN_CONFIG + folder.PARTIAL)
-        partial.write_text(text, encoding="utf-8")
-        folder.sync(partial)
-        partial.rename(self.path / folder.RUN_CONFIG)
+        try:
+            with writing(self.path / folder.RUN_CONFIG):
+                partial.write_text(text, encoding="utf-8")
+                folder.sync(partial)
+                partial.rename(self.path / folder.RUN_CONFIG)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _lock(file: Path, flags: int, tries: int) -> int | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.trainer.states import RunningStage
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.step import StepCallback, step_loop
@@ -85,7 +86,7 @@ class TimeLimit(Timer):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the start of the program: imports and the preparation of a corpus are part of a job's time."""
-        self._start_time["train"] = STOP.started
+        self._start_time[RunningStage.TRAINING] = STOP.started
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the next start has its own time."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from callbacks.step import StepCallback, stage
 from callbacks.text import fold
 from modules.batch import PackedBatch, Window
-from modules.errors import UserError
+from modules.errors import UserError, writing
 from modules.optim.spikes import REASONS
 
 FOLDER = "spikes"
@@ -131,11 +131,11 @@ def _write_file(path: Path, content: dict[str, Any]) -> None:
     torch.save(content, data)
     partial = path.with_suffix(".partial")
     try:
-        partial.write_bytes(data.getbuffer())
-        partial.replace(path)
-    except OSError as error:
+        with writing(path):
+            partial.write_bytes(data.getbuffer())
+            partial.replace(path)
+    finally:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _newest_first(folder: Path, end: str) -> list[Path]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -156,6 +156,7 @@ def _start_deaf_forkserver() -> None:
     Workers inherit that: the trainer, which has got the signal too, still needs their windows to the end of the step,
     and ends them then.
     """
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
     ending = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:

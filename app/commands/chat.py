@@ -112,7 +112,7 @@ def chat(
                 talk.answer(line, max_new_tokens)
 
 
-def never_taught(model: Path, source: "ModelFolder", template: "ChatTemplate") -> list[str]:
+def never_taught(model: Model, source: "ModelFolder", template: "ChatTemplate") -> list[str]:
     """Return lines that say so if nothing shows that a model was taught to chat; else none."""
     run = source.facts.get("run", {}).get("model", {})
     pretrained = run.get("class_path") == PRETRAINING and not run.get("init_args", {}).get("init_from")

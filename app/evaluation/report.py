@@ -9,6 +9,8 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable, make_table
 
+from datamodules.text.files import write_blocks, write_file
+
 INVALID = "[invalid]"
 """What the harness's filters answer where they find nothing in a completion."""
 SHOWN = 80
@@ -49,19 +51,15 @@ def write_results(file: Path, results: dict[str, Any], settings: dict[str, Any])
     """Write figures, tasks, settings and versions as JSON; the samples are left out."""
     kept = {key: value for key, value in results.items() if key != "samples"}
     report = {**kept, "config": settings, "environment": environment()}
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_file(file, f"{text}\n".encode())
 
 
 def write_samples(file: Path, results: dict[str, Any]) -> None:
     """Write a row for each sample: document, target, what the model was asked and answered, metrics."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as out:
-        for task, samples in results["samples"].items():
-            for sample in samples:
-                row = {"task": task, **sample}
-                out.write(json.dumps(row, ensure_ascii=False, default=handle_non_serializable) + "\n")
+    rows = ({"task": task, **sample} for task, samples in results["samples"].items() for sample in samples)
+    lines = (json.dumps(row, ensure_ascii=False, default=handle_non_serializable) for row in rows)
+    write_blocks(file, (f"{line}\n".encode() for line in lines))
 
 
 def environment() -> dict[str, str]:

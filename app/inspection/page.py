@@ -16,6 +16,7 @@ import numpy as np
 
 from app.inspection.tokens import Token
 from app.inspection.view import BatchView, Document, Row, caption, heading, largest_losses, loss_line, summary
+from datamodules.text.files import write_file
 from modules.batch import IGNORED_LABEL
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -50,8 +51,7 @@ def write_page(file: Path, view: BatchView, rows: Sequence[Row], title: Sequence
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     texts = {"title": _escape(title[0]), "body": "\n".join(parts), "heat": _heat_legend(steps)}
     content = template.substitute(texts, data=_data(view, rows)).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    write_file(file, content)
     return len(content)
 
 

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from modules.backbone.model import ShardingUnit
 from modules.checkpoints import folder
 from modules.checkpoints.training_source import SafeReader
-from modules.errors import UserError
+from modules.errors import UserError, writing
 from modules.precision.linear import Head
 
 OTHER_STATE = "meta.pt"
@@ -236,7 +236,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
         partial = folder.partial_of(target)
         try:
-            _run_collectively(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial)))
+            _run_collectively(lambda: dcp.save(tensors, storage_writer=_Writer(partial)))
             if self.is_global_zero:
                 content = io.BytesIO()  # torch's own file writer hides why it could not write
                 torch.save(checkpoint, content)
@@ -248,7 +248,7 @@ class ShardedStrategy(ModelParallelStrategy):
         except OSError as error:
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(error.errno, error.strerror or str(error), str(error.filename or target)) from error
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         self.barrier()
 
     def remove_checkpoint(self, filepath: str | os.PathLike) -> None:
@@ -308,6 +308,19 @@ class ShardedStrategy(ModelParallelStrategy):
                 name, _, state_name = key.removeprefix(OPTIMIZER).rpartition(".")
                 (optimizer,) = self.optimizers
                 optimizer.state[parameters[name]][state_name] = value
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes tensors; torch hides a full disk behind the error that its own file format makes of it."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        """Write this rank's part.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        with writing(os.fspath(self.path)):
+            return super().write_data(plan, planner)
 
 
 def _count_in_windows(state: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
     """Do as `write_file` does with content that comes in blocks."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout for one: nothing to be renamed over
+        with open(path, "wb") as file:
+            file.writelines(blocks)
+        return
     partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,11 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the processes; jobs that have not begun are dropped."""
+        """End the processes; jobs that have not begun are dropped, and at Ctrl-C those under way are not waited for."""
         if self._pool is not None:
+            if kind is not None and not issubclass(kind, Exception):
+                for process in multiprocessing.active_children():
+                    process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, function: Callable[[Job], Result], jobs: list[Job]) -> Iterator[tuple[int, Result]]:

@@ -6,7 +6,6 @@ whatever carries the final name was complete once. The manifest holds the size o
 to `CHECKSUM_LIMIT` bytes (reading more at every start would cost minutes on a large model): later damage shows too.
 """
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modules.errors import UserError
+from modules.errors import UserError, writing
 
 MANIFEST = "checkpoint.json"
 INDEX = ".metadata"
@@ -159,11 +158,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         _sync_all(partial)
         partial.rename(target)
         sync(target.parent)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(output)) from error
-        raise
+        with writing(output):
+            raise
 
 
 def remove(folder: Path) -> None:

@@ -78,6 +78,11 @@ class Program:
             meanwhile(pid)
         return Result(int(self.process.stdout.readline()), output.read_text(encoding="utf-8"))
 
+    def output(self) -> str:
+        """Return what the newest command has printed so far."""
+        file = self.folder / f"output{self.count}.txt"
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()

@@ -5,6 +5,7 @@ processes.
 """
 
 import dataclasses
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -193,8 +194,25 @@ class Wait(Callback):
         seconds: at the end of each; long enough for whoever watches, unless given.
     """
 
-    def __init__(self, seconds: float = 20) -> None:
+    def __init__(self, seconds: float = 60) -> None:
         self.seconds = seconds
 
     def on_train_batch_end(self, *_: object) -> None:
+        print("waiting", flush=True)
         time.sleep(self.seconds)
+
+
+class SmallDisk(Callback):
+    """Limits the size of files from a step on; the system then says what it says of a full disk, in the same calls.
+
+    Args:
+        size: bytes.
+        step: steps done by then.
+    """
+
+    def __init__(self, size: int, step: int = 0) -> None:
+        self.size, self.step = size, step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step >= self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))

@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import mistake, shorten
 from app.run_folder import RunFolder
-from modules.errors import UserError
+from modules.errors import UserError, writing
 
 
 def caught(function) -> BaseException:
@@ -80,3 +80,35 @@ def test_long_messages_are_cut():
 def test_names_of_runs_are_folder_names(tmp_path, name):
     with pytest.raises(UserError, match="is no folder name"):
         RunFolder(tmp_path, name)
+
+
+def test_a_full_disk_is_found_behind_what_a_library_makes_of_it():
+    """torch's file format fails over its own bookkeeping; safetensors and tokenizers have no OSError."""
+
+    def hidden():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    for function in (hidden, raiser(RuntimeError("I/O error: No space left on device (os error 28)"))):
+
+        def named(function=function):
+            with writing("a/file"):
+                function()
+
+        for failing, answer in ((named, "a/file: No space left"), (function, "No space left")):
+            message = mistake(caught(failing))
+            assert message is not None
+            assert answer in message
+            assert message.endswith(
+                "; make room, then start the same command again: what was written before is complete"
+            )
+
+
+def test_what_is_no_error_of_the_system_passes_as_it_is():
+    error = KeyError("x")
+    with pytest.raises(KeyError), writing("a/file"):
+        raise error
+    with pytest.raises(PermissionError, match="a/file"), writing("a/file"):
+        raise PermissionError(errno.EACCES, "Permission denied")

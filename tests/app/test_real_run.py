@@ -246,3 +246,55 @@ def test_mistakes_in_model_and_data_cost_one_line(program, run_file, tmp_path, o
     assert last.startswith("error: ")
     assert answer in last
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "answer"),
+    [
+        (
+            "--model.init_args.backbone.vocab_size=600",
+            "vocab_size: 600 is less than the tokenizer's 8192",
+        ),
+        ("--data.init_args.micro_batch_size=3", "data.global_batch_size: 4 rows do not divide"),
+        ("--model.init_args.schedule.warmup_tokens=100000", "model.schedule: warmup_tokens + decay_tokens"),
+        ("--model.init_args.precision.recipe=nvfp4x", "recipe"),
+        ("--model.init_args.init_from=nowhere", "model.init_from: nowhere does not exist"),
+        ("--trainer.num_nodes=2", "trainer.num_nodes: 2 machines need torchrun"),
+    ],
+)
+def test_no_corpus_is_prepared_for_a_rejected_configuration(program, run_file, tmp_path, option, answer):
+    data = f"--data.init_args.path={tmp_path / 'data' / 'stdlib'}"
+    result = start(program, run_file, tmp_path / "runs", data, "--model.init_args.backbone.vocab_size=8192", option)
+    assert result.code == 2, result.output
+    assert answer in result.output.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_may_take_another_batch(program, run_file, whole):
+    """Nothing of the result depends on it."""
+    options = [f"--config={run_file}", f"--trainer.default_root_dir={whole.parent}"]
+    usual = program.run("validate", *options)
+    other = program.run("validate", *options, "--data.init_args.global_batch_size=6")
+    assert (usual.code, other.code) == (0, 0), other.output
+    assert other.output == usual.output
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_taken_named(program, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    newer, older = folder.checkpoints(run / "checkpoints")
+    (newer / "meta.pt").write_bytes(b"")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "value_1 ="}) + "\n")
+    for command in (
+        ("generate", run, "--prompt", "value_1 =", "--max_new_tokens=2"),
+        ("score", run, "--input", prompts.with_name("texts.jsonl"), "--output", tmp_path / "scores.jsonl"),
+        ("export", run, "--output", tmp_path / "hf"),
+        ("merge", run, run, "--output", tmp_path / "merged"),
+        ("quantize", run, "--output", tmp_path / "nvfp4", "--calibration_tokens=256", "--evaluation_tokens=256"),
+    ):
+        (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "value_1 = 3"}) + "\n")
+        result = program.run(*command)
+        assert result.code == 0, result.output
+        assert f"model: {older}\n" in result.output
+        assert f"warning: {newer} is damaged and passed over: meta.pt has 0 bytes" in result.output

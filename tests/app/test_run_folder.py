@@ -1,10 +1,17 @@
 """What a run's folder says about the run."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from app.run_folder import RunFolder, differences, flatten
 from modules.checkpoints import folder
 from modules.errors import UserError
+from tests.app.helpers import ROOT
 
 
 def test_differences_name_key_old_and_new(tmp_path):
@@ -71,3 +78,49 @@ def test_config_is_replaced_in_one_step(tmp_path):
     run.save_config("two")
     assert (run.path / "config.yaml").read_text() == "two"
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_a_lock_leaves_nothing_unless_something_was_written(tmp_path):
+    run = RunFolder(tmp_path / "runs", "a")
+    with run.locked():
+        run.say_holder()
+        assert re.fullmatch(rf"process {os.getpid()} on \S+ since .*", run.holder())
+    assert list(tmp_path.iterdir()) == []
+    with run.locked():
+        run.save_config("x")
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "lock"]
+
+
+def test_a_lock_is_not_kept_by_a_dead_process_nor_by_its_child(tmp_path):
+    """The child of a killed process, as a loader's worker that was forked, outlives it here."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from app.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1]), 'a').locked():\n"
+        "    child = os.fork(); print(child, flush=True) if child else None; time.sleep(60)"
+    )
+    run = RunFolder(tmp_path, "a")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert run.is_locked
+        with pytest.raises(UserError, match=r"run a \(.*\) is being trained by another process"), run.locked():
+            pass
+        process.kill()
+        process.wait()
+        assert not run.is_locked
+        with run.locked():
+            pass
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_later_checkpoints_are_set_aside_each_time_anew(tmp_path):
+    run = RunFolder(tmp_path, "a")
+    assert run.set_aside_after(0) is None
+    for number in (1, 2):
+        make(run, 3)
+        make(run, 6)
+        assert run.set_aside_after(3) == run.path / "set_aside" / str(number)
+        assert [folder.step_of(path) for path in folder.checkpoints(run.checkpoints)] == [3]

@@ -1,6 +1,10 @@
 import json
+import os
 import shutil
+import signal
 import sysconfig
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -307,3 +311,23 @@ def test_the_seed_changes_the_order_and_nothing_else(corpus_folder: Path):
     assert orders[0] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) == list(range(len(orders[0])))
     assert make_data(corpus_folder, seed=1).order != make_data(corpus_folder).order == make_data(corpus_folder).order
+
+
+def test_workers_outlive_a_signal_to_the_whole_job(corpus_folder: Path):
+    """A terminal and a scheduler send theirs to every process: the windows up to the end of the step still come."""
+    data = make_data(corpus_folder, workers=2)
+    data.setup("fit")
+    expected = [window.step for window in make_data_windows(corpus_folder)]
+    windows = data.windows(0)
+    seen = [next(windows).step]
+    for process in [*windows._workers, SimpleNamespace(pid=forkserver._forkserver._forkserver_pid)]:  # type: ignore[attr-defined]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(process.pid, number)
+    time.sleep(0.2)
+    assert seen + [window.step for window in windows] == expected
+
+
+def make_data_windows(corpus_folder: Path) -> list[Window]:
+    data = make_data(corpus_folder)
+    data.setup("fit")
+    return list(data.windows(0))

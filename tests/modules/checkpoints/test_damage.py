@@ -372,9 +372,14 @@ def test_newest_undamaged_checkpoint_of_a_run(network, tmp_path):
     assert "is no MODEL" in message(tmp_path)
     older = write_fit_folder(run / "checkpoints" / "step=00000001", network)
     newer = write_fit_folder(run / "checkpoints" / "step=00000002", network)
-    assert open_model(run).path == newer
+    assert (open_model(run).path, open_model(run).notes) == (newer, [])
+    folder.link(run / "checkpoints" / "best", older)
+    assert open_model(run / "checkpoints" / "best").path == older
     (newer / "config.yaml").unlink()
     assert open_model(run).path == older
+    assert open_model(run).notes == [
+        f"warning: {newer} is damaged and passed over: config.yaml is missing; {older.name} is taken"
+    ]
 
 
 def test_checkpoint_of_fit_with_nan(tmp_path):

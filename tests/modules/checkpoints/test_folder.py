@@ -124,3 +124,37 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path):
         with pytest.raises(UserError, match=f" {message}"), new_folder(output):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def scored(parent: Path, step: int, loss: float, validated: bool = True) -> Path:
+    target = folder.step_folder(parent, step)
+    (folder.begin(target) / "a").write_text("x")
+    folder.publish(target, {"step": step, "validated": validated, "metrics": {"validation/loss": loss}})
+    return target
+
+
+def test_the_best_are_those_with_the_lowest_metric_of_their_own_step(tmp_path):
+    """One that was saved between two validations carries the metrics of another step; a damaged one counts no more."""
+    found = [
+        scored(tmp_path, step, loss, validated)
+        for step, loss, validated in (
+            (1, 3.0, True),
+            (2, 1.0, False),
+            (3, float("nan"), True),
+            (4, 2.0, True),
+            (5, 2.0, True),
+            (6, 0.5, True),
+        )
+    ]
+    (found[-1] / folder.MANIFEST).unlink()
+    best = folder.best(found, "validation/loss")
+    assert [folder.step_of(path) for path in best] == [5, 4, 1]
+    assert folder.best(found, "validation/bits_per_byte") == []
+
+
+def test_a_link_is_moved_in_one_step(tmp_path):
+    for name in ("step=00000001", "step=00000002"):
+        (tmp_path / name).mkdir()
+        folder.link(tmp_path / folder.BEST, tmp_path / name)
+        assert (tmp_path / folder.BEST).resolve() == tmp_path / name
+    assert len(list(tmp_path.iterdir())) == 3
