@@ -139,8 +139,6 @@ def read_plain(path: Path) -> bytes:
         UserError: it is binary or damaged; names it.
         OSError: it cannot be opened.
     """
-    with open(path, "rb"):  # what is missing is told as everywhere
-        pass
     try:
         blocks = list(read_blocks(path))
         encoding = encoding_of(b"".join(blocks[:1])[:HEAD_BYTES])
@@ -148,6 +146,8 @@ def read_plain(path: Path) -> bytes:
             raise DamagedFileError("it is binary, not text")
         return b"".join(plain_blocks(iter(blocks), encoding))
     except (DamagedFileError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # what is missing is told as everywhere
+            raise error.__cause__ from None
         raise UserError(f"{path} cannot be read ({error}); give a file of UTF-8 text") from None
 
 
