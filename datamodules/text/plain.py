@@ -143,8 +143,6 @@ def read_plain(path: Path, content: bytes | None = None) -> bytes:
         UserError: it is binary or damaged; names it.
         OSError: it cannot be opened.
     """
-    with open(path, "rb"):  # what is missing is told as everywhere
-        pass
     try:
         blocks = list(read_blocks(path)) if content is None else [content]
         encoding = encoding_of(b"".join(blocks[:1])[:HEAD_BYTES])
@@ -152,6 +150,8 @@ def read_plain(path: Path, content: bytes | None = None) -> bytes:
             raise DamagedFileError("it is binary, not text")
         return b"".join(plain_blocks(iter(blocks), encoding))
     except (DamagedFileError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # what is missing is told as everywhere
+            raise error.__cause__ from None
         raise UserError(f"{path} cannot be read ({error}); give a file of UTF-8 text") from None
 
 

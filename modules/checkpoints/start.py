@@ -49,7 +49,9 @@ def start_from(
         lines.append("its weights are quantised; the run starts from the numbers they mean")
     if source.config.num_nextn_predict_layers and network.mtp is None:
         lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
-    if data is not None and source.tokenizer_folder is not None:
+    if data is not None and source.tokenizer_folder is None:
+        lines.append("it brings no tokenizer: that the ids of the data mean the same text to it is not checked")
+    elif data is not None and source.tokenizer_folder is not None:
         try:
             data.check_tokenizer(source.tokenizer_folder, path)
         except UserError as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from app.__main__ import main
+from modules.checkpoints import folder
+from tests.app.commands.helpers import write_run
+from tests.modules.checkpoints.folders import write_hf_folder
+from tests.modules.helpers import make_network, tiny_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -152,3 +157,25 @@ def test_urls_in_the_wrong_place_are_refused_before_anything_is_read(
     assert main(["prepare", str(text), *options]) == 2
     assert capsys.readouterr().err.startswith(message)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_tokenizer_of_a_run_a_checkpoint_a_corpus_or_a_model_is_taken(tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "row {n} of text"}}\n' for n in range(9)))
+    options = [str(tmp_path / "texts.jsonl"), "--sequence_length", "16", "--workers", "1"]
+    run = write_run(tmp_path / "run")
+    checkpoint = folder.checkpoints(run / "checkpoints")[0]
+    own = checkpoint / "tokenizer"
+    assert main(["prepare", *options, "--tokenizer", str(own), "--output", str(tmp_path / "corpus")]) == 0
+    model = write_hf_folder(tmp_path / "hf", make_network(tiny_config(vocab_size=290)))
+    shutil.copytree(own, model, dirs_exist_ok=True)
+    capsys.readouterr()
+    for number, given in enumerate((run, checkpoint, tmp_path / "corpus", own, model)):
+        output = tmp_path / f"out{number}"
+        assert main(["prepare", *options, "--tokenizer", str(given), "--output", str(output)]) == 0
+        assert tree(output / "tokenizer") == tree(own)
+        told = {run: f"tokenizer of {checkpoint}\n", checkpoint: f"tokenizer of {checkpoint}\n"}.get(given, "")
+        assert told in capsys.readouterr().out
+    (tmp_path / "none" / "checkpoints").mkdir(parents=True)
+    for given, message in ((tmp_path / "none", "has no complete checkpoint"), (tmp_path, "holds no tokenizer.json")):
+        assert main(["prepare", *options, "--tokenizer", str(given), "--output", str(tmp_path / "no")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: tokenizer: {given} {message}")

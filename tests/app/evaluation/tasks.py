@@ -51,5 +51,5 @@ def write_tasks(folder: Path, tasks: dict[str, dict] = TASKS) -> Path:
         content = {"task": f"tiny_{name}", **COMMON, "dataset_kwargs": {"data_files": {"test": data}}, **task}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     for name, rows in (("texts", TEXTS), ("questions", QUESTIONS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     return folder
