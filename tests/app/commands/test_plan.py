@@ -193,7 +193,7 @@ def test_devices_that_are_not_counted_are_assumed(given: Any, tmp_path: Path, ca
     ("options", "message"),
     [
         (["--devices", "0"], "--devices: 0 must be positive"),
-        (["--devices", "3"], "data.global_batch_size: 8 rows do not divide among 3 devices"),
+        (["--devices", "3"], "data.init_args.global_batch_size: 8 rows a step do not divide among 3 devices"),
         (["--mfu", "0.4"], "--mfu and --peak_tflops go together"),
         (["--mfu", "40", "--peak_tflops", "989"], "--mfu: 40.0 is a share of the peak"),
         (["--mfu", "0.4", "--peak_tflops", "989", "--tokens_per_second", "5"], "--tokens_per_second"),
