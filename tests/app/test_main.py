@@ -41,7 +41,7 @@ def test_help_of_fit_explains_its_keys_and_builds_one_parser():
     )
     result = python("-c", code)
     assert "code 0 ['python -m app fit']" in result.stdout, result.stderr
-    for text in ("--validation.every_n_steps", "Optimiser steps between validations", "default: 100", "--model.help"):
+    for text in ("--validation.every_n_steps", "Optimiser steps between validations", "default: 100"):
         assert text in result.stdout
     assert "--trainer.max_epochs" not in result.stdout
 
