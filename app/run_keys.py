@@ -194,7 +194,8 @@ def stages(key: str) -> list[str]:
 
 def _check_class(given: RunArguments, key: str) -> None:
     """Answer a class path of ours that is misspelt; those of others are left to the parser."""
-    path = str(given.get(key if isinstance(given.get(key), str) else f"{key}.class_path"))
+    chosen = given.get(key)
+    path = str(chosen.get("class_path") if isinstance(chosen, dict) else chosen)
     known = stages(key)
     module, _, name = path.rpartition(".")
     if name in [path.rpartition(".")[2] for path in known] and not module:

@@ -18,6 +18,7 @@ processes or interruptions: the same command gives the same bytes. Each step is 
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def check_corpus(path: str, key: str) -> None:
     if is_remote(path) or folder.name == DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
         return
     problem = f"holds no {CORPUS_FILE}, so it is no (complete) corpus" if folder.exists() else "does not exist"
-    raise UserError(f"{key}: {path} {problem}; prepare it: python -m app prepare FILES --output {path}")
+    raise UserError(f"{key}: {path} {problem}; prepare it: python -m app prepare FILES --output {shlex.quote(path)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -171,6 +172,13 @@ class Data(StageData):
 
     def asked(self, step: int) -> dict[str, float]:
         return {"rows": 1.0}
+
+
+class NeedsPackage(CSVLogger):
+    """A logger whose package is not there."""
+
+    def __init__(self) -> None:
+        import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 class Stop(Callback):

@@ -72,6 +72,14 @@ def test_errors_of_loader_workers_are_judged_like_those_of_the_main_process():
     assert mistake(caught(raiser(RuntimeError(worker("RuntimeError"))))) is None
 
 
+def test_keys_of_model_and_data_are_named_in_full():
+    known = "model.mtp_depths: 0 does not fit model.backbone.vocab_size; see data.init_args.seed, data.path"
+    full = "model.init_args.mtp_depths: 0 does not fit model.init_args.backbone.vocab_size; see data.init_args.seed, "
+    assert mistake(UserError(known)) == full + "data.init_args.path"
+    files = "model.safetensors is damaged; model.class_path: x; /a/data.path; my.data.path"
+    assert mistake(UserError(files)) == files
+
+
 def test_long_messages_are_cut():
     assert len(shorten("word " * 1000)) <= 600
 

@@ -57,13 +57,16 @@ def answer(folder: Path, tree: dict[str, Any], *args: str) -> str:
         ("-name=x", "unrecognized arguments: -name=x (options start with --"),
         ("--trainer.max_epochs 2", "trainer.max_epochs is not set here: the whole run is one epoch"),
         ("stray", "unrecognized arguments: stray (options start with --"),
-        ("--model=foo", "model: Expected a dot import path string: foo"),
+        ("--model=foo", "model.class_path: foo is no class path; known: modules.pretraining.Pretraining"),
         ("--model=nowhere.Model", "model: Problem with given class_path 'nowhere.Model': No module named 'nowhere'"),
         ("--model=yaml.Model", "model: Problem with given class_path 'yaml.Model': module 'yaml' has no attribute"),
         ("--model=yaml.Loader", "model: Import path yaml.Loader does not correspond to a subclass of LightningModule"),
-        ("--model=[1]", "model: expected LightningModule or null, got [1]"),
+        ("--model=[1]", "model.class_path: [1] is no class path; known: "),
         ("--model=null", "run.yaml: missing key model"),
-        ("--model.init_args.backbone=nowhere.yaml", "nowhere.yaml: there is no such file (model.init_args.backbone)"),
+        (
+            "--model.init_args.backbone=nowhere.yaml",
+            "model.init_args.backbone: there is no file nowhere.yaml; give one, or keys below it (vocab_size, ",
+        ),
         ("--config", "--config needs a value: --config configs/pretrain.yaml"),
     ],
 )
@@ -99,7 +102,7 @@ def test_a_run_file_that_is_refused(change: dict[str, Any], expected: str, tmp_p
     [
         ("hiden_size: 3", "part.yaml: unknown key model.init_args.backbone.hiden_size; did you mean hidden_size?"),
         ("hidden_size: many", "model.init_args.backbone.hidden_size: expected int, got many"),
-        ("a: b: c", "part.yaml, line 1, column 5: not valid YAML: mapping values are not allowed here"),
+        ("a: b: c", "part.yaml, line 1, column 5: not valid YAML: mapping values are not allowed"),
     ],
 )
 def test_a_file_of_a_part_that_is_refused(text: str, expected: str, tmp_path: Path):
@@ -115,7 +118,7 @@ def test_a_file_of_a_part_that_is_refused(text: str, expected: str, tmp_path: Pa
         ("x --knid=a", "unknown option --knid, did you mean --kind?"),
         ("x --zzz", "unknown option --zzz"),
         ("x y", "unrecognized arguments: y"),
-        ("x --kind", "argument --kind: expected one argument"),
+        ("x --kind", "--kind needs a value"),
     ],
 )
 def test_the_argument_of_a_command_that_is_refused(args: str, expected: str):

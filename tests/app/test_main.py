@@ -41,7 +41,7 @@ def test_help_of_fit_explains_its_keys_and_builds_one_parser():
     )
     result = python("-c", code)
     assert "code 0 ['python -m app fit']" in result.stdout, result.stderr
-    for text in ("--validation.every_n_steps", "Optimiser steps between validations", "default: 100", "--model.help"):
+    for text in ("--validation.every_n_steps", "Optimiser steps between validations", "default: 100"):
         assert text in result.stdout
     assert "--trainer.max_epochs" not in result.stdout
 
@@ -166,7 +166,35 @@ MISTAKES = {
     "no mapping": ("just text\n", [], "run.yaml: --config takes a file of `key: value` lines"),
     "bad name": (RUN_FILE, ["--name=a/b"], "name: 'a/b' is no folder name"),
     "strategy of others": (RUN_FILE, ["--trainer.strategy=ddp"], "trainer.strategy: ddp is none of ours"),
-    "unknown accelerator": (RUN_FILE, ["--trainer.accelerator=gpux"], "trainer: You selected an invalid accelerator"),
+    "unknown accelerator": (
+        RUN_FILE,
+        ["--trainer.accelerator=gpux"],
+        "trainer.accelerator: gpux is none of auto, cpu, gpu, cuda",
+    ),
+    "no GPU": (RUN_FILE, ["--trainer.accelerator=gpu"], "trainer.accelerator: gpu, but this machine has no GPU"),
+    "no device": (RUN_FILE, ["--trainer.devices=0"], "trainer.devices: 0 must be at least 1, or auto"),
+    "no number of devices": (RUN_FILE, ["--trainer.devices=many"], "trainer.devices: many is no number of processes"),
+    "a logger without its folder": (
+        RUN_FILE,
+        ["--trainer.logger=lightning.pytorch.loggers.CSVLogger"],
+        "error: missing key trainer.logger.init_args.save_dir, which lightning.pytorch.loggers.CSVLogger needs; add "
+        "--trainer.logger.init_args.save_dir VALUE",
+    ),
+    "a callback without its metric": (
+        RUN_FILE,
+        ["--trainer.callbacks=EarlyStopping"],
+        "error: missing key trainer.callbacks.init_args.monitor, which EarlyStopping needs",
+    ),
+    "a misspelt callback": (
+        RUN_FILE,
+        ["--trainer.callbacks=ErlyStopping"],
+        "trainer.callbacks: ErlyStopping is no class that can be imported, such as lightning.pytorch.callbacks.",
+    ),
+    "a package that is not installed": (
+        RUN_FILE,
+        ["--trainer.logger=tests.app.standin.NeedsPackage"],
+        "trainer: a package is missing: No module named 'no_such_package'",
+    ),
     "missing data file": (RUN_FILE, ["--data.init_args.missing=/nowhere/x"], "/nowhere/x: No such file or directory"),
     "no checkpoint folder": (RUN_FILE, ["--trainer.default_root_dir=/proc/nowhere"], "/proc/nowhere: No such file"),
 }
@@ -194,6 +222,39 @@ def test_a_defect_keeps_its_traceback(program: Program, tmp_path: Path, run_file
     assert result.code == 1
     assert "Traceback" in result.output
     assert "RuntimeError: a defect" in result.output
+
+
+def test_what_is_about_to_happen_is_said_first(program: Program, tmp_path: Path, run_file: Path):
+    common = [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}"]
+    result = program.run("fit", *common, "--trainer.max_steps=1")
+    assert result.code == 0, result.output
+    assert result.output.splitlines()[0] == f"fit {run_file} ({tmp_path}/run): loading ..."
+    last = result.output.splitlines()[-1]
+    assert last == f"curves: python -m app.tensorboard --logdir {tmp_path}/run"
+    printed = program.run("test", *common)
+    assert f"{tmp_path}/run/checkpoints/step=00000001: test after step 1: loss " in printed.output
+    assert "loading" not in program.run("fit", *common, "--print_config").output
+
+
+def test_versions_and_help_of_a_command(program: Program):
+    result = program.run("--version")
+    assert result.code == 0
+    assert re.fullmatch(r"superbolt \S+ \(torch \S+, lightning \S+, Python 3\.\d+\.\d+\)\n", result.output)
+    assert program.run("help", "merge").output == program.run("merge", "--help").output
+    assert program.run("-h").output == program.run("help").output
+
+
+def test_help_of_fit_names_the_classes_of_the_project_and_their_keys(program: Program):
+    result = program.run("fit", "--help")
+    text = " ".join(result.output.split())
+    assert "ours: modules.pretraining.Pretraining." in text
+    for key, meaning in (
+        ("--model.init_args.optimizer.learning_rate LEARNING_RATE", "Peak learning rate; > 0. (required, type: float)"),
+        ("--model.init_args.backbone.hidden_size HIDDEN_SIZE", "Width D of the residual stream."),
+        ("--data.init_args.total_tokens TOTAL_TOKENS", "(type: int, default: 4000000)"),
+    ):
+        assert meaning in text.partition(key)[2][:400], key
+    assert not re.search(r"DDP|DeepSpeed|XLA|FSDPStrategy|ModelParallel", text)
 
 
 def test_evaluation_without_a_checkpoint_says_so(program: Program, tmp_path: Path, run_file: Path):

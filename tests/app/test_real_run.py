@@ -229,7 +229,7 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
     [
         ("--data.init_args.path=nowhere", "nowhere is no prepared corpus"),
         ("--data.init_args.sequence_length=32", "data.sequence_length: "),
-        ("--data.init_args.micro_batch_size=3", "data.global_batch_size: 4 rows do not divide"),
+        ("--data.init_args.micro_batch_size=3", "data.init_args.global_batch_size: 4 rows a step do not divide"),
         ("--model.init_args.backbone.num_experts_per_tok=9", "num_experts_per_tok"),
         ("--model.init_args.backbone.vocab_size=100", "vocab_size"),
         ("--model.init_args.optimizer.learning_rate=-1", "model.optimizer.learning_rate: -1"),

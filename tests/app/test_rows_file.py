@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.rows_file import Answers, read_rows, text_of
+from app.options import STDOUT
+from app.rows_file import Answers, open_answers, read_rows, text_of
 from modules.errors import UserError
 
 ROWS = [{"text": "a"}, {"text": "\u00e4\u2028b"}, {"text": "c"}]
@@ -119,3 +120,31 @@ def test_a_file_of_others_is_left_alone(source: Path, tmp_path: Path) -> None:
     assert output.read_text() == "precious\n"
     with pytest.raises(UserError, match="is the input"):
         Answers(source, source, {})
+
+
+def test_answers_to_standard_output_leave_nothing_else(source: Path, tmp_path: Path, capfdbinary) -> None:
+    answers = open_answers(STDOUT, source, {})
+    answers.append(ROWS[:2])
+    answers.append(ROWS[2:])
+    answers.finish({"rows": 3})
+    written = capfdbinary.readouterr().out
+    assert [json.loads(line) for line in written.decode().split("\n")[:-1]] == list(answers.read()) == ROWS
+    assert answers.count == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_pipe_is_read_once_and_written_to(tmp_path: Path) -> None:
+    import os
+    import threading
+
+    names = [tmp_path / "in", tmp_path / "out"]
+    for name in names:
+        os.mkfifo(name)
+    threading.Thread(target=lambda: names[0].write_text('{"text": "a"}\n'), daemon=True).start()
+    assert read_rows(names[0]) == read_rows(names[0]) == [{"text": "a"}]
+    seen: list[str] = []
+    reader = threading.Thread(target=lambda: seen.append(names[1].read_text()), daemon=True)
+    reader.start()
+    open_answers(names[1], names[0], {}).append([{"text": "b"}])
+    reader.join(10)
+    assert seen == ['{"text": "b"}\n']

@@ -41,6 +41,7 @@ def test_validation_line_compares_with_gzip():
         validation_line(3, metrics, 1.8)
         == "validation after step 3: loss 2.0000  bits per byte 1.5000 (gzip -9: 1.8000)"
     )
+    assert validation_line(3, metrics, None, "test").startswith("test after step 3: loss ")
     assert "gzip" not in validation_line(3, metrics, None)
 
 

@@ -1,7 +1,10 @@
 """`generate` as a user starts it, against transformers' `generate` on the same folder."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from app.__main__ import main
 from datamodules.tokenizer import Tokenizer
 from modules.generation import native
+from tests.app.helpers import ROOT
 from tests.modules.checkpoints.helpers import made_comparable, their_model, write_fit_folder
 from tests.modules.helpers import make_network, tiny_config
 
@@ -157,6 +161,24 @@ def test_one_prompt_prints_its_completion(model, expected, capsys) -> None:
     assert printed.err.startswith("12 tokens in ")
     assert main(["generate", str(model), *options, "--samples", "2", "--temperature", "1"]) == 0
     assert capsys.readouterr().out.count("--- sample ") == 2
+
+
+def test_prompts_come_from_standard_input_and_completions_go_to_standard_output(model, prompts, tmp_path) -> None:
+    rows = generate(model, prompts, tmp_path / "out.jsonl", "--max_new_tokens", "5")
+    command = [sys.executable, "-m", "app", "generate", str(model), "--max_new_tokens", "5", "--prompts", "-"]
+    with prompts.open() as stdin:
+        result = subprocess.run(command, stdin=stdin, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert [json.loads(line) for line in result.stdout.splitlines()] == rows, result.stderr
+    assert "tokens/s" in result.stderr
+
+
+def test_the_text_of_standard_input_is_a_prompt(model, monkeypatch, capsys) -> None:
+    options = ["--max_new_tokens", "5", "--ignore_eos"]
+    assert main(["generate", str(model), "--prompt", "def add", *options]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("def add\n"))
+    assert main(["generate", str(model), "--prompt", "-", *options]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_a_terminal_gets_the_text_in_pieces(model, expected, monkeypatch, capsys) -> None:

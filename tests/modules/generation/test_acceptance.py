@@ -28,7 +28,7 @@ def test_counts() -> None:
         }
     )
     assert found.lines() == [
-        "speculative decoding: 2.50 tokens a verification (8 of 3 drafts)",
+        "speculative decoding: 2.50 tokens a verification (8 verifications of 3 drafts each)",
         "  draft 1:  75.0% kept",
         "  draft 2:  50.0% kept, 66.7% of those whose drafts before were",
         "  draft 3:  25.0% kept, 50.0% of those whose drafts before were",
