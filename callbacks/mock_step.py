@@ -116,7 +116,7 @@ class PeakMemory:
             total = torch.cuda.get_device_properties(self._device).total_memory
             return f"peak memory {peak / GIB:.2f} of {total / GIB:.1f} GiB"
         peak = _process_peak()
-        return f"peak memory of the process {peak / GIB:.2f} GiB, {(peak - self._before) / GIB:.2f} by this step"
+        return f"peak memory {peak / GIB:.2f} GiB, {(peak - self._before) / GIB:.2f} by this step"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -103,7 +103,7 @@ def whole(program, run_file, tmp_path_factory) -> Path:
     result = start(program, run_file, folder)
     assert result.code == 0, result.output
     assert "gzip -9 needs" in result.output
-    assert "--- sample:" in result.output
+    assert "--- sample 1 of 1: prompt ⟦what the model writes⟧" in result.output
     assert re.search(r"precision   \* +nvfp4  nvfp4  nvfp4  emulated +\d+ +\d+\.\d%", result.output)
     return folder / "run"
 
