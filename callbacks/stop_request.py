@@ -7,6 +7,7 @@ is on the disk is complete. Imports nothing slow, for the handler must be there 
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -54,11 +55,22 @@ class StopRequest:
     def _leave(self, line: str) -> None:
         for action in reversed(self.before_leaving):
             action()
+        _end_children()
         _say(line)
         os._exit(self.exit_code)  # an exception could be swallowed by what it interrupts, or wait for other threads
 
 
 STOP = StopRequest()
+
+
+def _end_children() -> None:
+    """End worker processes and what is shared with them, as Python does at its own exit: else it is told as a leak."""
+    if "multiprocessing.util" in sys.modules:
+        from multiprocessing import active_children, util
+
+        for child in active_children():
+            child.terminate()
+        util._run_finalizers(0)  # type: ignore[attr-defined]
 
 
 def _say(line: str) -> None:
