@@ -252,3 +252,17 @@ def test_another_corpus_at_the_same_url_is_not_mixed_with_the_cached_one(store: 
 def test_a_full_disk_is_not_taken_for_a_store_that_is_away():
     error = OSError(errno.ENOSPC, "No space left on device", "cache/chunk")
     assert remote.explain("s3://bucket/a", error) == "[Errno 28] No space left on device: 'cache/chunk'"
+
+
+def test_sources_behind_a_url_that_changed_since_are_named_without_a_download(store: Store, sources: Path, tmp_path):
+    put_folder(store, sources, "bucket/in")
+    store.files["bucket/in/a.png"] = b"x"
+    prepare_url("s3://bucket/in", tmp_path / "out")
+    reads = len(store.reads)
+    assert prepare_corpus(replace(small(Path("unused"), tmp_path / "out"), paths=["s3://bucket/in"]))[1]
+    assert len(store.reads) == reads
+    store.files["bucket/in/new.txt"] = b"new"
+    with pytest.raises(UserError, match=r"the sources changed since .*: 1 added \(s3://bucket/in/new\.txt\); give"):
+        prepare_url("s3://bucket/in", tmp_path / "out")
+    assert len(store.reads) == reads
+    assert not (tmp_path / "out" / ".preparation").exists()
