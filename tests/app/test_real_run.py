@@ -227,15 +227,15 @@ def test_two_ranks_see_the_health_of_the_whole_step(run_file, whole, tmp_path):
 @pytest.mark.parametrize(
     ("option", "answer"),
     [
-        ("--data.init_args.path=nowhere", "nowhere is no prepared corpus"),
-        ("--data.init_args.sequence_length=32", "data.sequence_length: "),
+        ("--data.init_args.path=nowhere", "data.init_args.path: nowhere does not exist; prepare it: "),
+        ("--data.init_args.sequence_length=32", "data.init_args.sequence_length: "),
         ("--data.init_args.micro_batch_size=3", "data.init_args.global_batch_size: 4 rows a step do not divide"),
         ("--model.init_args.backbone.num_experts_per_tok=9", "num_experts_per_tok"),
         ("--model.init_args.backbone.vocab_size=100", "vocab_size"),
-        ("--model.init_args.optimizer.learning_rate=-1", "model.optimizer.learning_rate: -1"),
-        ("--model.init_args.mtp_depths=0", "model.mtp_depths: 0"),
-        ("--model.init_args.schedule.warmup_tokens=100000", "model.schedule: warmup_tokens + decay_tokens"),
-        ("--model.init_args.init_from=nowhere", "model.init_from: nowhere does not exist"),
+        ("--model.init_args.optimizer.learning_rate=-1", "model.init_args.optimizer.learning_rate: -1"),
+        ("--model.init_args.mtp_depths=0", "model.init_args.mtp_depths: 0"),
+        ("--model.init_args.schedule.warmup_tokens=100000", "model.init_args.schedule: warmup_tokens + decay_tokens"),
+        ("--model.init_args.init_from=nowhere", "model.init_args.init_from: nowhere does not exist"),
         ("--model.init_args.optimizer.learnin_rate=1", "unknown key model.init_args.optimizer.learnin_rate"),
     ],
 )

@@ -1,6 +1,7 @@
 """Which layout a folder has, and what its configuration files say."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from modules.checkpoints.config import CONFIG, shown
@@ -75,7 +76,8 @@ def fitting_layout(format: str, quantization: Quantization | None, model: Path) 
         return None
     if quantization is None:
         raise UserError(
-            f"--format {format}: {model} is not quantised; first do that: python -m app quantize {model} --output DIR"
+            f"--format {format}: {model} is not quantised; first do that: "
+            f"python -m app quantize {quote(str(model))} --output DIR"
         )
     kind, _, layout = format.partition("-")
     found = KINDS.get(frozenset(layer.format for layer in quantization.weights.values()))

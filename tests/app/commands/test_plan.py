@@ -252,9 +252,9 @@ def test_a_wrong_option_costs_one_line(
     ("change", "message"),
     [
         ({"model": "x"}, "model"),
-        ({"schedule": {"warmup_tokens": 30_000_000_000_000}}, "model.schedule"),
+        ({"schedule": {"warmup_tokens": 30_000_000_000_000}}, "model.init_args.schedule"),
         ({"backbone": "../model/missing.yaml"}, "missing.yaml"),
-        ({"mtp_depths": 0}, "model.mtp_depths"),
+        ({"mtp_depths": 0}, "model.init_args.mtp_depths"),
         ({"mtp_dephts": 2}, "mtp_depths"),
     ],
     ids=lambda value: str(value)[:40],
