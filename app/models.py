@@ -17,13 +17,14 @@ from modules.generation import native
 
 
 def open_source(model: Path) -> ModelFolder:
-    """Open a MODEL and say on stderr which folder that is (a run has several), and how it was read.
+    """Open a MODEL and say on stderr which checkpoint of a run is taken, and how it was read.
 
     Raises:
         UserError: it is no MODEL, or damaged.
     """
     source = open_model(model)
-    print(f"model: {source.path}", file=sys.stderr)
+    if source.path != model:
+        print(f"model: {source.path}", file=sys.stderr)
     for note in source.notes:
         print(note, file=sys.stderr)
     return source
