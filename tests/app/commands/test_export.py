@@ -94,6 +94,9 @@ def test_a_quantised_model_changes_its_layout_and_back(quantized: Path, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" tensors")
     assert any("leaves out the global scales of routed experts" in line for line in lines) == (kind != "fp8")
+    needs = "with the package compressed-tensors beside it: pip install 'compressed-tensors>=0.15'"
+    assert any(needs in line for line in lines)
+    assert needs in (there / "README.md").read_text(encoding="utf-8")
     assert main(["export", str(there), "--output", str(back), "--format", f"{kind}-modelopt"]) == 0
     assert all_bytes(back) == all_bytes(quantized / kind)
     assert (back / "tokenizer.json").read_bytes() == (quantized / "plain" / "tokenizer.json").read_bytes()
