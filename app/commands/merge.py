@@ -43,11 +43,12 @@ def merge(
     Raises:
         UserError: options contradict each other, or models cannot be averaged; the message names the mend.
     """
-    from app.models import open_source
+    from app.models import say_notes
     from modules.checkpoints.export import export
     from modules.checkpoints.folder import check_new
     from modules.checkpoints.merge import MergedSource
     from modules.checkpoints.safetensors import show_size
+    from modules.checkpoints.source import open_model
 
     if weights is not None and decay is not None:
         raise UserError("--weights: --decay gives the weights; leave one of the two out")
@@ -55,11 +56,13 @@ def merge(
         raise UserError("--steps: only --decay needs them; leave them out, or add --decay minus_sqrt")
     limit = parse_size(max_shard_size)
     check_new(output)
-    sources = [open_source(path) for path in models]
+    sources = [open_model(path) for path in models]
     method = "By the weights given, divided by their sum." if weights else "By equal weights."
     if decay is not None:
         weights, method = _decay_weights(sources, models, steps, minimum_ratio)
     merged = MergedSource(sources, weights or [1.0] * len(sources), method)
+    for source in sources:
+        say_notes(source)
     for note in merged.notes:
         print(f"note: {note}")
     for model in merged.facts["merge"]["models"]:
