@@ -25,9 +25,14 @@ def open_source(model: Path) -> ModelFolder:
     source = open_model(model)
     if source.path != model:
         print(f"model: {source.path}", file=sys.stderr)
+    say_notes(source)
+    return source
+
+
+def say_notes(source: ModelFolder) -> None:
+    """Say on stderr how a MODEL was read."""
     for note in source.notes:
         print(note, file=sys.stderr)
-    return source
 
 
 def load_network(source: ModelFolder, dtype: Dtype, device: torch.device) -> Network:

@@ -48,15 +48,17 @@ def export(
     Example:
         python -m app export runs/pretrain --output tiny-hf
     """
-    from app.models import open_source
+    from app.models import say_notes
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
     from modules.checkpoints.layouts.detect import fitting_layout
     from modules.checkpoints.safetensors import show_size
+    from modules.checkpoints.source import open_model
 
     limit = parse_size(max_shard_size)
-    source = open_source(model)
+    source = open_model(model)
     layout = fitting_layout(format, source.quantization, source.path)
+    say_notes(source)
     print(f"{source.path}: {len(source.tensors):,} tensors", flush=True)
     chosen, report = short_dtype(dtype), lambda line: print(line, flush=True)
     if layout is not None:

@@ -46,23 +46,26 @@ def merge(
     Example:
         python -m app merge runs/pretrain/checkpoints/step=* --output merged --decay minus_sqrt
     """
-    from app.models import check_same_tokenizer, open_source
+    from app.models import check_same_tokenizer, say_notes
     from modules.checkpoints.export import export
     from modules.checkpoints.merge import MergedSource
     from modules.checkpoints.safetensors import show_size
+    from modules.checkpoints.source import open_model
 
     if weights is not None and decay is not None:
         raise UserError("--weights: --decay gives the weights; leave one of the two out")
     if decay is None and steps is not None:
         raise UserError("--steps: only --decay needs them; leave them out, or add --decay minus_sqrt")
     limit = parse_size(max_shard_size)
-    sources = [open_source(path) for path in models]
+    sources = [open_model(path) for path in models]
     for other in sources[1:]:
         check_same_tokenizer(sources[0], other, "models")
     method = "By the weights given, divided by their sum." if weights else "By equal weights."
     if decay is not None:
         weights, method = _decay_weights(sources, models, steps, minimum_ratio)
     merged = MergedSource(sources, weights or [1.0] * len(sources), method)
+    for source in sources:
+        say_notes(source)
     for note in merged.notes:
         print(f"note: {note}")
     for model in merged.facts["merge"]["models"]:
