@@ -96,10 +96,6 @@ def call(command: str, args: list[str]) -> int:
             check_run(run, "fit")
     args = complete_flags(args, [f"--{name}" for name, hint in hints.items() if hint is bool])
     values = vars(parser.instantiate(parser.parse_args(args)))
-    for name, value in values.items():
-        for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path):
-                check_local(str(path), name)
     positional: list[Any] = []
     for parameter in parameters:
         name = parameter.name
@@ -126,6 +122,8 @@ def check_paths(name: str, hint: Any, value: Any) -> Any:
     """
     if isinstance(value, list):
         return [check_paths(name, hint, item) for item in value]
+    if isinstance(value, Path):
+        check_local(str(value), name)
     for check in _checks(hint) if isinstance(value, Path) else ():
         try:
             value = check(value)

@@ -138,7 +138,8 @@ def check_local(path: str, key: str) -> None:
         UserError: it is a URL, which would become a folder called `s3:`.
     """
     if URL.match(path):
-        raise UserError(f"{key}: {path} is a URL; give a path of this machine (copy what lies elsewhere here first)")
+        url = re.sub(":/+", "://", path, count=1)  # a Path has one slash
+        raise UserError(f"{key}: {url} is a URL; give a path of this machine (copy what lies elsewhere here first)")
 
 
 def read_text(text: str) -> str:

@@ -75,8 +75,6 @@ def prepare(
     Example:
         python -m app prepare examples/corpus --output data/mine
     """
-    if ":/" in str(output):
-        raise UserError(f"output: {output} is a URL; give a folder on this machine, and the URL as upload")
     if upload is not None:
         check_scheme(upload, "upload", STORE_SCHEMES)
     policies = Policies(

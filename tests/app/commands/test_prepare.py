@@ -140,7 +140,7 @@ def test_help_explains_every_option():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--output", "s3://bucket/mine"], "error: output: s3:/bucket/mine is a URL; give a folder on this machine"),
+        (["--output", "s3://bucket/mine"], "error: --output: s3://bucket/mine is a URL; give a path of this machine"),
         (
             ["--output", "OUT", "--upload", "https://host/mine"],
             "error: upload: https://host/mine is not a URL that",

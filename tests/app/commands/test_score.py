@@ -312,7 +312,7 @@ def test_mistakes_with_a_corpus_cost_one_line(models, corpus, tmp_path, capsys) 
         (("--data", corpus, "--input", texts), "--input: give either"),
         (("--data", corpus, "--output", tmp_path / "out"), "--output: it goes with --input"),
         (("--input", texts), "--output: it goes with --input"),
-        (("--data", corpus, "--validation_rows", 0), "validation_rows: 0 must be at least 1"),
+        (("--data", corpus, "--validation_rows", 0), "--validation_rows: 0 must be at least 1"),
         (("--input", texts, "--output", tmp_path / "out", "--validation_rows", 1), "--validation_rows: only --data"),
         (("--data", tmp_path / "nowhere"), f"--data: {tmp_path / 'nowhere'} is neither a file nor a folder that"),
         (("--data", texts), f"--data: {texts} is a file, not a folder that prepare wrote"),
