@@ -55,7 +55,7 @@ def candidates(words: list[str]) -> list[str]:
         options = parameters(f"app.commands.{before[0]}.{before[0]}") or {}
         found = [f"--{name}" for name, kind in options.items() if kind.is_option]
         if before[0] in TRAINING or before[0] in ("plan", "inspect"):
-            found += ["--config", *(f"--{key}" for key in leaves(run_keys(before[0]), tree_of(before[1:])))]
+            found += ["--config", *(f"--{key}" for key in leaves(run_keys(), tree_of(before[1:])))]
         found += ["--help"]
     return sorted(word for word in found if word.startswith(last))
 

@@ -11,7 +11,7 @@ EXAMPLES = ROOT / "examples"
 
 def test_prompts_are_rows_of_generate():
     rows = read_rows(EXAMPLES / "prompts.jsonl")
-    assert all(isinstance(row["prompt"], str) for row in rows)
+    assert all(isinstance(row["prompt"], str) for row in rows.values())
 
 
 def test_the_length_of_an_answer_gives_nothing_away():
