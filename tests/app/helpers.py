@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,11 @@ class Result:
 
     code: int
     output: str
+
+    @property
+    def unfolded(self) -> str:
+        """What it printed, lines that were too long for a terminal in one piece again."""
+        return re.sub(r"\n {2,}", " ", self.output)
 
 
 class Program:

@@ -24,7 +24,7 @@ RUN_FILE = str(ROOT / "configs" / "pretrain.yaml")
         (["fit", "--trainer.max_"], ["--trainer.max_steps", "--trainer.max_time"]),
         (["fit", "--config", RUN_FILE, "--model.init_args.optimizer.b"], ["--model.init_args.optimizer.betas"]),
         (["fit", "--data.init_args.sour"], ["--data.init_args.sources"]),
-        (["plan", "--dev"], ["--devices"]),
+        (["plan", "--dev"], ["--device", "--devices"]),
         (["nothing", "--x"], []),
     ],
 )

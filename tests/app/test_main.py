@@ -232,7 +232,7 @@ def test_what_is_about_to_happen_is_said_first(program: Program, tmp_path: Path,
     last = result.output.splitlines()[-1]
     assert last == f"curves: python -m app.tensorboard --logdir {tmp_path}/run"
     printed = program.run("test", *common)
-    assert f"{tmp_path}/run/checkpoints/step=00000001: test after step 1: loss " in printed.output
+    assert f"{tmp_path}/run/checkpoints/step=00000001: test after step 1: loss " in printed.unfolded
     assert "loading" not in program.run("fit", *common, "--print_config").output
 
 

@@ -59,7 +59,7 @@ def test_starting_from_a_model_of_another_tokenizer_must_be_asked_for(program, r
     allowed = "--model.init_args.allow_other_tokenizer=true"
     result = program.run("fit", *options, *more, f"--data.init_args.path={other}", allowed)
     assert result.code == 0, result.output
-    assert f"weights     warning: {problem}" in result.output
+    assert f"weights     warning: {problem}" in result.unfolded
     assert "same order" not in result.output
 
 
@@ -69,13 +69,13 @@ def test_starting_on_the_same_data_says_so_and_another_seed_does_not(program, ru
     more = [f"--name=again{seed}", f"--model.init_args.init_from={folder / 'run'}", "--trainer.max_steps=1"]
     result = program.run("fit", *options, *more, f"--data.init_args.seed={seed}")
     assert result.code == 0, result.output
-    assert ("the same rows come in the same order again; another data.init_args.seed" in result.output) is (seed == 0)
+    assert ("the same rows come in the same order again; another data.init_args.seed" in result.unfolded) is (seed == 0)
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_held_out_rows_are_scored_as_validated(program, run, rows):
     folder, options, _ = run
-    validated = program.run("validate", *options, f"--data.init_args.validation_rows={rows or 'null'}").output
+    validated = program.run("validate", *options, f"--data.init_args.validation_rows={rows or 'null'}").unfolded
     [loss, bits] = map(float, re.findall(r"(?:loss|bits per byte) ([\d.]+)", validated))
     more = [f"--validation_rows={rows}"] if rows else []
     scored = program.run("score", str(folder / "run"), "--data", str(folder / "corpus"), *more).output

@@ -141,7 +141,7 @@ def test_a_pipe_is_read_once_and_written_to(tmp_path: Path) -> None:
     for name in names:
         os.mkfifo(name)
     threading.Thread(target=lambda: names[0].write_text('{"text": "a"}\n'), daemon=True).start()
-    assert read_rows(names[0]) == read_rows(names[0]) == [{"text": "a"}]
+    assert read_rows(names[0]) == read_rows(names[0]) == {f"{names[0]}:1": {"text": "a"}}
     seen: list[str] = []
     reader = threading.Thread(target=lambda: seen.append(names[1].read_text()), daemon=True)
     reader.start()

@@ -98,8 +98,10 @@ def test_a_level_that_stays_high_stops_the_run_and_says_how_to_go_on(program, ru
     assert result.code == 2, result.output
     *_, before, _, message = result.output.splitlines()
     assert before.startswith("step 17 skipped, loss spike")
-    assert message.startswith("error: nothing but skipped steps in steps 15 to 17 (model.max_skipped_steps 3): 3 loss ")
-    assert "raise model.spike_guard.sigmas or set model.spike_guard to null" in message
+    assert message.startswith(
+        "error: nothing but skipped steps in steps 15 to 17 (model.init_args.max_skipped_steps 3): 3 loss "
+    )
+    assert "raise model.init_args.spike_guard.sigmas or set model.init_args.spike_guard to null" in message
     result = start(program, run_file, tmp_path, *options, "--model.spike_guard=null")
     assert result.code == 0, result.output
     assert "goes on after step 12" in result.output

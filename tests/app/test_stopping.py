@@ -70,7 +70,8 @@ def test_an_interrupt_before_the_first_step_leaves_no_folder(program, tmp_path):
     started = run.folder / "lock"
     result = run.start(meanwhile=kill_when(started.exists, number=signal.SIGINT))
     assert result.code == 130
-    assert len(result.output.splitlines()) == 1
+    _, interrupted = result.output.splitlines()
+    assert interrupted.startswith("interrupted by SIGINT")
     assert not run.folder.exists()
 
 
@@ -86,11 +87,11 @@ def test_one_name_is_one_process(program, tmp_path):
         config = (run.folder / "config.yaml").read_text()
         result = run.start()
         assert result.code == 2
-        (line,) = result.output.splitlines()
+        *_, line = result.unfolded.splitlines()
         assert line.startswith("error: run run (")
         assert f"is being trained by process {first.pid} on " in line
         assert (run.folder / "config.yaml").read_text() == config
-        assert program.run("validate", *run.args[1:]).output.startswith("error: "), "no checkpoint yet"
+        assert "\nerror: " in f"\n{program.run('validate', *run.args[1:]).output}", "no checkpoint yet"
         assert re.search(r"^run +running", program.run("runs", tmp_path / "runs").output, re.MULTILINE)
     finally:
         first.kill()
@@ -129,8 +130,8 @@ def test_retention(program, tmp_path):
     assert kept == {9, 18, STEPS, *best[:2]}
     assert (checkpoints / "best").resolve().name == f"step={best[0]:08d}"
     result = program.run("validate", *run.args[1:], f"--ckpt_path={checkpoints / 'best'}")
-    assert f"validation after step {best[0]}: " in result.output
-    assert f"bits per byte {validated[best[0]]:.4f}" in result.output
+    assert f"validation after step {best[0]}: " in result.unfolded
+    assert f"bits per byte {validated[best[0]]:.4f}" in result.unfolded
 
 
 def test_a_run_goes_back_to_a_step_and_keeps_what_came_after(program, whole, tmp_path):  # noqa: F811
@@ -140,7 +141,7 @@ def test_a_run_goes_back_to_a_step_and_keeps_what_came_after(program, whole, tmp
     options = (f"--ckpt_path={checkpoints / 'step=00000003'}", "--trainer.max_steps=7", "--model.init_args.rate=0.02")
     result = run.start(*options)
     assert result.code == 0, result.output
-    assert "goes on after step 3 of 7" in result.output
+    assert "goes on after step 3 of 7" in result.unfolded
     assert f"later checkpoints of the run are kept in {run.folder / 'set_aside' / '1'}" in result.output
     assert [folder.step_of(path) for path in folder.checkpoints(run.folder / "set_aside" / "1")] == [9, 6]
     assert [folder.step_of(path) for path in folder.checkpoints(checkpoints)] == [7, 6, 3]
@@ -165,7 +166,7 @@ def test_an_end_before_the_checkpoint_is_refused(program, tmp_path):
     assert "is of step 6 already" in result.output
     result = run.start("--trainer.max_steps=6", "--console.every_n_steps=2")
     assert result.code == 0
-    assert "is finished: 6 steps" in result.output
+    assert "is finished: 6 steps" in result.unfolded
     assert "changed since, to no effect:\n  console.every_n_steps: 4 -> 2" in result.output
 
 
@@ -197,12 +198,12 @@ def test_a_url_is_no_folder(program, tmp_path):
         ((*run.args, "--trainer.default_root_dir=s3://bucket/runs"), "trainer.default_root_dir"),
         ((*run.args, "--ckpt_path=s3://bucket/runs"), "--ckpt_path"),
         (("export", "gs://bucket/model", "--output", tmp_path / "out"), "model"),
-        (("export", tmp_path, "--output", "s3://bucket/out"), "output"),
-        (("generate", tmp_path, "--prompts", "https://host/x.jsonl", "--output", "x"), "prompts"),
+        (("export", tmp_path, "--output", "s3://bucket/out"), "--output"),
+        (("generate", tmp_path, "--prompts", "https://host/x.jsonl", "--output", "x"), "--prompts"),
     ):
         result = program.run(*args)
         assert result.code == 2
-        (line,) = result.output.splitlines()
+        *_, line = result.output.splitlines()
         assert line.startswith(f"error: {key}: ")
         assert "is a URL" in line
     assert not (ROOT / "s3:").exists()
