@@ -262,11 +262,11 @@ class RunCLI(LightningCLI):
         config = self.config_text()
         checkpoint = self._given() or self._newest()
         changes = differences(checkpoint, config) if checkpoint is not None else []
-        if checkpoint is None or changes:
-            self._check_values()
-        if checkpoint is not None and self._is_finished(checkpoint, changes):
+        if checkpoint is not None and not changes and folder.describe(checkpoint)["finished"]:
+            self._say_finished(checkpoint)
             return
-        self._say_holder()
+        if self.config.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps: 0 trains nothing; give a positive number, or -1 for the whole run")
         groups: dict[str, Any] = {key: self.instantiate(key) for key in CALLBACKS}
         logger = RunLogger(self.run_folder.path, folder.step_of(checkpoint) if checkpoint is not None else 0)
         interval = groups["console"].every_n_steps
@@ -277,15 +277,9 @@ class RunCLI(LightningCLI):
         trainer = self._build([*begin, Dashboard(interval), *groups.values(), preemption, summary], logger, checkpoint)
         logger.trainer = trainer
         self.model.check_run(self.datamodule, trainer.strategy.root_device.type)
+        if checkpoint is not None and self._is_finished(checkpoint, changes):
+            return
         trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
-
-    def _check_values(self) -> None:
-        """Let the classes refuse what they must before anything is printed or written."""
-        if self.config.trainer.max_steps == 0:
-            raise UserError("trainer.max_steps: 0 trains nothing; give a positive number, or -1 for the whole run")
-        check_devices(self.config.trainer)
-        for key in ("model", "data", "trainer", *CALLBACKS):
-            self.instantiate(key)
 
     def validate(self) -> None:
         """Print the validation metrics of the run's newest checkpoint, or of `--ckpt_path`."""
@@ -308,10 +302,6 @@ class RunCLI(LightningCLI):
         about = folder.describe(checkpoint)
         name = {"validate": "validation"}.get(self.command, self.command)
         _say(f"{checkpoint}: {validation_line(about['step'], self.model.metrics, gzip, name)}")
-
-    @rank_zero_only
-    def _say_holder(self) -> None:
-        self.run_folder.say_holder()
 
     def _given(self) -> Path | None:
         """Return the checkpoint of `--ckpt_path`; `fit` goes on from those of its own run only."""
@@ -340,27 +330,23 @@ class RunCLI(LightningCLI):
         return checkpoint
 
     def _is_finished(self, checkpoint: Path, changes: list[str]) -> bool:
-        """Say where the run stands and what has changed; return whether there is nothing left to do.
+        """Say where a run that was built stands and what has changed; return whether there is nothing left to do.
 
         Raises:
             UserError: the configuration ends before the checkpoint.
         """
-        about = folder.describe(checkpoint)
-        step, last, ends_by = about["step"], about["last_step"], ""
-        run = f"run {self.run_folder.name} ({self.run_folder.path})"
-        if changes:
-            last, ends_by = self._last_step()
+        step, last, most = folder.step_of(checkpoint), self.datamodule.total.steps, self.config.trainer.max_steps
+        last, ends_by = (most, "trainer.max_steps") if 0 < most < last else (last, "data")
         if step > last:
             raise UserError(
                 f"{ends_by}: the run is to end at step {last}, but {checkpoint} is of step {step} already; raise it, "
                 f"or go back to a step of {self.run_folder.checkpoints} with --ckpt_path"
             )
-        finished = step == last if changes else about["finished"]
+        finished = step == last
         if finished:
-            _say(f"{run} is finished: {step} steps. " + _metrics(about["metrics"]))
-            _say("Nothing to do. Give another --name for a new run, or change the configuration to train longer.")
+            self._say_finished(checkpoint)
         else:
-            _say(f"{run} goes on after step {step} of {last}")
+            _say(f"run {self.run_folder.name} ({self.run_folder.path}) goes on after step {step} of {last}")
         if changes:
             _say("changed since the checkpoint:" if not finished else "changed since, to no effect:")
             for line in changes[:SHOWN]:
@@ -369,10 +355,11 @@ class RunCLI(LightningCLI):
                 _say(f"  and {len(changes) - SHOWN} more")
         return finished
 
-    def _last_step(self) -> tuple[int, str]:
-        """Return the last step of the configuration, and the key that decides it."""
-        steps, most = self.instantiate("data").total.steps, self.config.trainer.max_steps
-        return (most, "trainer.max_steps") if 0 < most < steps else (steps, "data")
+    def _say_finished(self, checkpoint: Path) -> None:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in folder.describe(checkpoint)["metrics"].items())
+        step = folder.step_of(checkpoint)
+        _say(f"run {self.run_folder.name} ({self.run_folder.path}) is finished: {step} steps. {metrics}")
+        _say("Nothing to do. Give another --name for a new run, or change the configuration to train longer.")
 
 
 SUMMARIES = {command: (getattr(RunCLI, command).__doc__ or "").splitlines()[0] for command in COMMANDS}
@@ -423,10 +410,6 @@ def _loggers(given: Any) -> list[Any]:
     if given in (None, True, False):
         return []
     return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 @rank_zero_only

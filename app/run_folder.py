@@ -15,7 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,25 @@ class RunFolder:
         Raises:
             UserError: another process trains the run.
         """
-        self._made = [folder for folder in (self.path, self.path.parent) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path / LOCK, os.O_RDWR | os.O_CREAT, LOCK_TRIES)
-        if self._lock is None:
+        for place in (self.path, self.path.parent):
+            if place.is_file():
+                raise UserError(f"{place} is a file where the run's folder would be; move it, or give another --name")
+        for attempt in range(LOCK_TRIES):
+            if attempt:
+                time.sleep(LOCK_PAUSE)
+            self._made = [self.path, *(place for place in self.path.parents if not place.exists())]
+            with suppress(FileNotFoundError, FileExistsError):  # a start that was refused removes the folder meanwhile
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+            if self._lock is not None:
+                break
+        else:
             raise UserError(
                 f"run {self.name} ({self.path}) is being trained by {self.holder()}; wait for it, stop it (Ctrl-C or "
                 "SIGTERM saves), or give another --name"
             )
         try:
+            self._say_holder()
             yield
         finally:
             self.release()
@@ -106,14 +116,13 @@ class RunFolder:
             return
         if list(self.path.iterdir()) == [self.path / LOCK]:
             (self.path / LOCK).unlink()
-            for path in self._made:
-                if not any(path.iterdir()):
+            with suppress(OSError):  # another start fills it meanwhile
+                for path in self._made:
                     path.rmdir()
         os.close(self._lock)
         self._lock = None
 
-    def say_holder(self) -> None:
-        """Write into the lock, which this process holds, who that is."""
+    def _say_holder(self) -> None:
         assert self._lock is not None
         text = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with writing(self.path / LOCK):
@@ -122,14 +131,17 @@ class RunFolder:
 
     def holder(self) -> str:
         """Return who says to hold the lock."""
-        return (self.path / LOCK).read_text(encoding="utf-8").strip() or "another process"
+        with suppress(FileNotFoundError):  # it has just been given up
+            return (self.path / LOCK).read_text(encoding="utf-8").strip() or "another process"
+        return "another process"
 
     @property
     def is_locked(self) -> bool:
         """Whether another process trains the run."""
-        if not (self.path / LOCK).exists():
+        try:
+            file = _lock(self.path / LOCK, os.O_RDONLY)
+        except FileNotFoundError:
             return False
-        file = _lock(self.path / LOCK, os.O_RDONLY, tries=1)
         if file is not None:
             os.close(file)
         return file is None
@@ -159,31 +171,27 @@ class RunFolder:
             partial.unlink(missing_ok=True)
 
 
-def _lock(file: Path, flags: int, tries: int) -> int | None:
+def _lock(file: Path, flags: int) -> int | None:
     """Lock a file, shared where it is opened for reading; return its descriptor, or None if another process holds it.
 
     It is a lock of the process: a loader's worker, forked from it, does not keep it. To open and close the file once
     more would give it up.
     """
-    kind = fcntl.LOCK_EX if flags & os.O_RDWR else fcntl.LOCK_SH
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(LOCK_PAUSE)
-        descriptor = os.open(file, flags, 0o644)
-        try:
-            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"warning: {file}: this file system has no locks; start no second process with this run", flush=True)
-            return descriptor
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-        os.close(descriptor)  # it was removed by the process that held it
-    return None
+    descriptor = os.open(file, flags, 0o644)
+    try:
+        fcntl.lockf(descriptor, (fcntl.LOCK_EX if flags & os.O_RDWR else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {file}: this file system has no locks; start no second process with this run", flush=True)
+        return descriptor
+    if not os.fstat(descriptor).st_nlink:  # it was removed by the process that held it
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def differences(checkpoint: Path, config: str) -> list[str]:

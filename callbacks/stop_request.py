@@ -18,6 +18,10 @@ SAME_WISH_SECONDS = 1.0
 """A Ctrl-C that follows a signal sooner is no second one: torchrun passes on what the terminal sent to all."""
 
 
+STARTED_BY = "SUPERBOLT_STARTED_BY"
+"""Environment variable: the process that starts the other ones of a run, and ends them."""
+
+
 class StopRequest:
     """Listens to the signals that end a program; there is one in a process (`STOP`)."""
 
@@ -46,13 +50,17 @@ class StopRequest:
         if not again:
             self.name, self.exit_code, self._received = name, EXIT_CODES[signal.Signals(number)], now
         if not self.can_save:
-            self._leave(f"interrupted by {name}; the same command goes on from what is on the disk, or starts anew")
+            line = f"interrupted by {name}; the same command goes on from what is on the disk, or starts anew"
+            self._leave(number, line)
         elif not again:
             _say(f"{name}: the run is saved at the end of this step; Ctrl-C stops it at once, without saving")
         elif number == signal.SIGINT and now - self._received > SAME_WISH_SECONDS:
-            self._leave(f"stopped at once by a second signal, {name}; the newest checkpoint is complete")
+            self._leave(number, f"stopped at once by a second signal, {name}; the newest checkpoint is complete")
 
-    def _leave(self, line: str) -> None:
+    def _leave(self, number: int, line: str) -> None:
+        if os.environ.get(STARTED_BY) == str(os.getppid()):
+            os.kill(os.getppid(), number)  # it ends this process, or saves; Lightning kills it where this one leaves
+            return
         for action in reversed(self.before_leaving):
             action()
         _end_children()

@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
+from callbacks.stop_request import STARTED_BY
 from modules.backbone.model import ShardingUnit
 from modules.checkpoints import folder
 from modules.checkpoints.training_source import SafeReader
@@ -77,6 +78,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._store = _tcp_store("127.0.0.1", 0, is_master=True)
         environment._main_port = self._store.port
         os.environ["MASTER_PORT"] = str(self._store.port)
+        os.environ[STARTED_BY] = str(os.getpid())
 
     def setup_environment(self) -> None:
         """Start the process group and make the mesh."""
