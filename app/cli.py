@@ -30,7 +30,6 @@ from app.errors import shorten
 from app.logger import RunLogger, RunStart
 from app.loop import use_step_loop
 from app.noise import silence
-from app.options import check_local
 from app.parser import RunParser
 from app.run_folder import ROOT, SHOWN, RunFolder, differences
 from app.run_keys import CALLBACKS, OWNED, check_run, stages, wants_text
@@ -125,10 +124,7 @@ class RunCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-        root, given = self.config.trainer.default_root_dir, self.config.ckpt_path
-        check_local(str(root), "trainer.default_root_dir")
-        check_local(given or "", "--ckpt_path")
-        self.run_folder = RunFolder(Path(root), self.config.name)
+        self.run_folder = RunFolder(Path(self.config.trainer.default_root_dir), self.config.name)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from app.keys import OF_A_CLASS, Keys, Place, answer_unknown, keys_of, leaves, walk
+from app.options import check_local
 from app.signatures import Kind, parameters, subclasses
 from modules.checkpoints import folder
 from modules.errors import UserError
@@ -216,6 +217,8 @@ def check_files(given: RunArguments) -> None:
     if root.exists() and not root.is_dir():
         raise UserError(f"trainer.default_root_dir: {root} is no folder; name one that is there, or can be made")
     checkpoint = given.get("ckpt_path")
+    check_local(str(root), "trainer.default_root_dir")
+    check_local(str(checkpoint), "--ckpt_path")
     if checkpoint is not None and not Path(str(checkpoint)).exists():
         raise UserError(
             f"--ckpt_path: {checkpoint} does not exist; checkpoints are folders, {run}/checkpoints/step=..."
