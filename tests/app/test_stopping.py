@@ -194,6 +194,7 @@ def test_a_rejected_configuration_leaves_no_folder(program, tmp_path, option):
 
 def test_a_url_is_no_folder(program, tmp_path):
     run = Run(program, tmp_path / "runs")
+    (tmp_path / "config.json").write_text("{}")  # so that the folder passes for a MODEL
     for args, key in (
         ((*run.args, "--trainer.default_root_dir=s3://bucket/runs"), "trainer.default_root_dir"),
         ((*run.args, "--ckpt_path=s3://bucket/runs"), "--ckpt_path"),
