@@ -4,10 +4,12 @@ A fenced block marked `bash` holds commands. They run in a folder with the repos
 small, and a run that `fit` has finished there: what README's first commands leave.
 """
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,15 +86,16 @@ def run(line: str, folder: Path, program: Program) -> None:
         planned = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert planned.returncode == 0, f"{line}\n{planned.stderr}"
         return
+    if "|" in words:
+        shell = line.replace("python -m app", f"{sys.executable} -m app")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        return
     assert words[:3] == ["python", "-m", "app"], f"nobody has run: {line}"
     args = words[3:]
     if any(mark in line for mark in NEEDS_MORE) and args[0] == "fit":
         args = [*args, "--print_config"]
-    if "|" in args or "<" in args or ">" in args:
-        shell = line.replace("python -m app", f"PYTHONPATH={ROOT} {ROOT / '.venv/bin/python'} -m app")
-        done = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-        return
     run_app(program, folder, *args)
 
 
