@@ -192,6 +192,22 @@ def test_a_rejected_configuration_leaves_no_folder(program, tmp_path, option):
     assert sorted(path.name for path in run.folder.parent.iterdir()) == ["run.yaml"]
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--trainer.max_time=soon", "--trainer.num_nodes=2", "--trainer.profiler=x", "--trainer.strategy=ddp"],
+)
+def test_a_run_that_goes_on_is_checked_before_it_says_so(program, tmp_path, option):
+    run = Run(program, tmp_path / "runs")
+    assert run.start("--trainer.max_steps=3").code == 0
+    before = (run.folder / "config.yaml").read_text()
+    result = run.start(option)
+    assert result.code == 2
+    assert "goes on after" not in result.output
+    assert "changed since" not in result.output
+    assert result.output.splitlines()[-1].startswith("error: trainer")
+    assert (run.folder / "config.yaml").read_text() == before
+
+
 def test_a_url_is_no_folder(program, tmp_path):
     run = Run(program, tmp_path / "runs")
     (tmp_path / "config.json").write_text("{}")  # so that the folder passes for a MODEL
