@@ -247,6 +247,13 @@ def test_runs_lists_and_compares(program, tmp_path):
     assert "model.init_args.rate: 0.01 -> 0.5" in result.output.splitlines()
     assert "trainer.max_steps: 4 -> -1" in result.output.splitlines()
     assert program.run("runs", tmp_path / "nowhere").code == 2
+    for text in (b"a: [", b"\xff\xfe"):
+        (long / "config.yaml").write_bytes(text)
+        assert len(program.run("runs", tmp_path / "runs").output.splitlines()) == 3
+        for pair in ((long, other), (other, long)):
+            result = program.run("runs", *pair)
+            assert result.code == 2
+            assert result.output.startswith(f"error: {long / 'config.yaml'} is not readable as YAML")
 
 
 @pytest.mark.parametrize(("size", "named"), [(4000, "run"), (8000, "step=00000006")])
