@@ -35,8 +35,8 @@ def runs(path: Path = ROOT, other: Path | None = None) -> None:
     """
     if other is not None:
         one, two = _configuration(path), _configuration(other)
-        print(f"{one} -> {two}")
         lines = differences(one, read_config(two))
+        print(f"{one} -> {two}")
         print("\n".join(lines) if lines else "no difference")
         return
     if not path.is_dir():
