@@ -70,7 +70,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_folder(program, tmp_path):
     started = run.folder / "lock"
     result = run.start(meanwhile=kill_when(started.exists, number=signal.SIGINT))
     assert result.code == 130
-    _, interrupted = result.output.splitlines()
+    *_, interrupted = result.output.splitlines()
     assert interrupted.startswith("interrupted by SIGINT")
     assert not run.folder.exists()
 
