@@ -199,13 +199,29 @@ def differences(checkpoint: Path, config: str) -> list[str]:
     stored = checkpoint / folder.RUN_CONFIG
     if not stored.exists():
         return []
-    old, new = (flatten(yaml.safe_load(text)) for text in (stored.read_text(encoding="utf-8"), config))
+    old, new = flatten(yaml.safe_load(read_config(checkpoint))), flatten(yaml.safe_load(config))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if before != after:
             lines.append(f"{key}: {_short(before)} -> {_short(after)}")
     return lines
+
+
+def read_config(path: Path) -> str:
+    """Return the configuration inside a run or checkpoint.
+
+    Raises:
+        UserError: it is no YAML: something else wrote it.
+    """
+    try:
+        text = (path / folder.RUN_CONFIG).read_text(encoding="utf-8")
+        yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        raise UserError(
+            f"{path / folder.RUN_CONFIG} is not readable as YAML; copy it from a checkpoint of the run"
+        ) from None
+    return text
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from app.run_folder import ROOT, RunFolder, differences
+from app.run_folder import ROOT, RunFolder, differences, read_config
 from modules.checkpoints import folder
 from modules.errors import UserError
 
@@ -35,8 +35,8 @@ def runs(path: Path = ROOT, other: Path | None = None) -> None:
     """
     if other is not None:
         one, two = _configuration(path), _configuration(other)
+        lines = differences(one, read_config(two))
         print(f"{one} -> {two}")
-        lines = differences(one, (two / folder.RUN_CONFIG).read_text(encoding="utf-8"))
         print("\n".join(lines) if lines else "no difference")
         return
     if not path.is_dir():
@@ -58,9 +58,9 @@ def describe(run: RunFolder) -> tuple[str, ...]:
     if run.is_locked:
         state = "running"
     files = list(_files(run.path))
-    metrics = about.get("metrics", {})
+    metrics = about.get("metrics") or {}
     best = run.checkpoints / folder.BEST
-    step = f"{about['step']:,} of {about['last_step']:,}" if about else ""
+    step = "" if checkpoint is None else f"{folder.step_of(checkpoint):,} of {about.get('last_step', 0):,}"
     loss, bits = (metrics.get(f"validation/{name}") for name in ("loss", "bits_per_byte"))
     return (
         run.name,

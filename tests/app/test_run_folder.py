@@ -1,5 +1,6 @@
 """What a run's folder says about the run."""
 
+import itertools
 import os
 import re
 import signal
@@ -123,3 +124,31 @@ def test_later_checkpoints_are_set_aside_each_time_anew(tmp_path):
         make(run, 6)
         assert run.set_aside_after(3) == run.path / "set_aside" / str(number)
         assert [folder.step_of(path) for path in folder.checkpoints(run.checkpoints)] == [3]
+
+
+def test_starts_at_the_same_moment_never_overlap_and_leave_nothing(tmp_path):
+    """Some give the run up at once, as refused ones do, and remove the folder in which the others look for the lock."""
+    code = (
+        "import sys, time; from pathlib import Path; from app.run_folder import RunFolder\n"
+        "run, spans = RunFolder(Path(sys.argv[1]), 'a'), []\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for number in range(40):\n"
+        "    with run.locked(): start = time.monotonic(); time.sleep(number % 3 / 1000); end = time.monotonic()\n"
+        "    print(start, end, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "all" / "runs"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    starts = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+    for start in starts:
+        assert start.stdout is not None
+        assert start.stdout.readline() == "ready\n"
+    for start in starts:
+        assert start.stdin is not None
+        start.stdin.write("go\n")
+        start.stdin.flush()
+    lines = [line for start in starts for line in start.communicate(timeout=60)[0].splitlines()]
+    assert [start.returncode for start in starts] == [0, 0, 0]
+    spans = sorted(tuple(map(float, line.split())) for line in lines)
+    assert len(spans) == 120
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
+    assert not (tmp_path / "all" / "runs" / "a").exists()

@@ -70,7 +70,7 @@ def test_an_interrupt_before_the_first_step_leaves_no_folder(program, tmp_path):
     started = run.folder / "lock"
     result = run.start(meanwhile=kill_when(started.exists, number=signal.SIGINT))
     assert result.code == 130
-    _, interrupted = result.output.splitlines()
+    *_, interrupted = result.output.splitlines()
     assert interrupted.startswith("interrupted by SIGINT")
     assert not run.folder.exists()
 
@@ -192,6 +192,22 @@ def test_a_rejected_configuration_leaves_no_folder(program, tmp_path, option):
     assert sorted(path.name for path in run.folder.parent.iterdir()) == ["run.yaml"]
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["--trainer.max_time=soon", "--trainer.num_nodes=2", "--trainer.profiler=x", "--trainer.strategy=ddp"],
+)
+def test_a_run_that_goes_on_is_checked_before_it_says_so(program, tmp_path, option):
+    run = Run(program, tmp_path / "runs")
+    assert run.start("--trainer.max_steps=3").code == 0
+    before = (run.folder / "config.yaml").read_text()
+    result = run.start(option)
+    assert result.code == 2
+    assert "goes on after" not in result.output
+    assert "changed since" not in result.output
+    assert result.output.splitlines()[-1].startswith("error: trainer")
+    assert (run.folder / "config.yaml").read_text() == before
+
+
 def test_a_url_is_no_folder(program, tmp_path):
     run = Run(program, tmp_path / "runs")
     (tmp_path / "config.json").write_text("{}")  # so that the folder passes for a MODEL
@@ -231,6 +247,13 @@ def test_runs_lists_and_compares(program, tmp_path):
     assert "model.init_args.rate: 0.01 -> 0.5" in result.output.splitlines()
     assert "trainer.max_steps: 4 -> -1" in result.output.splitlines()
     assert program.run("runs", tmp_path / "nowhere").code == 2
+    for text in (b"a: [", b"\xff\xfe"):
+        (long / "config.yaml").write_bytes(text)
+        assert len(program.run("runs", tmp_path / "runs").output.splitlines()) == 3
+        for pair in ((long, other), (other, long)):
+            result = program.run("runs", *pair)
+            assert result.code == 2
+            assert result.output.startswith(f"error: {long / 'config.yaml'} is not readable as YAML")
 
 
 @pytest.mark.parametrize(("size", "named"), [(4000, "run"), (8000, "step=00000006")])

@@ -59,3 +59,21 @@ def test_only_the_first_process_speaks_and_repeats_within_a_second_are_one_wish(
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
         assert result.stdout == "SIGINT 130\n"
         assert len(result.stderr.splitlines()) == lines
+
+
+def test_a_process_that_was_started_by_the_first_one_passes_the_signal_on():
+    """Where one of them leaves by itself, Lightning kills the first one."""
+    child = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('child stays', flush=True); time.sleep(60)"
+    code = LISTEN + (
+        "import os, subprocess, sys\n"
+        "os.environ['SUPERBOLT_STARTED_BY'] = str(os.getpid())\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], env={**os.environ, 'LOCAL_RANK': '1'})\n"
+        "STOP.before_leaving.append(child.kill)\n"
+        "child.wait(); print('child left')\n"
+    )
+    command = [sys.executable, "-c", code, LISTEN + child]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 143
+    assert "child left" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("interrupted by SIGTERM")
