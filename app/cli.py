@@ -41,7 +41,7 @@ from callbacks.dashboard import Dashboard
 from callbacks.data_use import DataUse
 from callbacks.preemption import Preemption, TimeLimit
 from callbacks.speed import Speed
-from callbacks.step import in_order
+from callbacks.step import check_interval, in_order
 from callbacks.stop_request import STOP
 from callbacks.text import fold
 from datamodules.base import StageData
@@ -126,8 +126,13 @@ class RunCLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
         root, given = self.config.trainer.default_root_dir, self.config.ckpt_path
+        if not root:
+            raise UserError("trainer.default_root_dir is empty; name a folder (runs), or leave it out")
+        if given == "":
+            raise UserError("--ckpt_path is empty; name a checkpoint, or leave it out for the run's newest")
         check_local(str(root), "trainer.default_root_dir")
         check_local(given or "", "--ckpt_path")
+        check_intervals(self.config.trainer)
         self.run_folder = RunFolder(Path(root), self.config.name)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
@@ -227,6 +232,10 @@ class RunCLI(LightningCLI):
         limit = given.pop("max_time")
         given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
         given["default_root_dir"] = str(self.run_folder.path)
+        strategy = given["strategy"]
+        if strategy != "sharded" and not isinstance(strategy, ShardedStrategy):
+            shown = self.config.trainer.strategy
+            raise UserError(f"trainer.strategy: {shown!r} is none of ours; leave it out or say sharded")
         try:
             own = own if limit is None else [*own, TimeLimit(limit)]
             given["callbacks"] = in_order([*callbacks, *own])
@@ -235,10 +244,7 @@ class RunCLI(LightningCLI):
             raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {shorten(str(error))}") from error
-        if not isinstance(trainer.strategy, ShardedStrategy):
-            raise UserError(
-                f"trainer.strategy: {self.config.trainer.strategy} is none of ours; leave it out or say sharded"
-            )
+        assert isinstance(trainer.strategy, ShardedStrategy)
         STOP.before_leaving.append(trainer.strategy.end_processes)
         use_step_loop(trainer)
         return trainer
@@ -281,8 +287,6 @@ class RunCLI(LightningCLI):
 
     def _check_values(self) -> None:
         """Let the classes refuse what they must before anything is printed or written."""
-        if self.config.trainer.max_steps == 0:
-            raise UserError("trainer.max_steps: 0 trains nothing; give a positive number, or -1 for the whole run")
         check_devices(self.config.trainer)
         for key in ("model", "data", "trainer", *CALLBACKS):
             self.instantiate(key)
@@ -304,6 +308,10 @@ class RunCLI(LightningCLI):
         trainer = self._build([], None, checkpoint)
         evaluate = getattr(trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+        if not self.model.metrics:
+            raise UserError(
+                "trainer: nothing was measured; let limit_val_batches and limit_test_batches be more than 0"
+            )
         gzip = self.datamodule.gzip_bits_per_byte() if isinstance(self.datamodule, HeldOutText) else None
         about = folder.describe(checkpoint)
         name = {"validate": "validation"}.get(self.command, self.command)
@@ -322,7 +330,9 @@ class RunCLI(LightningCLI):
             names = ", ".join(step.name for step in folder.checkpoints(path / folder.CHECKPOINTS))
             raise UserError(f"--ckpt_path: {path} is a run; name a checkpoint in {path / folder.CHECKPOINTS} ({names})")
         if problem := folder.damage(path):
-            raise UserError(f"--ckpt_path: {path} is no complete checkpoint: {problem.removeprefix(f'{path} is ')}")
+            what = problem.removeprefix(f"{path} is ")
+            place = self.run_folder.checkpoints
+            raise UserError(f"--ckpt_path: {path} is no complete checkpoint: {what}; name a folder of {place}")
         if self.command == "fit":
             path = path.resolve()  # `best` is a link
             if run.resolve() not in path.parents:
@@ -388,6 +398,19 @@ def parse_run(args: list[str]) -> RunCLI:
         UserError: a file or key is wrong.
     """
     return RunCLI(args)
+
+
+def check_intervals(trainer: Any) -> None:
+    """Check the keys of the trainer that count steps.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    steps = trainer.max_steps
+    if steps == 0 or steps < -1:
+        raise UserError(f"trainer.max_steps: {steps} trains nothing; give a positive number, or -1 for the whole run")
+    if trainer.log_every_n_steps is not None:
+        check_interval(trainer.log_every_n_steps, "trainer.log_every_n_steps")
 
 
 def check_devices(trainer: Any) -> None:
