@@ -235,7 +235,7 @@ class RunCLI(LightningCLI):
         strategy = given["strategy"]
         if strategy != "sharded" and not isinstance(strategy, ShardedStrategy):
             shown = self.config.trainer.strategy
-            raise UserError(f"trainer.strategy: {shown!r} is none of ours; leave it out or say sharded")
+            raise UserError(f"trainer.strategy: {shown or "''"} is none of ours; leave it out or say sharded")
         try:
             own = own if limit is None else [*own, TimeLimit(limit)]
             given["callbacks"] = in_order([*callbacks, *own])

@@ -223,10 +223,11 @@ def _check_class(given: RunArguments, key: str) -> None:
     """Answer a class path of ours that is misspelt; those of others are left to the parser."""
     chosen = given.get(key)
     known = stages(key)
-    path = chosen.get("class_path", "") if isinstance(chosen, dict) else chosen
-    if not path or not isinstance(path, str):
+    path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+    if not path:
         name = given.file_of(key)
         raise UserError((f"{name}: " if name else "") + f"missing key {key}.class_path; known: {', '.join(known)}")
+    path = str(path)
     module, _, name = path.rpartition(".")
     if name in [path.rpartition(".")[2] for path in known] and not module:
         return  # the parser knows it by its name alone

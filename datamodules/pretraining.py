@@ -92,6 +92,8 @@ class PretrainingData(StageData):
             raise UserError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
         if workers < 0:
             raise UserError(f"data.workers: {workers} is negative")
+        if sources is None and not path:
+            raise UserError("data.path: no corpus is named; give the folder of one, data/stdlib is prepared by itself")
         self.sources = {_ONLY: CorpusRef(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
         self.global_batch_size = global_batch_size
