@@ -234,8 +234,8 @@ class RunCLI(LightningCLI):
         given["default_root_dir"] = str(self.run_folder.path)
         strategy = given["strategy"]
         if strategy != "sharded" and not isinstance(strategy, ShardedStrategy):
-            shown = self.config.trainer.strategy
-            raise UserError(f"trainer.strategy: {shown or "''"} is none of ours; leave it out or say sharded")
+            shown = self.config.trainer.strategy or "''"
+            raise UserError(f"trainer.strategy: {shown} is none of ours; leave it out or say sharded")
         try:
             own = own if limit is None else [*own, TimeLimit(limit)]
             given["callbacks"] = in_order([*callbacks, *own])
