@@ -147,7 +147,7 @@ class RunArguments:
 MISSING = object()
 
 
-class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore[reportGeneralTypeIssues]
     """YAML's loader (ten times as fast where the C library is there) that takes no key twice: one would be lost."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -208,7 +208,7 @@ def _check_place(place: Place, source: str, given: RunArguments) -> None:
         held = "is a list; it holds" if isinstance(place.value, list) else f"has {show(place.value)} in place of"
         raise UserError(f"{source}{place.path} {held} keys: {', '.join(list(place.kind)[:8])}")
     fields = keys_of(place.kind, {}) if isinstance(place.value, list) and isinstance(place.kind, Kind) else None
-    if fields is not None and not place.kind.is_list:
+    if fields is not None and isinstance(place.kind, Kind) and not place.kind.is_list:
         raise UserError(f"{source}{place.path} is a list; it holds keys: {', '.join(fields)}")
 
 
@@ -337,6 +337,7 @@ def read_yaml(path: Path, key: str = "--config") -> Any:
     Raises:
         UserError: it is missing, no YAML, or no mapping of keys to values.
     """
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, Loader=Loader)
