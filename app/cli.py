@@ -40,7 +40,7 @@ from callbacks.dashboard import Dashboard
 from callbacks.data_use import DataUse
 from callbacks.preemption import Preemption, TimeLimit
 from callbacks.speed import Speed
-from callbacks.step import in_order
+from callbacks.step import check_interval, in_order
 from callbacks.stop_request import STOP
 from callbacks.text import fold
 from datamodules.base import StageData
@@ -124,7 +124,13 @@ class RunCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-        self.run_folder = RunFolder(Path(self.config.trainer.default_root_dir), self.config.name)
+        root = self.config.trainer.default_root_dir
+        if not root:
+            raise UserError("trainer.default_root_dir is empty; name a folder (runs), or leave it out")
+        if self.config.ckpt_path == "":
+            raise UserError("--ckpt_path is empty; name a checkpoint, or leave it out for the run's newest")
+        check_intervals(self.config.trainer)
+        self.run_folder = RunFolder(Path(root), self.config.name)
 
     # -- keys ---------------------------------------------------------------------------------------------------------
 
@@ -223,6 +229,10 @@ class RunCLI(LightningCLI):
         limit = given.pop("max_time")
         given["logger"] = [logger, *_loggers(given["logger"])] if logger is not None else False
         given["default_root_dir"] = str(self.run_folder.path)
+        strategy = given["strategy"]
+        if strategy != "sharded" and not isinstance(strategy, ShardedStrategy):
+            shown = self.config.trainer.strategy or "''"
+            raise UserError(f"trainer.strategy: {shown} is none of ours; leave it out or say sharded")
         try:
             own = own if limit is None else [*own, TimeLimit(limit)]
             given["callbacks"] = in_order([*callbacks, *own])
@@ -231,10 +241,7 @@ class RunCLI(LightningCLI):
             raise
         except (ValueError, TypeError, MisconfigurationException, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {shorten(str(error))}") from error
-        if not isinstance(trainer.strategy, ShardedStrategy):
-            raise UserError(
-                f"trainer.strategy: {self.config.trainer.strategy} is none of ours; leave it out or say sharded"
-            )
+        assert isinstance(trainer.strategy, ShardedStrategy)
         STOP.before_leaving.append(trainer.strategy.end_processes)
         use_step_loop(trainer)
         return trainer
@@ -294,6 +301,10 @@ class RunCLI(LightningCLI):
         trainer = self._build([], None, checkpoint)
         evaluate = getattr(trainer, self.command)
         evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+        if not self.model.metrics:
+            raise UserError(
+                "trainer: nothing was measured; let limit_val_batches and limit_test_batches be more than 0"
+            )
         gzip = self.datamodule.gzip_bits_per_byte() if isinstance(self.datamodule, HeldOutText) else None
         about = folder.describe(checkpoint)
         name = {"validate": "validation"}.get(self.command, self.command)
@@ -308,7 +319,9 @@ class RunCLI(LightningCLI):
             names = ", ".join(step.name for step in folder.checkpoints(path / folder.CHECKPOINTS))
             raise UserError(f"--ckpt_path: {path} is a run; name a checkpoint in {path / folder.CHECKPOINTS} ({names})")
         if problem := folder.damage(path):
-            raise UserError(f"--ckpt_path: {path} is no complete checkpoint: {problem.removeprefix(f'{path} is ')}")
+            what = problem.removeprefix(f"{path} is ")
+            place = self.run_folder.checkpoints
+            raise UserError(f"--ckpt_path: {path} is no complete checkpoint: {what}; name a folder of {place}")
         if self.command == "fit":
             path = path.resolve()  # `best` is a link
             if run.resolve() not in path.parents:
@@ -371,6 +384,19 @@ def parse_run(args: list[str]) -> RunCLI:
         UserError: a file or key is wrong.
     """
     return RunCLI(args)
+
+
+def check_intervals(trainer: Any) -> None:
+    """Check the keys of the trainer that count steps.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    steps = trainer.max_steps
+    if steps == 0 or steps < -1:
+        raise UserError(f"trainer.max_steps: {steps} trains nothing; give a positive number, or -1 for the whole run")
+    if trainer.log_every_n_steps is not None:
+        check_interval(trainer.log_every_n_steps, "trainer.log_every_n_steps")
 
 
 def check_devices(trainer: Any) -> None:

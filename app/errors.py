@@ -13,6 +13,9 @@ from modules.errors import UserError, full_disk
 NOT_A_MISTAKE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
 """Kinds of OSError that no edit of a file or key mends."""
 FULL_DISK_MEND = "make room, then start the same command again: what was written before is complete"
+NO_MEMORY = re.compile("can't allocate memory|std::bad_alloc|OutOfMemoryError|MemoryError")
+"""How torch, on a CPU and on a GPU, numpy and Python say that there is no memory left."""
+NO_MEMORY_MEND = "ask for less at a time: shorter texts, fewer tokens or smaller batches"
 _SHORT_KEY = re.compile(r"(?<![\w./-])(model|data)\.([a-z_]+)")
 FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
 LONGEST = 600
@@ -28,6 +31,8 @@ def mistake(error: BaseException) -> str | None:
         return shorten(message)
     if (full := full_disk(error)) is not None:
         return shorten(f"{_os_error(full)}; {FULL_DISK_MEND}")
+    if isinstance(error, RuntimeError | MemoryError) and NO_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return f"out of memory ({shorten(str(error))[:160]}); {NO_MEMORY_MEND}"
     return shorten(_os_error(error)) if isinstance(error, OSError) and not isinstance(error, NOT_A_MISTAKE) else None
 
 

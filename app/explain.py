@@ -40,7 +40,7 @@ def explain(message: str, error: BaseException | None) -> tuple[str, str]:
         if found:
             keys[len(keys) - named :] = [found[1]]  # right below another it is the same key, or reaches deeper
         named, error = found is not None, error.__cause__
-    reason = " ".join(_KEY.sub("", message, count=1).split())
+    reason = " ".join(_KEY.sub("", message, count=1).partition("Subclass types expect one of")[0].split())
     if found := _UNKNOWN.match(reason):
         return _join(*keys, found[1], found[2]), ""
     other_kind = _OTHER_KIND.match(reason)
@@ -62,6 +62,7 @@ def _join(*keys: str | None) -> str:
 
 def _kinds(types: str) -> str:
     """Return types as a user calls them: `<class 'int'>, <class 'NoneType'>` is `int or null`."""
-    names = re.sub(r"<\w+ '(?:[\w.]+\.)?(\w+)'>", r"\1", types.replace("typing.", "")).replace("NoneType", "null")
+    types = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    names = re.sub(r"<\w+ '(\w+)'>", r"\1", types.replace("typing.", "")).replace("NoneType", "null")
     kinds = re.split(r", (?![^\[]*\])", names.replace("'", ""))
     return " or ".join(re.sub(r"^Literal\[(.*)\]$", r"one of \1", kind) for kind in kinds)

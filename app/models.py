@@ -7,7 +7,7 @@ import torch
 
 from app.options import Device, Dtype, short_dtype
 from datamodules.text.corpus import Corpus, is_remote
-from datamodules.text.preparation import CORPUS_FILE
+from datamodules.text.preparation import CORPUS_FILE, prepare_command
 from datamodules.tokenizer import Tokenizer
 from modules.backbone.model import Network
 from modules.checkpoints.load import load_model
@@ -93,7 +93,7 @@ def open_corpus(path: str, source: ModelFolder) -> Corpus:
         problem = "a file, not" if Path(path).is_file() else "neither a file nor"
         raise UserError(
             f"--data: {path} is {problem} a folder that prepare wrote; make one with: "
-            f"python -m app prepare FILES --tokenizer {source.path} --output {path}"
+            + prepare_command(path, f" --tokenizer {source.path}")
         )
     corpus = Corpus(path)
     if source.tokenizer_folder is not None and open_tokenizer(source).fingerprint != corpus.tokenizer.fingerprint:

@@ -14,10 +14,12 @@ from app.run_keys import RunArguments
 from modules.errors import UserError
 
 EXAMPLES = {
-    "trainer.callbacks": "lightning.pytorch.callbacks.EarlyStopping",
-    "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+    "trainer.callbacks": "no class that can be imported, such as lightning.pytorch.callbacks.EarlyStopping",
+    "trainer.logger": "no class that can be imported, such as lightning.pytorch.loggers.CSVLogger",
+    "data.init_args.sources": "not what it takes, a mapping such as {code: {path: data/code}}",
+    "data.init_args.phases": "not what it takes, a list such as [{sources: {code: 1}}]",
 }
-"""Key of a class -> one that it takes."""
+"""Key -> what a value is that it does not take, and one that it takes."""
 
 
 class RunParser(LightningArgumentParser):
@@ -53,12 +55,13 @@ class RunParser(LightningArgumentParser):
             return f"unknown key {key}"
         if reason.startswith("missing key"):
             return self._missing(reason.removeprefix("missing key ").split(", "))
-        if reason.startswith("Expected a dot import path string"):
+        dotted = reason.startswith("Expected a dot import path string")
+        if key in EXAMPLES and (dotted or reason.startswith("expected ")):
+            return f"{key}: {reason.rpartition(': ' if dotted else ', got ')[2]} is {EXAMPLES[key]}"
+        if dotted:
             reason = (
                 f"{reason.rpartition(': ')[2]} is not what it takes: a mapping is given whole, as '{{name: {{...}}}}'"
             )
-        if key in EXAMPLES and reason.startswith("expected "):
-            reason = f"{reason.rpartition(', got ')[2]} is no class that can be imported, such as {EXAMPLES[key]}"
         return f"{key}: {reason}" if key else reason
 
     def _missing(self, keys: list[str]) -> str:

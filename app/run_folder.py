@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from app.run_keys import check_name
 from modules.checkpoints import folder
 from modules.errors import UserError, writing
 
@@ -47,8 +48,7 @@ class RunFolder:
     """
 
     def __init__(self, root: Path, name: str) -> None:
-        if not name or name in {".", ".."} or set(name) & set("/\\") or name != name.strip():
-            raise UserError(f"name: {name!r} is no folder name; letters, digits, - and _ are safe")
+        check_name(name)
         self.path = root / name
         self.name = name
         self._lock: int | None = None
@@ -156,6 +156,9 @@ class RunFolder:
         target.mkdir(parents=True)
         for path in later:
             path.rename(target / path.name)
+        best = self.checkpoints / folder.BEST
+        if not best.exists():  # a link to one of them
+            best.unlink(missing_ok=True)
         return target
 
     def save_config(self, text: str) -> None:

@@ -65,6 +65,10 @@ EXAMPLE = "configs/pretrain.yaml"
 CONFIG_OPTIONS = ("-c", "--config")
 NO_VALUE = re.compile(r"(-h|--help|--print_config(=.*)?|--[\w.]+\.help)$")
 """Options that ask for a text, and need no value."""
+TEXTS = ("name",)
+"""Keys whose value is a text whatever it looks like."""
+LONGEST_NAME = 255
+"""Bytes of a name in a file system."""
 UNCHECKED = re.compile(r"(.*\.help|.*\+|-h|help|print_config)$")
 """Options that are no keys, or add to a list."""
 
@@ -123,6 +127,7 @@ class RunArguments:
                 value, words = "true", [f"{option}=true"]
             self.args += words
             if option in CONFIG_OPTIONS:
+                check_local(value, option)
                 self.files[value] = read_yaml(Path(value))
                 merge(self.tree, self.files[value])
             elif not UNCHECKED.match(key):
@@ -140,8 +145,24 @@ class RunArguments:
 
 
 MISSING = object()
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Ten times as fast where the C library is there."""
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # pyright: ignore[reportGeneralTypeIssues]
+    """YAML's loader (ten times as fast where the C library is there) that takes no key twice: one would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.YAMLError: a key stands in it twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                problem = f"the key {key.value} stands here a second time; leave one of them"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def check_run(args: Sequence[str], command: str) -> RunArguments:
@@ -179,10 +200,15 @@ def check_run(args: Sequence[str], command: str) -> RunArguments:
 
 def _check_place(place: Place, source: str, given: RunArguments) -> None:
     if place.beside is not None:
-        everywhere = leaves(given.keys, given.tree)
-        raise UserError(source + answer_unknown(place.path, place.beside, owned_keys(), everywhere))
+        everywhere, beside = leaves(given.keys, given.tree), place.beside
+        if not source and "." not in place.path:
+            beside = {**beside, "config": None}  # an option, which no file can have
+        raise UserError(source + answer_unknown(place.path, beside, owned_keys(), everywhere))
+    if isinstance(place.kind, dict) and not isinstance(place.value, dict | str):
+        held = "is a list; it holds" if isinstance(place.value, list) else f"has {show(place.value)} in place of"
+        raise UserError(f"{source}{place.path} {held} keys: {', '.join(list(place.kind)[:8])}")
     fields = keys_of(place.kind, {}) if isinstance(place.value, list) and isinstance(place.kind, Kind) else None
-    if fields is not None and not place.kind.is_list:
+    if fields is not None and isinstance(place.kind, Kind) and not place.kind.is_list:
         raise UserError(f"{source}{place.path} is a list; it holds keys: {', '.join(fields)}")
 
 
@@ -196,8 +222,12 @@ def stages(key: str) -> list[str]:
 def _check_class(given: RunArguments, key: str) -> None:
     """Answer a class path of ours that is misspelt; those of others are left to the parser."""
     chosen = given.get(key)
-    path = str(chosen.get("class_path") if isinstance(chosen, dict) else chosen)
     known = stages(key)
+    path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+    if not path:
+        name = given.file_of(key)
+        raise UserError((f"{name}: " if name else "") + f"missing key {key}.class_path; known: {', '.join(known)}")
+    path = str(path)
     module, _, name = path.rpartition(".")
     if name in [path.rpartition(".")[2] for path in known] and not module:
         return  # the parser knows it by its name alone
@@ -213,6 +243,7 @@ def check_files(given: RunArguments) -> None:
     """
     from datamodules.text.preparation import check_corpus
 
+    check_name(str(given.get("name", "run")))
     root, run = Path(str(given.get("trainer.default_root_dir", "runs"))), run_of(given)
     if root.exists() and not root.is_dir():
         raise UserError(f"trainer.default_root_dir: {root} is no folder; name one that is there, or can be made")
@@ -241,6 +272,24 @@ def check_files(given: RunArguments) -> None:
     for key, path in corpora.items():
         if isinstance(path, str) and given.get("data.class_path") == "datamodules.pretraining.PretrainingData":
             check_corpus(path, key)
+
+
+def check_name(name: str) -> None:
+    """Check the name of a run.
+
+    Raises:
+        UserError: it is no plain folder name.
+    """
+    plain = name.isprintable() and name == name.strip() and not set(name) & set("/\\")
+    if not name or name in {".", ".."} or not plain:
+        raise UserError(f"name: {name!r} is no folder name; letters, digits, - and _ are safe")
+    if len(name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        raise UserError(f"name: {name[:20]}... is longer than {LONGEST_NAME} bytes, the most a folder's name may have")
+
+
+def show(value: Any) -> str:
+    """Return a value as YAML writes it."""
+    return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run_of(given: RunArguments) -> Path:
@@ -290,20 +339,25 @@ def read_yaml(path: Path, key: str = "--config") -> Any:
     Raises:
         UserError: it is missing, no YAML, or no mapping of keys to values.
     """
+    text = ""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.load(text, Loader=Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file ({key})") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; {key} takes a YAML file such as {EXAMPLE}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8; {key} takes a YAML file such as {EXAMPLE}") from None
+        mend = f"{key} takes a YAML file such as {EXAMPLE}, saved as UTF-8"
+        raise UserError(f"{path} is no text in UTF-8; {mend}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        tab = mark is not None and text.split("\n")[mark.line][: mark.column + 1].endswith("\t")
+        what = "a tab; YAML is indented with blanks" if tab else getattr(error, "problem", error)
+        raise UserError(f"{path}{place}: not valid YAML: {what}") from None
     if not isinstance(tree, dict):
         what = "nothing" if tree is None else f"a {type(tree).__name__}"
         raise UserError(f"{path}: {key} takes a file of `key: value` lines, this one holds {what}")
@@ -329,7 +383,7 @@ def set_key(tree: dict[str, Any], path: str, text: str) -> None:
         UserError: it belongs to a class that no file has named yet.
     """
     try:
-        value = yaml.safe_load(text)
+        value = text if path in TEXTS else yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         value = text
     if path in ("model", "data") and isinstance(value, str):

@@ -16,10 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.step import StepCallback, step_loop
 from callbacks.stop_request import STOP
+from modules.errors import UserError
 
 
 class Preemption(StepCallback):
@@ -82,7 +84,12 @@ class TimeLimit(Timer):
     """
 
     def __init__(self, duration: Any) -> None:
-        super().__init__(duration, interval="step", verbose=False)
+        try:
+            super().__init__(duration, interval="step", verbose=False)
+        except (MisconfigurationException, TypeError):
+            raise UserError(f"trainer.max_time: {duration} is no time; give DD:HH:MM:SS, as 00:01:30:00") from None
+        if not self._duration:
+            raise UserError("trainer.max_time: 0 trains nothing; give DD:HH:MM:SS, or leave it out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the start of the program: imports and the preparation of a corpus are part of a job's time."""

@@ -21,7 +21,7 @@ from datamodules.loader import RankShare, ValidationLoader, Windows
 from datamodules.text.corpus import Corpus, RowReader
 from datamodules.text.files import is_remote
 from datamodules.text.mixture import Consumption, Mixture, MixturePhase
-from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_corpus
+from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_command, prepare_corpus
 from datamodules.text.sources import DEFAULT_CORPUS
 from datamodules.tokenizer import Tokenizer
 from modules.batch import Progress, Window
@@ -92,6 +92,8 @@ class PretrainingData(StageData):
             raise UserError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
         if workers < 0:
             raise UserError(f"data.workers: {workers} is negative")
+        if sources is None and not path:
+            raise UserError("data.path: no corpus is named; give the folder of one, data/stdlib is prepared by itself")
         self.sources = {_ONLY: CorpusRef(path=path)} if sources is None else sources
         self.phases = _check_phases(phases, self.sources)
         self.global_batch_size = global_batch_size
@@ -308,9 +310,7 @@ class PretrainingData(StageData):
 
 def _check_prepared(path: str) -> None:
     if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
-        raise UserError(
-            f"data.path: {path} is no prepared corpus; make it with: python -m app prepare FILES --output {path}"
-        )
+        raise UserError(f"data.path: {path} is no prepared corpus; make it with: {prepare_command(path)}")
 
 
 def _check_division(rows: int, micro_batch_size: int, ranks: int) -> None:

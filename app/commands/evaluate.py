@@ -74,6 +74,8 @@ def evaluate(
     ):
         if number is not None and number < 1:
             raise UserError(f"--{name}: {number} must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num_fewshot: {num_fewshot} must be at least 0")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the harness and of datasets
     import random

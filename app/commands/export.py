@@ -48,7 +48,7 @@ def export(
     Example:
         python -m app export runs/pretrain --output tiny-hf
     """
-    from app.models import say_notes
+    from app.models import open_tokenizer, say_notes
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
     from modules.checkpoints.layouts.detect import fitting_layout
@@ -57,6 +57,8 @@ def export(
 
     limit = parse_size(max_shard_size)
     source = open_model(model)
+    if source.tokenizer_folder is not None:
+        open_tokenizer(source)  # nobody could use a damaged one
     layout = fitting_layout(format, source.quantization, source.path)
     say_notes(source)
     print(f"{source.path}: {len(source.tensors):,} tensors", flush=True)

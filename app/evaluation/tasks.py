@@ -93,6 +93,9 @@ def _find(names: list[str], folder: Path | None) -> tuple[TaskManager, list[str]
 def _unknown(name: str, known: list[str], folder: Path | None) -> UserError:
     near = get_close_matches(name, known, n=3)
     mend = f"; did you mean {', '.join(near)}?" if near else ""
+    if Path(name).is_file():
+        parent = Path(name).parent
+        mend = f"; a file of tasks is given by its folder, --tasks_path {parent}, and --tasks names the task in it"
     return UserError(f"tasks: there is no task, group or tag {name}{mend}{_broken(folder)}")
 
 

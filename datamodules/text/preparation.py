@@ -18,6 +18,7 @@ processes or interruptions: the same command gives the same bytes. Each step is 
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import zlib
@@ -43,6 +44,8 @@ from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from modules.errors import UserError
 
 CORPUS_FILE = "corpus.json"
+LONGEST_ROW = 2**24
+"""Most tokens in a row: sixteen times the longest context of the published models."""
 OPENINGS_FILE = "openings.json"
 SOURCES_FILE = "sources.json"
 FORMAT_VERSION = 1
@@ -68,8 +71,26 @@ def check_corpus(path: str, key: str) -> None:
     folder = Path(path)
     if is_remote(path) or folder.name == DEFAULT_CORPUS or (folder / CORPUS_FILE).is_file():
         return
-    problem = f"holds no {CORPUS_FILE}, so it is no (complete) corpus" if folder.exists() else "does not exist"
-    raise UserError(f"{key}: {path} {problem}; prepare it: python -m app prepare FILES --output {shlex.quote(path)}")
+    problem = f"holds no {CORPUS_FILE}, so it is no (complete) corpus" if folder.is_dir() else "does not exist"
+    if folder.is_file():
+        problem = "is a file, and a corpus is a folder"
+    raise UserError(f"{key}: {path} {problem}; prepare it: {prepare_command(path)}")
+
+
+def prepare_command(path: str, options: str = "") -> str:
+    """Return the command that makes a corpus of what was named in place of one.
+
+    Args:
+        path: a place for a corpus, or texts that are none yet.
+        options: further options of the command, each behind a blank.
+    """
+    folder = Path(path)
+    texts = path.startswith("hf:") or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    texts = texts and not work_folder(folder).is_dir()  # an interrupted preparation goes on there
+    name = folder.stem if re.fullmatch(r"[\w-]+", folder.stem) else "mine"
+    source, output = (path, f"data/{name}") if texts else ("FILES", path)
+    source = shlex.quote(source) if texts else source
+    return f"python -m app prepare {source}{options} --output {shlex.quote(output)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +126,8 @@ class Preparation:
             raise UserError(f"paths: give at least one file, folder, URL or {SYNTAX}, or the word '{DEFAULT_CORPUS}'")
         if self.sequence_length < 2:
             raise UserError(f"sequence_length: {self.sequence_length} leaves nothing to predict, give at least 2")
+        if self.sequence_length > LONGEST_ROW:
+            raise UserError(f"sequence_length: {self.sequence_length} is too long, give at most {LONGEST_ROW}")
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
                 f"vocab_size: {self.vocab_size} is too small, {SMALLEST_VOCABULARY} ids are special tokens and bytes"

@@ -108,6 +108,13 @@ MISTAKES = {
     "unknown option": (RUN_FILE, ["--nmae", "x"], "unknown key nmae; did you mean name?"),
     "a seed out of range": (RUN_FILE, ["--seed_everything=-1"], "seed_everything: -1 must lie between"),
     "no steps": (RUN_FILE, ["--trainer.max_steps=0"], "trainer.max_steps: 0 trains nothing"),
+    "a negative number of steps": (RUN_FILE, ["--trainer.max_steps=-5"], "trainer.max_steps: -5 trains nothing"),
+    "no logging": (RUN_FILE, ["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps is 0: it counts"),
+    "no root": (RUN_FILE, ["--trainer.default_root_dir=null"], "trainer.default_root_dir is empty; name a folder"),
+    "no checkpoint named": (RUN_FILE, ["--ckpt_path="], "--ckpt_path is empty; name a checkpoint"),
+    "no strategy": (RUN_FILE, ["--trainer.strategy="], "trainer.strategy: '' is none of ours; leave it out or say"),
+    "no time": (RUN_FILE, ["--trainer.max_time=00:00:00:00"], "trainer.max_time: 0 trains nothing; give DD:HH:MM:SS"),
+    "a time of another form": (RUN_FILE, ["--trainer.max_time=1h"], "trainer.max_time: 1h is no time; give DD:HH"),
     "machines without a launcher": (RUN_FILE, ["--trainer.num_nodes=2"], "trainer.num_nodes: 2 machines need torchrun"),
     "another time to sum gradients": (
         RUN_FILE,

@@ -57,6 +57,24 @@ MISTAKES = {
         [*CONFIG, "--trainer.default_root_dir=/dev/null"],
         "trainer.default_root_dir: /dev/null is no folder",
     ),
+    "a misspelt --config": (["--cofig", RUN_FILE], "unknown key cofig; did you mean config?"),
+    "a URL": (["--config", "https://x.org/a.yaml"], "--config: https://x.org/a.yaml is a URL; give a path of this"),
+    "no name": ([*CONFIG, "--name="], "name: '' is no folder name; letters, digits, - and _ are safe"),
+    "a name with a slash": ([*CONFIG, "--name=a/b"], "name: 'a/b' is no folder name"),
+    "a long name": ([*CONFIG, f"--name={'a' * 256}"], "name: aaaaaaaaaaaaaaaaaaaa... is longer than 255 bytes"),
+    "a value in place of a group": ([*CONFIG, "--validation=5"], "validation has 5 in place of keys: every_n_steps"),
+    "a dataset of the Hub": (
+        [*CONFIG, "--data.path=hf:a/b"],
+        "data.init_args.path: hf:a/b does not exist; prepare it: python -m app prepare hf:a/b --output data/b",
+    ),
+    "texts in place of a corpus": (
+        [*CONFIG, f"--data.path={ROOT / 'examples' / 'corpus'}"],
+        f"prepare it: python -m app prepare {ROOT / 'examples' / 'corpus'} --output data/corpus",
+    ),
+    "a file in place of a corpus": (
+        [*CONFIG, f"--data.path={RUN_FILE}"],
+        f"is a file, and a corpus is a folder; prepare it: python -m app prepare {RUN_FILE} --output data/pretrain",
+    ),
 }
 
 
@@ -80,6 +98,14 @@ def test_a_mistake_is_answered_with_key_and_mend(mistake: str, tmp_path: Path, m
         (b"model: {class_path: modules.pretraining.Pretraining}\n", "run.yaml: missing key data; "),
         (b"trainer: {devicse: 1}\n", "run.yaml: unknown key trainer.devicse; did you mean devices?"),
         (b"vocab_size: 8\n", "run.yaml: unknown key vocab_size"),
+        (b"name: a\nname: b\n", "run.yaml, line 2, column 1: not valid YAML: the key name stands here a second time"),
+        (b"trainer:\n\tdevices: 1\n", "run.yaml, line 2, column 1: not valid YAML: a tab; YAML is indented with"),
+        (b"trainer: [1]\n", "run.yaml: trainer is a list; it holds keys: accelerator, "),
+        (b"checkpoint:\n", "run.yaml: checkpoint has nothing in place of keys: every_n_steps, "),
+        (
+            b"model: {x: 1}\ndata: {x: 1}\n",
+            "run.yaml: missing key model.class_path; known: modules.pretraining.Pretraining",
+        ),
     ],
 )
 def test_a_file_that_is_no_run_file_is_named(content: bytes, answer: str, tmp_path: Path, monkeypatch):
@@ -106,6 +132,10 @@ def test_a_model_may_be_gone_once_the_run_has_a_checkpoint(tmp_path: Path):
     (tmp_path / "pretrain" / "checkpoints" / "step=00000003").mkdir(parents=True)
     root = f"--trainer.default_root_dir={tmp_path}"
     check_files(check_run([*CONFIG, root, "--model.init_from=nowhere"], "fit"))
+
+
+def test_a_name_is_a_text_whatever_it_looks_like():
+    assert check_run([*CONFIG, "--name", "null"], "fit").get("name") == "null"
 
 
 def test_a_flag_may_stand_alone():

@@ -255,7 +255,7 @@ def test_a_corpus_without_held_out_rows_needs_validation_switched_off(sources: P
 
 def test_a_batch_that_does_not_divide_is_refused(corpus_folder: Path):
     check(
-        r"^data\.init_args\.global_batch_size: 6 rows a step .* micro_batch_size to 3, or .* multiple of 4",
+        r"^data\.init_args\.global_batch_size: 6 rows a step .*micro_batch_size to 3, or .* multiple of 4",
         corpus_folder,
         global_batch_size=6,
         micro_batch_size=4,
