@@ -94,9 +94,12 @@ class RunFolder:
             if attempt:
                 time.sleep(LOCK_PAUSE)
             self._made = [self.path, *(place for place in self.path.parents if not place.exists())]
-            with suppress(FileNotFoundError, FileExistsError):  # a start that was refused removes the folder meanwhile
+            try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+            except (FileNotFoundError, FileExistsError):  # a start that was refused removes the folder meanwhile
+                if attempt == LOCK_TRIES - 1:
+                    raise
             if self._lock is not None:
                 break
         else:
