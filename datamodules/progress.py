@@ -25,7 +25,7 @@ class ProgressBar:
         if sys.stderr.isatty():
             self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, unit_scale=True, leave=False)
         self._last_line = time.monotonic()
-        self._told = False
+        self._told: int | None = None  # how much was done when it was told last
 
     def __enter__(self) -> "ProgressBar":
         """Return itself."""
@@ -37,7 +37,7 @@ class ProgressBar:
         """Remove the bar; a job that told how far it is tells that it is done."""
         if self._bar is not None:
             self._bar.close()
-        elif self._told and kind is None:
+        elif self._told not in (None, self._done) and kind is None:
             self._tell()
 
     def advance(self, amount: int) -> None:
@@ -54,5 +54,5 @@ class ProgressBar:
         amounts = f"{self._done:,} of {self._total:,} {self._unit}"
         if self._unit == "B":
             amounts = f"{self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
-        self._told = True
-        print(f"{self._title}: {amounts} ({share:.0%})", flush=True)
+        self._told = self._done
+        print(f"{self._title}: {amounts} ({share:.0%})", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ def test_a_line_says_how_much_is_done(capsys, monkeypatch, unit: str, line: str)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     with ProgressBar("reading", 6_000_000, done=500_000, unit=unit) as shown:
         shown.advance(1_000_000)
-        assert capsys.readouterr().out == line + "\n"
+        assert capsys.readouterr().err == line + "\n"
 
 
 def test_a_job_that_told_how_far_it_is_ends_at_100_percent(capsys, monkeypatch) -> None:
@@ -25,15 +25,15 @@ def test_a_job_that_told_how_far_it_is_ends_at_100_percent(capsys, monkeypatch) 
     with ProgressBar("calibrating", 300, unit="tokens") as shown:
         shown.advance(100)
         shown.advance(200)
-    assert capsys.readouterr().out == "calibrating: 100 of 300 tokens (33%)\ncalibrating: 300 of 300 tokens (100%)\n"
+    assert capsys.readouterr().err == "calibrating: 100 of 300 tokens (33%)\ncalibrating: 300 of 300 tokens (100%)\n"
 
 
 def test_a_job_that_fails_or_was_short_tells_no_end(capsys, monkeypatch) -> None:
     with ProgressBar("short", 3) as shown:
         shown.advance(3)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     with suppress(ZeroDivisionError), ProgressBar("failing", 2, unit="rows") as shown:
         shown.advance(1)
         raise ZeroDivisionError
-    assert capsys.readouterr().out == "failing: 1 of 2 rows (50%)\n"
+    assert capsys.readouterr().err == "failing: 1 of 2 rows (50%)\n"
