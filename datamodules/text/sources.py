@@ -116,7 +116,7 @@ def _files(path: str, tally: Tally, downloads: Path) -> Iterator[tuple[str, str]
         for name in _walk_standard_library(root):
             yield os.path.join(root, name), f"{DEFAULT_CORPUS}/{name}"
     elif os.path.isdir(path):
-        for name in _walk(path, path, tally):
+        for name in _walk(path, path, tally, downloads.parent.parent):
             file = os.path.join(path, name)
             yield file, file
     elif os.path.isfile(path):
@@ -198,8 +198,11 @@ def _walk_standard_library(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, file), root)
 
 
-def _walk(root: str, shown: str, tally: Tally) -> Iterator[str]:
-    """Yield the paths below a folder of the files to read, sorted folder by folder; messages call it `shown`."""
+def _walk(root: str, shown: str, tally: Tally, corpus: Path | None = None) -> Iterator[str]:
+    """Yield the paths below a folder of the files to read, sorted folder by folder; messages call it `shown`.
+
+    The corpus that is being prepared may lie below it, and is none of its own sources.
+    """
 
     def unreadable(error: OSError) -> None:
         tally.skip("unreadable folder", os.path.join(shown, os.path.relpath(str(error.filename), root)))
@@ -220,12 +223,15 @@ def _walk(root: str, shown: str, tally: Tally) -> Iterator[str]:
         if (split := hub.saved_split(folder, files, skip)) is not None:
             folders[:] = [split]
             continue
+        inner: list[str] = []
         for name in sorted(folders):
             if name.startswith("."):
                 skip("hidden folder", name)
             elif os.path.islink(os.path.join(folder, name)):
                 skip("linked folder", name)
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and not os.path.islink(os.path.join(folder, n)))
+            elif corpus is None or Path(folder, name).absolute() != corpus.absolute():
+                inner.append(name)
+        folders[:] = inner
         for name in sorted(files):
             if name.startswith("."):
                 skip("hidden file", name)

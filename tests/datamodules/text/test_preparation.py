@@ -310,6 +310,14 @@ def test_options_out_of_range_are_named(key: str, value: float, sources: Path, t
         small(sources, tmp_path / "out", **{key: value})
 
 
+def test_a_corpus_within_its_sources_is_none_of_them(sources: Path, tmp_path):
+    options = {"sequence_length": 64, "vocab_size": 300, "workers": 1}
+    first, _ = prepare_corpus(Preparation(paths=[str(sources)], output=tmp_path / "beside", **options))
+    inside = Preparation(paths=[str(sources)], output=sources / "deep" / "corpus", **options)
+    assert prepare_corpus(inside)[0]["fingerprint"] == first["fingerprint"]
+    assert prepare_corpus(inside)[0]["fingerprint"] == first["fingerprint"], "again: nothing to do"
+
+
 def test_sources_that_changed_since_are_named_and_nothing_is_touched(sources: Path, tmp_path, capsys):
     given, output = tmp_path / "in", tmp_path / "out"
     shutil.copytree(sources, given)
