@@ -312,8 +312,9 @@ def test_options_out_of_range_are_named(key: str, value: float, sources: Path, t
 
 def test_a_corpus_within_its_sources_is_none_of_them(sources: Path, tmp_path):
     options = {"sequence_length": 64, "vocab_size": 300, "workers": 1}
-    first, _ = prepare_corpus(Preparation(paths=[str(sources)], output=tmp_path / "beside", **options))
-    inside = Preparation(paths=[str(sources)], output=sources / "deep" / "corpus", **options)
+    texts = Path(shutil.copytree(sources, tmp_path / "texts"))
+    first, _ = prepare_corpus(Preparation(paths=[str(texts)], output=tmp_path / "beside", **options))
+    inside = Preparation(paths=[str(texts)], output=texts / "deep" / "corpus", **options)
     assert prepare_corpus(inside)[0]["fingerprint"] == first["fingerprint"]
     assert prepare_corpus(inside)[0]["fingerprint"] == first["fingerprint"], "again: nothing to do"
 
