@@ -82,7 +82,8 @@ def _newest(run: Path) -> TrainingSource:
     path, damaged = folder.newest(run / folder.CHECKPOINTS)
     if path is None:
         problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
-        raise UserError(f"{run} has no complete checkpoint" + (f" ({problems})" if damaged else " yet"))
+        state = f"({problems})" if damaged else "yet: train it with fit first"
+        raise UserError(f"{run} has no complete checkpoint {state}; or name another MODEL")
     source = TrainingSource(path)
     source.notes = [
         f"warning: {other} is damaged and passed over: {problem}; {path.name} is taken" for other, problem in damaged
