@@ -6,6 +6,7 @@ start do. So of the environment only what names places and tools of the machine 
 
 import os
 import re
+import signal
 
 KEPT = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|TMPDIR|XDG_CACHE_HOME|PYTHON\w*|VIRTUAL_ENV|PYTEST_\w+|SUPERBOLT_\w+"
@@ -16,6 +17,7 @@ for name in os.environ.keys() - set(filter(KEPT.fullmatch, os.environ)):
 os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported; see app/__main__.py
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
