@@ -90,9 +90,7 @@ def run_keys() -> Keys:
 
 def owned_keys() -> dict[str, str]:
     """Return dotted keys that are none of a run file, each with what to use instead."""
-    return {f"trainer.{key}": mend for key, mend in OWNED.items()} | {
-        "fit": "its keys stand at the top level",
-    }
+    return {f"trainer.{key}": mend for key, mend in OWNED.items()} | {"fit": "its keys stand at the top level"}
 
 
 class RunArguments:

@@ -16,8 +16,6 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 """Signal -> what a program returns that it ended (128 + its number). SIGUSR1 is a scheduler's warning of SIGTERM."""
 SAME_WISH_SECONDS = 1.0
 """A Ctrl-C that follows a signal sooner is no second one: torchrun passes on what the terminal sent to all."""
-
-
 STARTED_BY = "SUPERBOLT_STARTED_BY"
 """Environment variable: the process that starts the other ones of a run, and ends them."""
 
