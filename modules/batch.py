@@ -63,6 +63,14 @@ class PackedBatch:
 
 
 @dataclass(kw_only=True)
+class ConversationBatch(PackedBatch):
+    """Rows packed with whole conversations; only what an assistant says has labels."""
+
+    loss_weights: Tensor
+    """fp32 [B, T]: weight of the conversation at each position with a label, 0 elsewhere."""
+
+
+@dataclass(kw_only=True)
 class Window:
     """What one rank adds up for one optimiser step: Lightning's batch. Windows may differ in size and shape."""
 
@@ -252,4 +260,69 @@ class MixedSources(Protocol):
 
     def consumed(self, step: int) -> Mapping[str, SourceUse]:
         """Return what the first `step` steps take from each source."""
+        ...
+
+
+Message = dict[str, Any]
+"""A turn as OpenAI's and Hugging Face's libraries write it: `role`, `content`, and more keys (`tool_calls`, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A task of an environment, as plain JSON values."""
+
+    messages: list[Message]
+    """The conversation that asks; the model's turn is next."""
+    answer: str
+    """An answer that is judged right."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the environment must know to judge."""
+    tools: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Tools that the model may call, in OpenAI's form."""
+
+    @property
+    def text(self) -> str:
+        """What is asked: the contents of all turns. Two problems with the same text are the same problem."""
+        return "\n".join(str(message["content"]) for message in self.messages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a reply is worth."""
+
+    reward: float
+    """1 for an answer that is exactly right; 0 for a wrong one."""
+    reason: str
+    """Why, in a few words."""
+    failure: str | None = None
+    """Why there is no judgement: the checker raised or took too long; the reward is then not to be used."""
+
+
+class Environment(Protocol):
+    """Problems without end, and a judge of replies. Plain Python without state: it runs in processes of its own."""
+
+    def problem(self, seed: int, number: int) -> Problem:
+        """Return the problem of a number; the same for the same seed and number, everywhere."""
+        ...
+
+    def judge(self, problem: Problem, reply: str) -> Judgement:
+        """Judge what the model said last, thoughts included."""
+        ...
+
+
+@runtime_checkable
+class Conversational(Protocol):
+    """An environment that goes on after the model's turn: with tool results, or another question."""
+
+    def respond(self, problem: Problem, messages: Sequence[Message]) -> list[Message]:
+        """Return the turns that follow the conversation so far, none when it is at its end."""
+        ...
+
+
+@runtime_checkable
+class Worked(Protocol):
+    """An environment that can answer its own problems as a model should."""
+
+    def solution(self, problem: Problem) -> Message:
+        """Return an assistant's turn that is judged right, with its steps."""
         ...
