@@ -46,7 +46,7 @@ ONE_ANSWER = frozenset(
 """Families with one right answer whose scorers pay for others too: they are compared with the reference."""
 FORMS = {
     "game_of_life": re.compile(r"\[.*\]", re.DOTALL),
-    "prime_factorization": re.compile(r"\d+(\s*×\s*\d+)*"),
+    "prime_factorization": re.compile(r"\d+(\s*\u00d7\s*\d+)*"),
 }
 """Family -> what an answer looks like; its scorer raises at anything else, which is a wrong answer and no failure."""
 
@@ -108,7 +108,6 @@ class ReasoningGym:
 
     def solution(self, problem: Problem) -> Message:
         """Return a worked answer."""
-        _, entry, _ = self._made_again(problem)
         return {"role": "assistant", "content": f"Answer: {problem.answer}"}
 
     def _refusal(self, answer: str, reference: str) -> str | None:
