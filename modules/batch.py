@@ -349,14 +349,11 @@ class Attempt:
     problem: Problem
     dialogue: list[Message]
     """The turns after those of the problem: the model's, and where the environment goes on, its too."""
+    reply: str
+    """The model's last turn as it was judged, thoughts included."""
     judgement: Judgement
     ended: bool
-    """Whether the last turn ended by itself; false: it was cut at its longest."""
-
-    @property
-    def reply(self) -> str:
-        """What the model said last."""
-        return str(self.dialogue[-1]["content"])
+    """Whether that turn ended by itself; false: it was cut at its longest, and is no answer."""
 
 
 class Evaluation(Protocol):

@@ -40,9 +40,10 @@ def number(answer: str, reference: str) -> bool:
     return None not in values and values[0] == values[1]
 
 
-def contains(answer: str, reference: str) -> bool:
-    """Return whether the reference stands in an answer as words of its own, in whatever case."""
-    return re.search(rf"(?<!\w){re.escape(reference.strip())}(?!\w)", answer, re.IGNORECASE) is not None
+def words(answer: str, reference: str) -> bool:
+    """Return whether an answer has the words of the reference, whatever the case and the marks between them."""
+    said, due = (re.findall(r"\w+", text.casefold()) for text in (answer, reference))
+    return said == due if due else exact(answer, reference)
 
 
 def math(answer: str, reference: str) -> bool:
@@ -75,7 +76,7 @@ def _number(text: str) -> Decimal | None:
 CHECKERS: dict[str, Callable[[str, str], bool]] = {
     "exact": exact,
     "number": number,
-    "contains": contains,
+    "words": words,
     "math": math,
 }
 """Name -> whether an answer is right: called with the final answer and the reference."""

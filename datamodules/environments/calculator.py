@@ -1,12 +1,9 @@
 """An example of an environment with a tool: sums that are worked out by calling a calculator.
 
-It shows all that an environment may do: give tools, answer their calls (`respond`), judge the end, and solve its own
-problems. A tool call is what the model's chat template writes for it, so its text is read here as Nemotron's template
-writes it.
+It shows all that an environment may do: give tools, answer their calls, judge the end, and solve its own problems.
 """
 
 import random
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +11,6 @@ from datamodules.environments.answers import final_answer, number
 from modules.batch import Judgement, Message, Problem
 from modules.errors import UserError
 
-CALL = re.compile(
-    r"<tool_call>\s*<function=add>\s*<parameter=a>\s*(-?\d+)\s*</parameter>\s*<parameter=b>\s*(-?\d+)\s*</parameter>"
-)
 ADD: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -57,9 +51,9 @@ class Calculator:
         )
 
     def respond(self, problem: Problem, messages: Sequence[Message]) -> list[Message]:
-        """Return the result of a call, nothing where there is none."""
-        call = CALL.search(str(messages[-1]["content"]).rpartition("</think>")[2])
-        return [] if call is None else [{"role": "tool", "content": str(int(call[1]) + int(call[2]))}]
+        """Return the result of each call, nothing where there is none."""
+        calls = [call["function"] for call in messages[-1].get("tool_calls", [])]
+        return [{"role": "tool", "content": _add(call["name"], call["arguments"])} for call in calls]
 
     def judge(self, problem: Problem, reply: str) -> Judgement:
         """Judge the last turn."""
@@ -70,3 +64,10 @@ class Calculator:
     def solution(self, problem: Problem) -> Message:
         """Return the last turn."""
         return {"role": "assistant", "content": problem.answer}
+
+
+def _add(name: str, arguments: dict[str, Any]) -> str:
+    values = [arguments.get(key) for key in ("a", "b")]
+    if name != "add" or not all(isinstance(value, int) for value in values):
+        return "error: call add with two integers a and b"
+    return str(sum(values))

@@ -14,8 +14,8 @@ class Jsonl:
 
     Args:
         path: file of rows `{"prompt": TEXT, "reference": TEXT}`; a row may have `messages` in place of `prompt`.
-        checker: how the final answer is compared with the reference: exact (to the letter, blanks apart), number
-            (equal in value), contains (the reference stands in it as words of its own), math (equal by math-verify).
+        checker: how the final answer is compared with the reference: exact (to the letter, blanks apart), words
+            (whatever the case and the marks), number (equal in value), math (equal by math-verify).
         held_out_share: share of the problems that is never trained on: 1 for a test set, 0 for training data only.
 
     Raises:

@@ -207,7 +207,7 @@ class _Worker:
         self.connection.send(job if job.name in self._opened else (job.name, self._definitions[job.name]))
 
     def finish(self) -> Any:
-        """Return the result of the job, its failure or `_OPENED`; called when the process has sent something or is late."""
+        """Return the result of the job, its failure or `_OPENED`; the process has sent something, or is late."""
         job = self._job
         assert job is not None
         if not self.connection.poll():
