@@ -24,6 +24,7 @@ CALLBACKS = {
     "console": "callbacks.console.Console",
     "validation": "callbacks.validation.Validation",
     "samples": "callbacks.samples.Samples",
+    "environments": "callbacks.environments.Environments",
     "skipped_batches": "callbacks.skipped_batches.SkippedBatches",
     "health": "callbacks.health.Health",
     "quantization_health": "callbacks.quantization.QuantizationHealth",

@@ -68,6 +68,8 @@ class StageStrategy(Protocol):
 
 VALIDATED = ("validation/loss", "validation/bits_per_byte")
 """Metrics of a validation, in the order in which they are told."""
+EXACT_MATCH = "validation/exact_match"
+"""Share of held-out problems that are answered right, mean over environments; below it, by the names of these."""
 
 
 class MicroBatchLoss(NamedTuple):
