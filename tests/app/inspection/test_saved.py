@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from app.inspection import saved
-from modules.errors import UserError
 from modules.batch import ConversationBatch
+from modules.errors import UserError
 from tests.app.inspection.helpers import asked, packed, talks
 
 
