@@ -16,6 +16,7 @@ from typing import Any
 
 from datamodules.conversations.docstrings import docstring_conversations
 from datamodules.conversations.source import ConversationOptions, ConversationPolicies
+from datamodules.conversations.template import TEMPLATE_FILE
 from datamodules.corpora import CorpusData, CorpusRef, Phase, check_positive, check_prepared
 from datamodules.environments.draws import normalised, overlap
 from datamodules.environments.pool import Pool
@@ -162,10 +163,21 @@ class SFTData(CorpusData):
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Open the corpora; see `CorpusData`."""
+        """Open the corpora; see `CorpusData`.
+
+        Raises:
+            UserError: as there, or they were rendered by different chat templates: a checkpoint can hold one.
+        """
         if self._epochs is not None:
             self.total = self._length_of_epochs(self._epochs)
         super().setup(stage)
+        templates = {corpus.path: corpus.metadata["options"]["template"] for corpus in self.corpora.values()}
+        for path, template in templates.items():
+            if template != templates[self._corpus.path]:
+                raise UserError(
+                    f"data.sources: {path} and {self._corpus.path} were rendered by different chat templates; prepare "
+                    f"one again with --template {self.tokenizer_folder / TEMPLATE_FILE}"
+                )
 
     def prepare(self, missing: list[str]) -> None:
         """Prepare missing conversations from what their sources name; see `CorpusData`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.conversations.masks import encode
-from datamodules.conversations.messages import ConversationError, read_conversation
+from datamodules.conversations.messages import Conversation, ConversationError, read_conversation
 from datamodules.conversations.template import TEMPLATE_FILE, ChatTemplate
 from datamodules.environments.draws import asked_in
 from datamodules.text.policies import Document, Policies, Tally
@@ -82,16 +82,21 @@ class ConversationPolicies(Policies):
         (folder / TEMPLATE_FILE).write_text(self._template_source(Tokenizer.load(folder)), encoding="utf-8")
 
     def text_of(self, record: dict[str, Any], name: str, size: int, tally: Tally) -> str | None:
-        """Return a conversation as JSON, or None where it is malformed and to be skipped."""
+        """Return a conversation as JSON, or None where it is malformed and to be skipped.
+
+        The text is of what was understood, not of the row: whatever else that holds, two equal conversations are equal.
+        """
         try:
             conversation = read_conversation(record, name)
+            text = json.dumps(asdict(conversation) | {"place": ""}, ensure_ascii=False)
+            text.encode()
         except ConversationError as error:
             return self._leave_out(error, size, tally)
-        if self.held_out and not self.held_out.isdisjoint(asked_in(conversation.messages)):
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+            error = ConversationError("broken text", "a text holds half a character (a lone surrogate)", name)
+            return self._leave_out(error, size, tally)
+        if not self.held_out.isdisjoint(asked_in(conversation.messages)):
             return tally.skip("asks a held-out problem", name, size)
-        text = json.dumps(record, ensure_ascii=False)
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            return self.no_text(name, "half a surrogate pair, which is no character", size, tally)
         return text
 
     def decode(self, data: bytes, name: str, tally: Tally, file: bool = False) -> str | None:
@@ -120,7 +125,7 @@ class ConversationPolicies(Policies):
         self, document: Document, template: ChatTemplate, capacity: int, seed: int, tally: Tally
     ) -> Iterator[Tokenized]:
         options = self.conversation
-        conversation = read_conversation(json.loads(document.text), document.name)
+        conversation = Conversation(**json.loads(document.text) | {"place": document.name})
         encoded = encode(conversation, template, options.mask)
         if len(encoded.tokens) > capacity:
             return tally.skip("longer than a row, dropped", document.name, len(document.text.encode()))
@@ -133,9 +138,14 @@ class ConversationPolicies(Policies):
         tally.skip(error.kind, error.place or "", size)
 
     def _template_source(self, tokenizer: Tokenizer) -> str:
-        if self.conversation.template is not None:
+        if self.conversation.template is None:
+            return ChatTemplate(tokenizer).source
+        try:
             return Path(self.conversation.template).read_text(encoding="utf-8")
-        return ChatTemplate(tokenizer).source
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"template: {self.conversation.template} cannot be read ({error}); give a Jinja file"
+            ) from None
 
 
 def conversation_key(row: dict[str, Any]) -> str | None:
