@@ -73,6 +73,12 @@ class ChatTemplate:
         """Return a rendered conversation as token ids; the template's text says where special tokens stand."""
         return self._tokenizer.encode(self.render(messages, answer=answer, **variables), special_tokens=True)
 
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **variables: object
+    ) -> list[int]:
+        """Return a conversation, and the beginning of the assistant's next turn, as token ids."""
+        return self.encode(messages, answer=True, tools=tools, **variables)
+
     def turn_end(self) -> int | None:
         """Return the special token that the template puts behind an assistant's text, None if it puts none there."""
         mark = "what the assistant says"

@@ -327,3 +327,68 @@ class Worked(Protocol):
     def solution(self, problem: Problem) -> Message:
         """Return an assistant's turn that is judged right, with its steps."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model goes on with when it answers a problem."""
+
+    tokens: list[int]
+    """Token ids of the conversation so far, up to where the model's turn begins."""
+    key: tuple[int, ...]
+    """Names the random numbers of the reply: environment, problem, sample, turn."""
+
+
+Reply = tuple[list[int], bool]
+"""Token ids of a model's turn, what ended it included, and whether it ended by itself (not by its length)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What a model made of a problem."""
+
+    problem: Problem
+    dialogue: list[Message]
+    """The turns after those of the problem: the model's, and where the environment goes on, its too."""
+    reply: str
+    """The model's last turn as it was judged, thoughts included."""
+    judgement: Judgement
+    ended: bool
+    """Whether that turn ended by itself; false: it was cut at its longest, and is no answer."""
+
+
+class Evaluation(Protocol):
+    """Held-out problems of environments, to be answered by whatever completes prompts."""
+
+    end_ids: Sequence[int]
+    """Tokens that end a turn of the model."""
+
+    def run(
+        self,
+        problems: int,
+        complete: Callable[[Sequence[Prompt]], Sequence[Reply]],
+        *,
+        samples: int = 1,
+        thinking: bool | None = None,
+    ) -> Mapping[str, list[list[Attempt]]]:
+        """Let held-out problems be answered, and judge the answers; the same problems each time.
+
+        Args:
+            problems: number of problems of each environment; a list of problems may hold fewer.
+            complete: returns the model's turn for each prompt.
+            samples: answers to each problem.
+            thinking: what the chat template is told about thinking; None: nothing.
+
+        Returns:
+            Environment's name -> its problems -> the attempts at each, one a sample.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluatedEnvironments(Protocol):
+    """Data that bring environments to evaluate in."""
+
+    def evaluation(self) -> Evaluation | None:
+        """Return the held-out problems, the same object each time; None where no environment is named."""
+        ...
