@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from app.models import check_same_tokenizer, open_tokenizer
 from app.rows_file import text_of
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError

@@ -11,7 +11,7 @@ from app.options import Device, Dtype, Model, StateDtype, read_text, short_state
 from modules.errors import UserError
 
 if TYPE_CHECKING:
-    from datamodules.chat_template import ChatTemplate, Message
+    from datamodules.conversations.template import ChatTemplate, Message
     from datamodules.tokenizer import Tokenizer
     from modules.checkpoints.source import ModelFolder
     from modules.generation.session import Session
@@ -68,7 +68,7 @@ def chat(
     import torch
 
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
-    from datamodules.chat_template import ChatTemplate
+    from datamodules.conversations.template import ChatTemplate
     from modules.generation.sampling import Sampling
     from modules.generation.session import Session
 

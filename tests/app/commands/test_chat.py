@@ -11,7 +11,7 @@ import pytest
 
 from app.__main__ import main
 from app.commands.chat import never_taught
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
