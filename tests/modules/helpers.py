@@ -274,10 +274,10 @@ def fit(module: Pretraining, data: ListData, **trainer_changes) -> lightning.Tra
     return trainer
 
 
-def build(module: Pretraining, vocab_size: int = 64) -> Network:
+def build(module: Pretraining, vocab_size: int = 64, data: type[ListData] = ListData) -> Network:
     """Run `configure_model` as a trainer does, without training."""
     module.trainer = make_trainer()
-    module.trainer.datamodule = ListData([], vocab_size=vocab_size)
+    module.trainer.datamodule = data([], vocab_size=vocab_size)
     module.configure_model()
     return module.built_network
 
