@@ -24,6 +24,7 @@ CALLBACKS = {
     "console": "callbacks.console.Console",
     "validation": "callbacks.validation.Validation",
     "samples": "callbacks.samples.Samples",
+    "environments": "callbacks.environments.Environments",
     "skipped_batches": "callbacks.skipped_batches.SkippedBatches",
     "health": "callbacks.health.Health",
     "quantization_health": "callbacks.quantization.QuantizationHealth",
@@ -212,7 +213,7 @@ def _check_place(place: Place, source: str, given: RunArguments) -> None:
 
 def stages(key: str) -> list[str]:
     """Return the class paths of this project that `model` or `data` may have."""
-    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "StageData")}[key]
+    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "CorpusData")}[key]
     files = sorted((Path(__file__).parent.parent / folder).glob("*.py"))
     return [path for file in files for path in subclasses(f"{folder}.{file.stem}", base)]
 

@@ -142,9 +142,9 @@ class Preparation:
     def options(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Return the options that decide the content, as JSON."""
         options = asdict(self)
-        del options["output"], options["workers"]
+        del options["output"], options["workers"], options["policies"]
         options["paths"] = [public(path) for path in self.paths]
-        options.update(options.pop("policies"))
+        options.update(self.policies.options())
         if tokenizer is not None:
             options |= {"tokenizer": tokenizer.fingerprint, "vocab_size": None}
         return options
@@ -369,7 +369,7 @@ def _finish(
         positions = counts["rows"] * preparation.sequence_length
         splits[split] = counts | {"packing_use": counts["tokens"] / positions if positions else None}
         if chunks:
-            write_file(output / split / INDEX_NAME, build_index(chunks, stamp).encode())
+            write_file(output / split / INDEX_NAME, build_index(chunks, stamp, preparation.policies.kind).encode())
     openings = [ids for report in reports for ids in report["openings"]][:_MOST_OPENINGS]
     write_file(output / OPENINGS_FILE, json.dumps(openings).encode())
     held_out = splits["validation"]["bytes"]

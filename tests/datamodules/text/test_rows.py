@@ -6,7 +6,7 @@ from litdata import StreamingDataset
 from litdata.streaming import Cache
 
 from datamodules.text.packing import Piece
-from datamodules.text.rows import build_chunks, build_index, build_row
+from datamodules.text.rows import Tokenized, build_chunks, build_index, build_row
 
 
 def make_rows(count: int, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -25,7 +25,7 @@ def as_items(rows: list[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
         starts = np.cumsum(lengths) - lengths
         pieces = [Piece(0, int(s), int(n)) for s, n in zip(starts, lengths, strict=True)]
         tokens[int(lengths.sum()) :] = 9
-        items.append(build_row(pieces, [tokens], len(tokens), 9))
+        items.append(build_row(pieces, [Tokenized(tokens=tokens)], len(tokens), 9))
     return items
 
 
@@ -46,7 +46,7 @@ def test_chunks_and_index_are_what_litdata_writes(tmp_path):
     assert content == (tmp_path / "chunk-0-0.bin").read_bytes()
     theirs = json.loads((tmp_path / "index.json").read_text())
     entry = {"filename": "chunk-0-0.bin", "chunk_bytes": len(content), "chunk_size": 7}
-    ours = json.loads(build_index([entry], "5"))
+    ours = json.loads(build_index([entry], "5", "text"))
     assert ours["chunks"] == theirs["chunks"]
     for limit in ("chunk_size", "chunk_bytes"):
         del ours["config"][limit], theirs["config"][limit]
@@ -64,7 +64,7 @@ def test_litdata_reads_every_row_of_every_chunk(tmp_path):
         assert len(content) < 4 * max(map(len, items)) + 100
         (tmp_path / f"c{number}.bin").write_bytes(content)
         entries.append({"filename": f"c{number}.bin", "chunk_bytes": len(content), "chunk_size": count})
-    (tmp_path / "index.json").write_text(build_index(entries, "0"))
+    (tmp_path / "index.json").write_text(build_index(entries, "0", "text"))
     dataset = StreamingDataset(str(tmp_path), batch_decode=0)
     assert len(dataset) == 50
     for number in (49, 0, 17, 18, 3):
@@ -73,7 +73,7 @@ def test_litdata_reads_every_row_of_every_chunk(tmp_path):
 
 
 def test_what_the_pieces_leave_is_padding():
-    documents = [np.arange(10, 20, dtype=np.int32), np.arange(30, 33, dtype=np.int32)]
+    documents = [Tokenized(tokens=np.arange(*ends, dtype=np.int32)) for ends in ((10, 20), (30, 33))]
     row = build_row([Piece(1, 0, 3), Piece(0, 6, 4)], documents, 9, 5)
     numbers = [30, 31, 32, 16, 17, 18, 19, 5, 5, 3, 4]
     expected = crc(np.array(numbers[:9], dtype=np.int32), np.array(numbers[9:], dtype=np.int32))
