@@ -128,6 +128,18 @@ class SFTData(CorpusData):
         super().__init__(
             sources, phases, sequence_length, global_batch_size, micro_batch_size, validation_rows, workers, seed
         )
+        for name, source in sources.items():
+            source.check(name)
+        given = [source.weight is not None for source in sources.values()]
+        if any(given) and not all(given):
+            raise UserError(
+                f"data.sources: give all of them a weight, or none: {list(sources)[given.index(False)]} has none"
+            )
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._validation_fraction = validation_fraction
+        self._policies = ConversationPolicies(conversation=policies or ConversationOptions())
+        self.environments = environments or {}
         if (total_tokens is None) == (epochs is None):
             raise UserError("data.total_tokens: give the length of the run by it or by data.epochs, one of both")
         self._epochs = epochs
@@ -137,16 +149,6 @@ class SFTData(CorpusData):
         if epochs is not None:
             check_positive(epochs=epochs)
             self.total = UNKNOWN if self.missing else self._length_of_epochs(epochs)
-        for name, source in sources.items():
-            source.check(name)
-        given = [source.weight is not None for source in sources.values()]
-        if any(given) and not all(given):
-            raise UserError(f"data.sources: give all of them a weight, or none: {list(sources)[given.index(False)]}")
-        self._sources = sources
-        self._tokenizer = tokenizer
-        self._validation_fraction = validation_fraction
-        self._policies = ConversationPolicies(conversation=policies or ConversationOptions())
-        self.environments = environments or {}
 
     def prepare_data(self) -> None:
         """Prepare what is missing (on rank zero), and check that what is there was prepared as the run file says.
