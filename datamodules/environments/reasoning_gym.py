@@ -85,7 +85,7 @@ class ReasoningGym:
             self._entry(0)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"parameters: {family} does not take {self.parameters} ({error})") from error
-        self._entry = lru_cache(maxsize=4096)(self._entry)
+        self._entry = lru_cache(maxsize=8)(self._entry)  # a data set may hold a word list
 
     def problem(self, seed: int, number: int) -> Problem:
         """Return the problem of a number; its facts say how to make it again."""
