@@ -140,7 +140,7 @@ def evaluate(
     from app.evaluation.report import describe, write_results, write_samples
     from app.evaluation.tasks import load_tasks
     from app.models import choose_device, load_network, open_source, open_tokenizer
-    from datamodules.chat_template import ChatTemplate
+    from datamodules.conversations.template import ChatTemplate
 
     where, source = choose_device(device), open_source(model)
     tokenizer = open_tokenizer(source)

@@ -76,7 +76,7 @@ def serve(
         from app.serving.prompts import Prompts
         from app.serving.server import Limits, Served, Server
         from app.serving.worker import Worker
-        from datamodules.chat_template import ChatTemplate
+        from datamodules.conversations.template import ChatTemplate
 
         where, source = choose_device(device), open_source(model)
         tokenizer = open_tokenizer(source)

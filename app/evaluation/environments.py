@@ -15,7 +15,7 @@ from app.evaluation.report import environment
 from app.options import STDOUT, for_people
 from app.run_folder import read_config
 from app.run_keys import MISSING, find, read_yaml
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.environments.evaluation import HeldOutProblems
 from datamodules.environments.pool import Definition, Pool
 from datamodules.progress import ProgressBar
