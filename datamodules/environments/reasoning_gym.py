@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from datamodules.environments.answers import final_answer
+from datamodules.environments.worked import worked_answer
 from modules.batch import Judgement, Message, Problem
 from modules.errors import UserError
 
@@ -108,7 +109,8 @@ class ReasoningGym:
 
     def solution(self, problem: Problem) -> Message:
         """Return a worked answer."""
-        return {"role": "assistant", "content": f"Answer: {problem.answer}"}
+        _, entry, answer = self._made_again(problem)
+        return {"role": "assistant", "content": worked_answer(self.family, entry["question"], answer)}
 
     def _refusal(self, answer: str, reference: str) -> str | None:
         """Return why an answer is wrong whatever the scorer says, None if that cannot be told."""
