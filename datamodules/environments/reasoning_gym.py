@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from datamodules.environments.answers import final_answer
+from datamodules.environments.worked import worked_answer
 from modules.batch import Judgement, Message, Problem
 from modules.errors import UserError
 
@@ -85,7 +86,7 @@ class ReasoningGym:
             self._entry(0)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"parameters: {family} does not take {self.parameters} ({error})") from error
-        self._entry = lru_cache(maxsize=4096)(self._entry)
+        self._entry = lru_cache(maxsize=8)(self._entry)  # a data set may hold a word list
 
     def problem(self, seed: int, number: int) -> Problem:
         """Return the problem of a number; its facts say how to make it again."""
@@ -108,7 +109,8 @@ class ReasoningGym:
 
     def solution(self, problem: Problem) -> Message:
         """Return a worked answer."""
-        return {"role": "assistant", "content": f"Answer: {problem.answer}"}
+        _, entry, answer = self._made_again(problem)
+        return {"role": "assistant", "content": worked_answer(self.family, entry["question"], answer)}
 
     def _refusal(self, answer: str, reference: str) -> str | None:
         """Return why an answer is wrong whatever the scorer says, None if that cannot be told."""
