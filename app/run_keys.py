@@ -234,6 +234,12 @@ def _check_class(given: RunArguments, key: str) -> None:
         raise UserError(f"{key}.class_path: {path} is no class path; known: {', '.join(known)}")
 
 
+CORPORA = ("datamodules.pretraining.PretrainingData", "datamodules.sft.SFTData")
+"""Data that are read from prepared corpora."""
+MADE_OF = ("conversations", "environment", "docstrings")
+"""Keys of a source that say what to prepare it of where it is missing."""
+
+
 def check_files(given: RunArguments) -> None:
     """Check what a run reads first: the MODEL it starts from, unless it goes on with its own, and its corpora.
 
@@ -267,9 +273,13 @@ def check_files(given: RunArguments) -> None:
     sources = given.get("data.init_args.sources")
     corpora = {"data.init_args.path": given.get("data.init_args.path")}
     if isinstance(sources, dict):
-        corpora = {f"data.init_args.sources.{name}.path": find(source, "path") for name, source in sources.items()}
+        corpora = {
+            f"data.init_args.sources.{name}.path": find(source, "path")
+            for name, source in sources.items()
+            if not any(find(source, way) for way in MADE_OF)
+        }
     for key, path in corpora.items():
-        if isinstance(path, str) and given.get("data.class_path") == "datamodules.pretraining.PretrainingData":
+        if isinstance(path, str) and given.get("data.class_path") in CORPORA:
             check_corpus(path, key)
 
 

@@ -242,6 +242,19 @@ class SamplePrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class ChatTokens(Protocol):
+    """Data of conversations, whose turns are made of special tokens."""
+
+    def chat_tokens(self) -> Mapping[str, int]:
+        """Return the ids of the special tokens that the chat template writes, by name."""
+        ...
+
+    def reserved_tokens(self) -> Sequence[int]:
+        """Return the ids of the special tokens without a use, which the template does not write."""
+        ...
+
+
 class SourceUse(Protocol):
     """What has been taken from a source."""
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from modules.backbone.model import Network
-from modules.batch import ConversationBatch, PackedBatch
+from modules.batch import ChatTokens, ConversationBatch, PackedBatch
+from modules.checkpoints.source import open_model
+from modules.checkpoints.unlearnt import find_unlearnt, start_anew
 from modules.errors import UserError
 from modules.language_modeling import LanguageModeling
 from modules.objectives.next_token import LossAverage, conversation_weights
@@ -48,6 +50,22 @@ class SFT(LanguageModeling):
             for router in network.routers():
                 router.requires_grad_(False)
         return network
+
+    def configure_model(self) -> None:
+        """Build the network, see `StageModule`; rows of chat tokens that `init_from` never learnt start anew."""
+        built = self.network is not None
+        super().configure_model()
+        if built or self.init_from is None or not isinstance(self.data, ChatTokens):
+            return
+        source, tokens = open_model(self.init_from), self.data.chat_tokens()
+        reserved = [*self.data.reserved_tokens(), *range(self.data.vocab_size, self.backbone_config.vocab_size)]
+        found = find_unlearnt(source, tokens, reserved)
+        if self.lora is None:
+            start_anew(self.built_network, source, tokens, reserved, found, self.seed)
+        what = "start anew" if self.lora is None else "stay so under adapters (train whole first: lora null)"
+        for name, names in found.items():
+            line = f"rows of {name} that were never learnt {what}: {' '.join(names)}"
+            self.initial_weights.append(line)
 
     def add_fields(self, batch: PackedBatch) -> ConversationBatch:
         """Take each row for a conversation of weight 1."""

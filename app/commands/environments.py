@@ -41,9 +41,10 @@ def environments(names: str, *, model: Model | None = None, problems: int = 20, 
                 print(f"{name}: cannot be used: {str(error).removeprefix(f'environments.{name}: ')}", flush=True)
                 failed += 1
                 continue
-            faults = "".join(f"\n  fault: {fault}" for fault in found.faults)
-            print(f"{name}: {'FAILED' if found.faults else 'passed'}, {len(found.problems)} problems{faults}")
-            print(f"  for example {found.problems[0].text!r} -> {found.problems[0].answer!r}", flush=True)
+            print(f"{name}: {'FAILED' if found.faults else 'passed'}, {len(found.problems)} problems")
+            print(f"  for example {found.problems[0].text!r} -> {found.problems[0].answer!r}")
+            told = [f"  fault: {fault}" for fault in found.faults] + [f"  note: {note}" for note in found.notes]
+            print("\n".join(told), end="\n" * bool(told), flush=True)
             failed += bool(found.faults)
     print(f"{len(definitions) - failed:,} of {len(definitions):,} environments passed")
     return int(failed > 0)

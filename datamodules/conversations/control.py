@@ -166,13 +166,12 @@ class Block:
     def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a turn as `hide` does, but for its role, its keys, and the thought in an assistant's content.
 
-        Where an assistant's thoughts are not given by themselves, its content may hold them: the first `<think>` and
-        the last `</think>`, by which templates find them.
+        An assistant's content may hold its thought; its tags are the first `<think>` and the last `</think>`, by which
+        templates find it. Further ones are text.
         """
         hidden = {key: value if key == "role" else self.hide(value) for key, value in message.items()}
         content = message.get("content")
-        thinks = (message.get("reasoning_content") or "").strip()
-        if message.get("role") == "assistant" and isinstance(content, str) and not thinks:
+        if message.get("role") == "assistant" and isinstance(content, str):
             for tag, at in ((THOUGHT[0], content.find(THOUGHT[0])), (THOUGHT[1], content.rfind(THOUGHT[1]))):
                 if at >= 0:
                     hidden["content"] = hidden["content"][:at] + tag + hidden["content"][at + len(tag) :]

@@ -90,9 +90,14 @@ def overlap(rows: Iterable[Sequence[Message]], problems: Iterable[Problem]) -> i
     asked = {normalised(problem.text) for problem in problems}
     found: set[str] = set()
     for messages in rows:
-        turns = [str(message.get("content") or "") for message in messages if message["role"] != "assistant"]
-        found |= asked.intersection(map(normalised, [*turns, "\n".join(turns)]))
+        found |= asked & asked_in(messages)
     return len(found)
+
+
+def asked_in(messages: Sequence[Message]) -> set[str]:
+    """Return what a conversation asks, normalised: each turn that is not the assistant's, and all of them together."""
+    turns = [str(message.get("content") or "") for message in messages if message["role"] != "assistant"]
+    return set(map(normalised, [*turns, "\n".join(turns)]))
 
 
 @lru_cache(maxsize=16)

@@ -60,8 +60,29 @@ def _columns(x: int, y: int) -> str:
     return " ".join(columns)
 
 
+def _products(question: str, _: str) -> str:
+    """`... multiplication: 47 * 12. ...`: a line for each digit of the second factor, and what is added up so far."""
+    first, second = question.rpartition(": ")[2].partition(".")[0].split(" * ")
+    x, lines, total = abs(int(first)), [], 0
+    for place, digit in enumerate(reversed(second.lstrip("-"))):
+        carry, columns = 0, []
+        for upper in reversed(str(x)):
+            product = int(upper) * int(digit) + carry
+            columns.append(f"{upper}*{digit}{f'+{carry}' if columns else ''}={product}")
+            carry = product // 10
+        lines.append(" ".join(columns))
+        part = x * int(digit) * 10**place
+        if place:
+            lines.append(f"{total}+{part} {_columns(total, part)}")
+        total += part
+    return "\n".join(lines)
+
+
 def _letter_counting(question: str, _: str) -> str:
-    """`... the letter "e" appear in the text: "me see"?`: each word, then its letters with the count at each hit."""
+    """`... the letter "e" appear in the text: "me see"?`: each word, its letters with the count at each hit, the word.
+
+    The word again, since the next one is found behind it in the question.
+    """
     _, letter, _, text, _ = question.split('"')
     count, words = 0, []
     for word in text.split():
@@ -69,23 +90,14 @@ def _letter_counting(question: str, _: str) -> str:
         for character in word.lower():
             count += character == letter
             spelled += f" {character}{count if character == letter else ''}"
-        words.append(f"{word}:{spelled}")
-    return ", ".join(words)
+        words.append(f"{word}:{spelled} {word}")
+    return " ".join(words)
 
 
 def _spell_backward(question: str, _: str) -> str:
     """`... (example: sun -> nus): noon`: the letters with their numbers, then from the last to the first."""
-    return _reversed(list(question.rpartition(": ")[2]), "{}{}", "")
-
-
-def _word_sequence_reversal(question: str, _: str) -> str:
-    """`... Reverse this list of words: a, b`: the words with their numbers, then from the last to the first."""
-    return _reversed(question.rpartition(": ")[2].strip().split(", "), "{} {}", ",")
-
-
-def _reversed(items: list[str], form: str, separator: str) -> str:
-    numbered = [form.format(number, item) for number, item in enumerate(items, 1)]
-    return separator.join(numbered) + "\n" + separator.join(reversed(numbered))
+    letters = [f"{number}{letter}" for number, letter in enumerate(question.rpartition(": ")[2], 1)]
+    return "".join(letters) + "\n" + "".join(reversed(letters))
 
 
 def _number_filtering(question: str, answer: str) -> str:
@@ -103,7 +115,7 @@ STEPS: dict[str, Callable[[str, str], str]] = {
     "chain_sum": _chain_sum,
     "letter_counting": _letter_counting,
     "number_filtering": _number_filtering,
+    "products": _products,
     "spell_backward": _spell_backward,
-    "word_sequence_reversal": _word_sequence_reversal,
 }
 """Family -> its steps, given question and right answer."""

@@ -6,6 +6,7 @@ skipped or changed is counted by reason, with sizes and a few examples, and ends
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -89,9 +90,12 @@ class Policies:
         if self.max_document_bytes < 16:
             raise UserError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
 
-    def options(self) -> dict[str, Any]:
-        """Return what decides the content, as JSON."""
+    def options(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Return what decides the content, as JSON; the tokenizer is the one that was given, if any."""
         return asdict(self)
+
+    def complete(self, folder: Path) -> None:
+        """Add what belongs to the tokenizer of a corpus in a folder: nothing here."""
 
     @property
     def is_strict(self) -> bool:

@@ -56,6 +56,19 @@ def table_units(
         yield Unit(path=path, name=name, kind=kind, start=start, end=end, size=size)
 
 
+def column_names(path: str, suffix: str) -> list[str]:
+    """Return the names of the columns of a table.
+
+    Raises:
+        CorruptTableError: if it cannot be decoded.
+        OSError: if the system does not let us read the file.
+    """
+    with _decoding():
+        if suffix in PARQUET_SUFFIXES:
+            return _open_parquet(path, _state(path)).schema_arrow.names
+        return _open_arrow(path, _state(path)).column_names
+
+
 def read_rows(unit: Unit, column: str) -> Iterator[bytes | None]:
     """Yield the text of each row of a unit; None where there is none.
 

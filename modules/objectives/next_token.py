@@ -16,6 +16,8 @@ from modules.backbone.router import Routing
 from modules.batch import IGNORED_LABEL, ConversationBatch, PackedBatch, shifted_labels
 from modules.objectives.per_token import cross_entropy
 
+LossAverage = Literal["tokens", "conversations"]
+
 
 class NextTokenLoss(NamedTuple):
     """Loss of one micro-batch."""
@@ -36,9 +38,7 @@ def target_weights(batch: PackedBatch, mtp_depths: int) -> Tensor:
     return (labels != IGNORED_LABEL).float()
 
 
-def conversation_weights(
-    batch: ConversationBatch, mtp_depths: int, average: Literal["tokens", "conversations"]
-) -> Tensor:
+def conversation_weights(batch: ConversationBatch, mtp_depths: int, average: LossAverage) -> Tensor:
     """Return what each target counts in a mean over tokens, or in a mean over conversations of their means.
 
     A conversation is a document of a row. An MTP depth averages over the targets that it has: those of a conversation

@@ -17,8 +17,9 @@ PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("letter_counting", {"min_words": 1, "max_words": 4}),
     ("number_filtering", {}),
     ("number_filtering", {"min_numbers": 1, "max_numbers": 3, "max_decimals": 0}),
+    ("products", {}),
+    ("products", {"max_terms": 2, "max_digits": 2, "allow_negation": True}),
     ("spell_backward", {}),
-    ("word_sequence_reversal", {"min_words": 1, "max_words": 12}),
 ]
 
 
@@ -74,7 +75,7 @@ def test_columns_are_true_and_hold_the_digits_of_the_sum(family: str, parameters
             "letter_counting",
             'How many times does the letter "e" appear in the text: "Me see Eve"?',
             "5",
-            "Me: m e1, see: s e2 e3, Eve: e4 v e5\nAnswer: 5",
+            "Me: m e1 Me see: s e2 e3 see Eve: e4 v e5 Eve\nAnswer: 5",
         ),
         (
             "number_filtering",
@@ -89,10 +90,10 @@ def test_columns_are_true_and_hold_the_digits_of_the_sum(family: str, parameters
             "1n2e3o4n\n4n3o2e1n\nAnswer: noen",
         ),
         (
-            "word_sequence_reversal",
-            "Solve the following problem.\n\nReverse this list of words: constitution, owns\n",
-            "owns, constitution",
-            "1 constitution,2 owns\n2 owns,1 constitution\nAnswer: owns, constitution",
+            "products",
+            "Solve the following multiplication: 47 * 12. Give only the result as your final answer.",
+            "564",
+            "7*2=14 4*2+1=9\n7*1=7 4*1+0=4\n94+470 4+0=4 9+7+0=16 0+4+1=5\nAnswer: 564",
         ),
     ],
 )
