@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.models import open_source
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
