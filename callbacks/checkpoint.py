@@ -148,10 +148,7 @@ class Checkpoint(StepCallback):
         found = folder.checkpoints(parent)
         # a later one was damaged when the run went back behind it
         past = [path for path in found if folder.step_of(path) <= trainer.global_step]
-        by_answers = self.best_metric == EXACT_MATCH
-        measured = "evaluated" if by_answers else "validated"
-        ranked = folder.best(past, self.best_metric, measured=measured, highest=by_answers)
-        best = ranked[: self.keep_best]
+        best = self._ranked(past)[: self.keep_best] if self.keep_best else []
         kept = {*past[: self.keep_last], *best}
         if self.keep_every_n_steps is not None:
             kept |= {path for path in past if folder.step_of(path) % self.keep_every_n_steps == 0}
@@ -162,6 +159,12 @@ class Checkpoint(StepCallback):
         for path in found:
             if path not in kept:
                 trainer.strategy.remove_checkpoint(path)
+
+    def _ranked(self, found: list[Path]) -> list[Path]:
+        """Return the checkpoints of which the metric is known, the best first."""
+        if self.best_metric == EXACT_MATCH:
+            return folder.best(found, EXACT_MATCH, measured="evaluated", highest=True)
+        return folder.best(found, self.best_metric)
 
 
 class RandomState(StepCallback):

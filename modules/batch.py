@@ -121,22 +121,23 @@ def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:
     return shifted_labels(tokens, document_ids, 1)
 
 
-def shifted_labels(labels: Tensor, document_ids: Tensor, shift: int) -> Tensor:
+def shifted_labels(labels: Tensor, document_ids: Tensor, shift: int, missing: int = IGNORED_LABEL) -> Tensor:
     """Return labels moved `shift` positions to the left inside each document (MTP depth k uses shift k).
 
     Args:
-        labels: int64 [B, T].
+        labels: int64 [B, T]; or what else there is of each label, of any dtype.
         document_ids: int32 [B, T].
         shift: number of positions, >= 0.
+        missing: what stands where there is none.
 
     Returns:
-        int64 [B, T]: `labels[t + shift]` where that position exists and has the document of t, else `IGNORED_LABEL`.
+        [B, T]: `labels[t + shift]` where that position exists and has the document of t, else `missing`.
     """
     if shift == 0:
         return labels
-    shifted = torch.full_like(labels, IGNORED_LABEL)
+    shifted = torch.full_like(labels, missing)
     same = document_ids[:, shift:] == document_ids[:, :-shift]
-    shifted[:, :-shift] = torch.where(same, labels[:, shift:], IGNORED_LABEL)
+    shifted[:, :-shift] = torch.where(same, labels[:, shift:], missing)
     return shifted
 
 
@@ -238,6 +239,19 @@ class SamplePrompts(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids."""
+        ...
+
+
+@runtime_checkable
+class ChatTokens(Protocol):
+    """Data of conversations, whose turns are made of special tokens."""
+
+    def chat_tokens(self) -> Mapping[str, int]:
+        """Return the ids of the special tokens that the chat template writes, by name."""
+        ...
+
+    def reserved_tokens(self) -> Sequence[int]:
+        """Return the ids of the special tokens without a use, which the template does not write."""
         ...
 
 

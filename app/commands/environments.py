@@ -26,12 +26,12 @@ def environments(names: str, *, model: Model | None = None, problems: int = 20, 
     """
     if problems < 1:
         raise UserError(f"--problems: {problems} must be at least 1")
-    from app.evaluation.environments import find_environments, of_model
+    from app.evaluation.environments import find_environments
     from datamodules.environments.pool import Pool
     from datamodules.environments.self_test import self_test
     from modules.checkpoints.source import open_model
 
-    definitions = find_environments(names, {} if model is None else of_model(open_model(model).path))
+    definitions = find_environments(names, {} if model is None else open_model(model).facts.get("run", {}))
     failed = 0
     with Pool(definitions) as pool:
         for name in definitions:
@@ -41,9 +41,10 @@ def environments(names: str, *, model: Model | None = None, problems: int = 20, 
                 print(f"{name}: cannot be used: {str(error).removeprefix(f'environments.{name}: ')}", flush=True)
                 failed += 1
                 continue
-            faults = "".join(f"\n  fault: {fault}" for fault in found.faults)
-            print(f"{name}: {'FAILED' if found.faults else 'passed'}, {len(found.problems)} problems{faults}")
-            print(f"  for example {found.problems[0].text!r} -> {found.problems[0].answer!r}", flush=True)
+            print(f"{name}: {'FAILED' if found.faults else 'passed'}, {len(found.problems)} problems")
+            print(f"  for example {found.problems[0].text!r} -> {found.problems[0].answer!r}")
+            told = [f"  fault: {fault}" for fault in found.faults] + [f"  note: {note}" for note in found.notes]
+            print("\n".join(told), end="\n" * bool(told), flush=True)
             failed += bool(found.faults)
     print(f"{len(definitions) - failed:,} of {len(definitions):,} environments passed")
     return int(failed > 0)

@@ -58,11 +58,11 @@ def figures(problems: Sequence[Sequence[Attempt]], samples: int) -> dict[str, An
     An attempt that could not be judged counts as none; a problem counts for pass@k where k of its were.
 
     Returns:
-        `accuracy` and `pass@K` for K = 1, 2, 4, ... and all samples, as `Estimate`; numbers of `problems`, `samples`,
-        `failures` and `cut` replies, and each kind of `failure` with its number.
+        `accuracy` (pass@1) and `pass@K` for K = 1, 2, 4, ... and all samples, as `Estimate`; numbers of `problems`,
+        `samples`, `failures` and `cut` replies, and each kind of `failure` with its number.
     """
     rewards = [[a.judgement.reward for a in attempts if a.judgement.failure is None] for attempts in problems]
-    ks = sorted({samples, *(2**power for power in range(samples.bit_length()))}) if samples > 1 else []
+    ks = sorted({samples, *(2**power for power in range(samples.bit_length()))})
     attempts = [attempt for part in problems for attempt in part]
     kinds = Counter(a.judgement.failure for a in attempts if a.judgement.failure is not None)
     return {
@@ -87,7 +87,8 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the lines that a person reads: figures ± one standard error, the mean, and what was not judged."""
-    columns = [key for key, value in next(iter(found.values())).items() if isinstance(value, Estimate)]
+    first = next(iter(found.values()))
+    columns = [key for key, value in first.items() if isinstance(value, Estimate) and key != "pass@1"]
     titles = {"most_frequent": "most frequent answer"}
     rows = [["environment", "problems", *(titles.get(key, key) for key in columns), "cut", "not judged"]]
     for name, one in found.items():

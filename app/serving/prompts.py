@@ -12,8 +12,8 @@ from typing import TypeVar
 from app.serving.answers import Prompt
 from app.serving.errors import RequestError
 from app.serving.requests import ChatRequest, CompletionRequest
-from datamodules.chat_template import ChatTemplate
 from datamodules.conversations.replies import thinks
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 
 Result = TypeVar("Result")

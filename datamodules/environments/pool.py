@@ -13,6 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pkgutil import resolve_name
@@ -240,9 +241,21 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, self._memory), daemon=True)
-        self._process.start()
+        with _fixed_hashes():
+            self._process.start()
         theirs.close()
         self._opened = set()
+
+
+@contextmanager
+def _fixed_hashes() -> Iterator[None]:
+    """Let processes that are started have the same hashes: generators that go through sets make the same problems."""
+    key, before = "PYTHONHASHSEED", os.environ.get("PYTHONHASHSEED")
+    os.environ[key] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(key) if before is None else os.environ.update({key: before})
 
 
 def check(name: str, definition: Any) -> Definition:
