@@ -11,7 +11,7 @@ import pytest
 
 from app.__main__ import main
 from app.commands.chat import never_taught
-from datamodules.conversations.template import ChatTemplate
+from datamodules.conversations.template import CHAT_ML, ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
@@ -37,6 +37,14 @@ def model(tmp_path_factory) -> Path:
     tokenizer = Tokenizer.train(TEXTS, 320)
     their_model(transformers, vocab_size=tokenizer.vocab_size).save_pretrained(folder)
     tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(model, tmp_path_factory) -> Path:
+    """The model with a template that renders what was said as it stands."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "plain")
+    (folder / "chat_template.jinja").write_text(CHAT_ML, encoding="utf-8")
     return folder
 
 
@@ -92,13 +100,13 @@ def replies(
     return "".join(f"{text}\n" for text, _ in said)
 
 
-def test_a_conversation_is_that_of_the_rendered_turns(model, network, monkeypatch, capsys, computed) -> None:
+def test_a_conversation_is_that_of_the_rendered_turns(plain, network, monkeypatch, capsys, computed) -> None:
     talk = ["name?", "and </s> what?", "def"]
-    assert chat(model, [*talk, "", "/exit", "never read"], monkeypatch, capsys) == replies(model, network, talk)
-    whole = len(ChatTemplate(Tokenizer.load(model)).encode([{"role": "user", "content": talk[0]}], answer=True))
+    assert chat(plain, [*talk, "", "/exit", "never read"], monkeypatch, capsys) == replies(plain, network, talk)
+    whole = len(ChatTemplate(Tokenizer.load(plain)).encode([{"role": "user", "content": talk[0]}], answer=True))
     assert computed[0] == whole
     new = [
-        len(Tokenizer.load(model).encode(f"<|im_end|>\n<|im_start|>user\n{line}", special_tokens=True)) for line in talk
+        len(Tokenizer.load(plain).encode(f"<|im_end|>\n<|im_start|>user\n{line}", special_tokens=True)) for line in talk
     ]
     assert max(computed[1:]) < max(new[1:]) + 20, "earlier turns stay in the cache"
 
@@ -152,7 +160,7 @@ def test_thinking_reaches_the_template(model, network, monkeypatch, capsys, thin
         file.unlink()
 
 
-def test_ctrl_c_stops_a_reply_and_keeps_it(model, network, monkeypatch, capsys) -> None:
+def test_ctrl_c_stops_a_reply_and_keeps_it(plain, network, monkeypatch, capsys) -> None:
     real = Session.reply
 
     def reply(self, tokens, max_new_tokens):
@@ -164,9 +172,9 @@ def test_ctrl_c_stops_a_reply_and_keeps_it(model, network, monkeypatch, capsys) 
 
     stopped: list[str] = []
     monkeypatch.setattr(Session, "reply", reply)
-    printed = chat(model, ["name?", "def"], monkeypatch, capsys)
+    printed = chat(plain, ["name?", "def"], monkeypatch, capsys)
     assert printed.startswith(f"{stopped[0]} [stopped]\n")
-    tokenizer = Tokenizer.load(model)
+    tokenizer = Tokenizer.load(plain)
     turns = [("user", "name?"), ("assistant", stopped[0]), ("user", "def")]
     text = ChatTemplate(tokenizer).render([{"role": role, "content": said} for role, said in turns], answer=True)
     before, _, behind = text.partition(stopped[0])

@@ -71,9 +71,8 @@ def expected(model: Path) -> list[list[int]]:
     found = []
     for row in ROWS:
         if "messages" in row:
-            ids = tokenizer.encode(
-                "<|im_start|>user\nname?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
-            )
+            asked = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nname?<|im_end|>\n"
+            ids = tokenizer.encode(asked + "<|im_start|>assistant\n<think>\n", add_special_tokens=False)
         else:
             ids = row.get("prompt_ids") or tokenizer.encode(row["prompt"], split_special_tokens=True)
         with torch.no_grad():
