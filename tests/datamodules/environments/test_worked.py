@@ -17,8 +17,6 @@ PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("letter_counting", {"min_words": 1, "max_words": 4}),
     ("number_filtering", {}),
     ("number_filtering", {"min_numbers": 1, "max_numbers": 3, "max_decimals": 0}),
-    ("products", {}),
-    ("products", {"max_terms": 2, "max_digits": 2, "allow_negation": True}),
     ("spell_backward", {}),
 ]
 
@@ -81,19 +79,13 @@ def test_columns_are_true_and_hold_the_digits_of_the_sum(family: str, parameters
             "number_filtering",
             "Keep all numbers larger than 17 in this list: ['52', '-92']\nReturn the new list in the same format.",
             "['52']",
-            "52 yes, -92 no\nAnswer: ['52']",
+            "keep >\n52 > 17 yes\n-92 < 17 no\nAnswer: ['52']",
         ),
         (
             "spell_backward",
             "Spell this word backward (example: sun -> nus): neon",
             "noen",
             "1n2e3o4n\n4n3o2e1n\nAnswer: noen",
-        ),
-        (
-            "products",
-            "Solve the following multiplication: 47 * 12. Give only the result as your final answer.",
-            "564",
-            "7*2=14 4*2+1=9\n7*1=7 4*1+0=4\n94+470 4+0=4 9+7+0=16 0+4+1=5\nAnswer: 564",
         ),
     ],
 )
