@@ -12,7 +12,10 @@ from app.options import Device, Dtype, Model
 from modules.errors import UserError
 
 if TYPE_CHECKING:
-    from app.serving.server import Server
+    from aiohttp import web
+
+    from app.serving.server import Served, Server
+    from app.serving.worker import Worker
 
 GRACE_SECONDS = 10
 """How long answers that are being written may go on once the server is to stop."""
@@ -71,35 +74,9 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise UserError("--api_key: must be printable ASCII without blanks at its ends; give another one")
     with bind(host, port) as listener:
-        from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
-        from app.serving.answers import TokenTexts
-        from app.serving.prompts import Prompts
-        from app.serving.server import Limits, Served, Server
-        from app.serving.worker import Worker
-        from datamodules.conversations.template import ChatTemplate
+        from app.serving.server import Limits, Server
 
-        where, source = choose_device(device), open_source(model)
-        tokenizer = open_tokenizer(source)
-        ends = frozenset(source.generation.eos_token_ids)
-        try:
-            template = ChatTemplate(tokenizer)
-            turn_end = template.turn_end()
-        except UserError as error:
-            template = turn_end = None
-            print(f"note: completions only: {error}", file=sys.stderr)
-        network = load_network(source, dtype, where)
-        note_decoding(network)
-        decode = open_tokenizer(source).decode
-        worker = Worker(network, decode, batch_size, max_waiting)
-        served = Served(
-            name=str(model) if name is None else name,
-            created=int(time.time()),
-            prompts=Prompts(tokenizer, template, source.config.vocab_size),
-            texts=TokenTexts(tokenizer, source.config.vocab_size),
-            decode=decode,
-            ends=ends,
-            chat_ends=ends | ({turn_end} if turn_end is not None else set()),
-        )
+        served, worker = load(model, name, batch_size, max_waiting, dtype, device)
         limits = Limits(max_context=max_context, max_body=max_body * 2**20, seconds=timeout)
         worker.start()
         try:
@@ -108,6 +85,49 @@ def serve(
             worker.close()
             served.prompts.close()
             worker.join()
+
+
+def load(
+    model: Model,
+    name: str | None = None,
+    batch_size: int = 16,
+    max_waiting: int = 256,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> "tuple[Served, Worker]":
+    """Load a model to be served; for the arguments see `serve`.
+
+    Raises:
+        UserError: it is no MODEL, or brings no tokenizer.
+    """
+    from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
+    from app.serving.answers import TokenTexts
+    from app.serving.prompts import Prompts
+    from app.serving.server import Served
+    from app.serving.worker import Worker
+    from datamodules.conversations.template import ChatTemplate
+
+    where, source = choose_device(device), open_source(model)
+    tokenizer, decode = open_tokenizer(source), open_tokenizer(source).decode  # one for each thread, see `Prompts`
+    ends = frozenset(source.generation.eos_token_ids)
+    try:
+        template = ChatTemplate(tokenizer)
+        turn_end = template.turn_end()
+    except UserError as error:
+        template = turn_end = None
+        print(f"note: completions only, no chats: {error}", file=sys.stderr)
+    network = load_network(source, dtype, where)
+    note_decoding(network)
+    served = Served(
+        name=str(model) if name is None else name,
+        created=int(time.time()),
+        prompts=Prompts(tokenizer, template, source.config.vocab_size),
+        texts=TokenTexts(tokenizer, source.config.vocab_size),
+        decode=decode,
+        ends=ends,
+        chat_ends=ends if turn_end is None else ends | {turn_end},
+    )
+    return served, Worker(network, decode, batch_size, max_waiting)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -143,16 +163,10 @@ async def run(server: "Server", listener: socket.socket, name: str) -> None:
         listener: a bound socket.
         name: the model's name.
     """
-    from aiohttp import web
-
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner = web.AppRunner(
-        server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=GRACE_SECONDS
-    )
-    await runner.setup()
-    await web.SockSite(runner, listener).start()
+    runner = await listen(server, listener)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if not ipaddress.ip_address(host).is_loopback:
@@ -165,3 +179,15 @@ async def run(server: "Server", listener: socket.socket, name: str) -> None:
     await stop.wait()
     print("stopping: answers that are being written may end", file=sys.stderr, flush=True)
     await runner.cleanup()
+
+
+async def listen(server: "Server", listener: socket.socket) -> "web.AppRunner":
+    """Answer who connects to a bound socket, until `cleanup` of what is returned."""
+    from aiohttp import web
+
+    runner = web.AppRunner(
+        server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=GRACE_SECONDS
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner

@@ -28,7 +28,7 @@ class ReplyStream:
     def add(self, piece: str) -> dict[str, str]:
         """Take text; return what is certain now: `reasoning_content`, `content`, or nothing."""
         self._text += piece
-        thoughts, said = self._divide()
+        thoughts, said = self._divide(complete=False)
         if said is None:
             thoughts = thoughts[: len(thoughts) - _uncertain(thoughts, END_THINK)].rstrip("\n")
         elif self._tools:
@@ -38,21 +38,20 @@ class ReplyStream:
 
     def finish(self) -> dict[str, Any]:
         """Return what was held back: no more text comes."""
-        thoughts, said = self._divide()
+        thoughts, said = self._divide(complete=True)
         message = read_reply(said, False, self._tools) if said and self._tools and END_THINK not in said else {}
-        delta: dict[str, Any] = self._new(thoughts.rstrip("\n"), message.get("content", said or ""))
+        delta: dict[str, Any] = self._new(thoughts, message.get("content", said or ""))
         return delta | ({"tool_calls": message["tool_calls"]} if "tool_calls" in message else {})
 
-    def _divide(self) -> tuple[str, str | None]:
+    def _divide(self, complete: bool) -> tuple[str, str | None]:
         """Return thoughts and what is said; None: nothing yet, or it may be a thought still."""
-        text = self._text
-        if not self._thinking:
-            beginning = text.lstrip()
-            if not beginning.startswith(THINK):
-                return "", None if THINK.startswith(beginning) and len(beginning) < len(THINK) else text
-            text = beginning
-        thoughts, end, said = text.removeprefix(THINK).partition(END_THINK)
-        return thoughts.lstrip("\n"), said.removeprefix("\n") if end else None
+        beginning = self._text if self._thinking else self._text.lstrip()
+        if not complete and len(beginning) < len(THINK) and THINK.startswith(beginning):
+            return "", None
+        if not self._thinking and not beginning.startswith(THINK):
+            return "", self._text
+        thoughts, end, said = beginning.removeprefix(THINK).partition(END_THINK)
+        return thoughts.strip("\n"), said.removeprefix("\n") if end else None
 
     def _new(self, thoughts: str, said: str) -> dict[str, str]:
         """Return what has not been sent of thoughts and content."""

@@ -88,7 +88,7 @@ def _encode(conversation: Conversation, template: ChatTemplate, mask: Mask) -> E
         if mask == "generated":
             _check_thought(conversation, block, whole.text[first:last])
     tokens = np.array(encoding.ids, dtype=np.int32)
-    _check(tokens, learnt, block.ids[end], [whole.text[slice(*place)] for place in encoding.offsets])
+    check_mask(tokens, learnt, block.ids[end], [whole.text[slice(*place)] for place in encoding.offsets])
     return Encoded(tokens, learnt)
 
 
@@ -200,11 +200,21 @@ def _check_thought(conversation: Conversation, block: Block, written: str) -> No
         raise ConversationError("mask with an inserted thought", "the mask holds an empty thought that no turn has")
 
 
-def _check(tokens: np.ndarray, learnt: np.ndarray, end: int, texts: Sequence[str]) -> None:
-    """Check that a mask is one that can be learnt from."""
+def check_mask(tokens: np.ndarray, learnt: np.ndarray, end: int, texts: Sequence[str]) -> None:
+    """Check that a mask is one that can be learnt from.
+
+    Args:
+        tokens: int [n], of one conversation.
+        learnt: bool [n], whether a token is learnt; the first of all cannot be.
+        end: token that ends a turn.
+        texts: of each token; only blanks may be learnt behind the end of a turn.
+
+    Raises:
+        ConversationError: the mask is empty, whole, lacks the end of a turn or goes beyond it.
+    """
     if not learnt.any():
         raise ConversationError("empty mask", "the mask is empty: nothing would be learnt")
-    if learnt.all():
+    if learnt[1:].all():
         raise ConversationError("whole mask", "the mask is whole: prompts would be learnt too")
     ends = np.flatnonzero(tokens == end)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]])))

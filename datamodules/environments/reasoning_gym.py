@@ -95,7 +95,7 @@ class ReasoningGym:
             self._entry(0)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"parameters: {family} does not take {self.parameters} ({error})") from error
-        self._entry = lru_cache(maxsize=4096)(self._entry)
+        self._entry = lru_cache(maxsize=8)(self._entry)  # a data set may hold a word list
 
     def problem(self, seed: int, number: int) -> Problem:
         """Return the problem of a number; its facts say how to make it again."""
@@ -121,7 +121,8 @@ class ReasoningGym:
 
         So a model learns to take its steps whether it is asked to think or not.
         """
-        answer = worked_answer(self.family, problem.text, problem.answer)
+        _, entry, gold = self._made_again(problem)
+        answer = worked_answer(self.family, entry["question"], gold)
         steps, _, result = answer.rpartition("\n")
         if not steps or hashlib.sha256(problem.text.encode()).digest()[-1] % 2:
             return {"role": "assistant", "content": answer}

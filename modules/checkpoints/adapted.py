@@ -80,7 +80,7 @@ def check_base(source: "ModelFolder", base: Base, checkpoint: Path) -> None:
     if fingerprint(source) != base.fingerprint:
         raise UserError(
             f"{source.path} is not the base that the adapters in {checkpoint} were trained over ({base.path}): its "
-            "weights are others; put that one back there"
+            "weights are others; name that one in model.init_args.init_from, or put it back"
         )
 
 
