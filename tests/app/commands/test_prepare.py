@@ -1,7 +1,6 @@
 """The command as a user starts it: `python -m app prepare`."""
 
 import glob
-import glob
 import hashlib
 import json
 import os
