@@ -4,14 +4,18 @@ Together they say: likelihood, perplexity, bits per byte, divergence.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from app.models import check_same_tokenizer, open_tokenizer
 from app.rows_file import text_of
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.masks import encode
+from datamodules.conversations.messages import Conversation, ConversationError, read_messages, read_tools
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
+from modules.batch import Message
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 
@@ -29,10 +33,17 @@ class Reader:
 
     Args:
         source: the MODEL; its tokenizer and chat template are opened when a row needs them.
+        tools: those of conversations that are to be gone on with and have no `tools` of their own.
+        variables: what the template is told of these conversations, see `app.talk.template_variables`.
     """
 
-    def __init__(self, source: ModelFolder) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: ModelFolder,
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._source, self._tools, self._variables = source, tools, variables
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -85,7 +96,11 @@ class Reader:
         if "prompt" in row:
             return self.tokenizer.encode_prompt(text_of(row, "prompt", where))
         if "messages" in row:
-            return self._render(row["messages"], where, answer=True)
+            messages, tools = self._turns(row, where)
+            try:
+                return self.template.encode_prompt(messages, tools, **self._variables)
+            except ConversationError as error:
+                raise error.at(where) from None
         raise UserError(f"{where}: the row has no prompt (prompt, prompt_ids or messages); add one")
 
     @property
@@ -117,27 +132,19 @@ class Reader:
 
     def _conversation(self, row: dict[str, Any], where: str) -> Tokens:
         """Return a conversation whose last turn, the assistant's with its end mark, is the completion."""
-        messages = row["messages"]
-        whole = self._render(messages, where, answer=False)
-        if messages[-1].get("role") != "assistant":
+        messages, tools = self._turns(row, where)
+        if messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: messages must end with the assistant's turn: it is what is scored")
-        prompt = self._render(messages[:-1], where, answer=True)
-        if whole[: len(prompt)] != prompt:
-            raise UserError(
-                f"{where}: the chat template renders the turns before the answer differently with and without it; "
-                "give prompt and completion instead of messages"
-            )
-        return Tokens(whole, len(prompt))
+        given = len(messages) - 1
+        encoded = encode(Conversation(messages=messages, tools=tools, prompt_turns=given, place=where), self.template)
+        (written,) = encoded.mask.nonzero()
+        return Tokens(encoded.tokens[: written[-1] + 1].tolist(), int(written[0]))
 
-    def _render(self, messages: object, where: str, *, answer: bool) -> list[int]:
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UserError(f'{where}: messages must be a list of turns like {{"role": ..., "content": ...}}')
-        if not messages:
-            raise UserError(f"{where}: messages must hold at least one turn")
+    def _turns(self, row: dict[str, Any], where: str) -> tuple[list[Message], list[dict[str, Any]]]:
         try:
-            return self.template.encode(messages, answer=answer)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            return read_messages(row["messages"]), read_tools(row["tools"]) if "tools" in row else list(self._tools)
+        except ConversationError as error:
+            raise error.at(where) from None
 
     def _ids(self, row: dict[str, Any], key: str, where: str) -> list[int]:
         ids, size = row[key], self._source.config.vocab_size
@@ -149,6 +156,7 @@ class Reader:
                 f"take the model that wrote them, or remove {key} where the row has the text"
             )
         return ids
+
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int] | None:

@@ -26,7 +26,7 @@ from modules.backbone.initialization import initialize, initialize_adapters
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
-from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
+from modules.batch import HeldOutText, PackedBatch, TrainingData, Window, target_positions
 from modules.checkpoints import folder
 from modules.checkpoints.adapted import BASE, Base, base_of, check_base, fingerprint
 from modules.checkpoints.load import hold_quantized, quantized_names
@@ -35,7 +35,7 @@ from modules.checkpoints.start import fill_from, open_fitting, start_from
 from modules.checkpoints.training_source import TOKENIZER
 from modules.errors import UserError
 from modules.metrics import Metrics
-from modules.objectives.next_token import next_token_loss
+from modules.objectives.next_token import next_token_loss, target_weights
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
@@ -68,6 +68,8 @@ class StageStrategy(Protocol):
 
 VALIDATED = ("validation/loss", "validation/bits_per_byte")
 """Metrics of a validation, in the order in which they are told."""
+EXACT_MATCH = "validation/exact_match"
+"""Share of held-out problems that are answered right, mean over environments; below it, by the names of these."""
 
 
 class MicroBatchLoss(NamedTuple):
@@ -178,6 +180,22 @@ class StageModule(LightningModule):
             totals: the sums of what `count` returns over the micro-batches of the step and all ranks, fp32.
         """
 
+    def target_weights(self, batch: PackedBatch, mtp_depths: int) -> Tensor:
+        """Return what each target counts in a mean of nats: 1, unless a stage says otherwise.
+
+        Args:
+            batch: the micro-batch.
+            mtp_depths: M.
+
+        Returns:
+            fp32 [1 + M, B, T]: of the next token, and of each MTP depth; 0 where there is no target.
+        """
+        return target_weights(batch, mtp_depths)
+
+    def add_fields(self, batch: PackedBatch) -> PackedBatch:
+        """Return rows of tokens that mean nothing as a batch of the stage, with the fields that it adds."""
+        return batch
+
     @property
     def data(self) -> TrainingData:
         """The datamodule, by the protocol both sides know."""
@@ -227,7 +245,8 @@ class StageModule(LightningModule):
         """Return random tokens [rows, length], a document a row, a label at every position; the same on all ranks."""
         generator = torch.Generator().manual_seed(0)
         tokens, labels = torch.randint(self.data.vocab_size, (2, rows, length), generator=generator)
-        return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
+        ids = torch.zeros(rows, length, dtype=torch.int32)
+        return self.add_fields(PackedBatch(tokens=tokens, labels=labels, document_ids=ids))
 
     def check_run(self, data: TrainingData, device_type: str) -> None:
         """Refuse what does not fit together before anything is written: no folder, no prepared corpus.
@@ -484,14 +503,14 @@ class StageModule(LightningModule):
         self._validation = torch.zeros(3, device=self.device, dtype=torch.float64)  # nats, targets, bytes
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add up nats, targets and the bytes the targets stand for."""
-        nats = next_token_loss(self.built_network, batch, torch.ones(1, device=self.device), 0, 0.0).nats[0]
-        kept = batch.labels[batch.labels != IGNORED_LABEL]
-        targets = torch.tensor(kept.numel(), device=kept.device)
-        self._validation += torch.stack([nats, targets, self._token_bytes[kept].sum()])
+        """Add up nats, targets and the bytes the targets stand for, each target by what it counts."""
+        weights, one = self.target_weights(batch, 0), torch.ones(1, device=self.device)
+        nats = next_token_loss(self.built_network, batch, one, 0, 0.0, weights).nats[0]
+        text_bytes = self._token_bytes[batch.labels.clamp(min=0)] * weights[0]
+        self._validation += torch.stack([nats, weights.sum(), text_bytes.sum()])
 
     def on_validation_epoch_end(self) -> None:
-        """Record `validation/loss` (nats per token) and, of text, `validation/bits_per_byte`.
+        """Record `validation/loss` (nats per target) and, of text, `validation/bits_per_byte`.
 
         Raises:
             UserError: the rows have no target.

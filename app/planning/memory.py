@@ -139,7 +139,7 @@ def measure_step(
             document_ids=torch.empty(ids.shape, dtype=torch.int32),
             boundaries=boundaries,
         )
-        return _measure(module, network, repeats, batch, micro_batches, strategy, live)
+        return _measure(module, network, repeats, module.add_fields(batch), micro_batches, strategy, live)
 
 
 @contextmanager

@@ -109,6 +109,14 @@ class AttentionState:
         """Keep these rows int64 [n]."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def join(self, other: "AttentionState", capacity: int) -> None:
+        """Take another state's rows behind one's own; all have room for `capacity` positions then."""
+
+        def joined(*kept: Tensor) -> Tensor:
+            return torch.cat([F.pad(one, (0, 0, 0, capacity - one.shape[2])) for one in kept])
+
+        self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
+
     def size(self) -> int:
         """Return the bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
@@ -189,6 +197,10 @@ class MambaState:
     def select(self, rows: Tensor) -> None:
         """Keep these rows int64 [n]."""
         self.window, self.ssm = self.window[rows], self.ssm[rows]
+
+    def join(self, other: "MambaState") -> None:
+        """Take another state's rows behind one's own."""
+        self.window, self.ssm = torch.cat([self.window, other.window]), torch.cat([self.ssm, other.ssm])
 
     def size(self) -> int:
         """Return the bytes of window and state."""
@@ -304,12 +316,26 @@ class Cache:
             state.window, state.ssm = window.clone(), ssm.clone()
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; a row may be named more than once."""
-        index = torch.tensor(rows, device=self.device)
+        """Keep these rows, in this order; a row may be named more than once, and none at all."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for state in self.states:
             if state is not None:
                 state.select(index)
         self.lengths = [self.lengths[row] for row in rows]
+        self._forget_held()
+
+    def join(self, other: "Cache") -> None:
+        """Take the rows of another cache of the same layers behind one's own.
+
+        Where there are rows already, the larger capacity becomes that of all.
+        """
+        self.capacity = max(self.capacity if self.lengths else 0, other.capacity)
+        for state, more in zip(self.states, other.states, strict=True):
+            if isinstance(state, AttentionState) and isinstance(more, AttentionState):
+                state.join(more, self.capacity)
+            elif isinstance(state, MambaState) and isinstance(more, MambaState):
+                state.join(more)
+        self.lengths += other.lengths
         self._forget_held()
 
     def size(self) -> tuple[int, int]:

@@ -129,7 +129,7 @@ class NativeLayers:
         if len(around) > 1:
             self.given.join = _describe_product(cast(Linear, around[-1]), self.embedding, self._adapters)
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._enough = (0, 0)
+        self._enough = (0, 0, 0)
         self._held: list[Tensor] = []
         self.starts = (ctypes.c_int64 * 0)()
         """Positions before those of a pass, by row."""
@@ -251,7 +251,7 @@ class NativeLayers:
 
     def scratch(self, rows: int, length: int) -> Tensor:
         """Return memory that is enough for any layer: what decoding.c takes, added up, each block rounded up."""
-        if (rows, length) == self._enough:
+        if (rows, length, self.cache.capacity) == self._enough:
             return self._memory
         config, count = self.config, rows * length
         inner, channels = config.mamba_inner_size, config.mamba_conv_size
@@ -268,7 +268,7 @@ class NativeLayers:
         size = 4 * (most + 16 * 32)
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8)
-        self._enough = rows, length
+        self._enough = rows, length, self.cache.capacity
         return self._memory
 
 

@@ -8,7 +8,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from app.evaluation.harness import HarnessModel, prefix_id, read_settings
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.errors import UserError
@@ -115,7 +115,7 @@ def test_conversations_are_rendered_as_by_transformers(folder, tokenizer) -> Non
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs.chat_template = ChatTemplate(tokenizer)._source
+    theirs.chat_template = ChatTemplate(tokenizer).source
     mine = ours(folder, tokenizer, template=ChatTemplate(tokenizer))
     rendered = mine.apply_chat_template(TALK[:1])
     assert rendered == theirs.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
