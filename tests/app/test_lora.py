@@ -89,8 +89,8 @@ def test_another_base_is_refused(program, run_file, base, adapted, tmp_path):
 
 
 def test_two_processes_train_what_one_does(run_file, base, tmp_path):
-    plain = ["--model.init_args.precision.recipe=fp32", "--trainer.max_steps=2", "--samples.max_new_tokens=0"]
-    plain += [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", "--data.init_args.micro_batch_size=1"]
+    plain = [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", "--data.init_args.micro_batch_size=1"]
+    plain += ["--model.init_args.precision.recipe=fp32", "--trainer.max_steps=2", "--samples.max_new_tokens=0"]
     for devices in (1, 2):
         command = ["fit", *plain, *options(base, 0.0), f"--trainer.devices={devices}", f"--name={devices}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
