@@ -46,10 +46,9 @@ def test_a_family_without_a_form_says_its_result() -> None:
 def test_columns_are_true_and_hold_the_digits_of_the_sum(family: str, parameters: dict[str, Any]) -> None:
     for entry in problems(family, parameters):
         steps = worked_answer(family, entry["question"], entry["answer"]).splitlines()[:-1]
-        for line in steps:
-            equations = re.findall(r"(\S+)=(\d+)", line)
-            assert all(eval(left) == int(right) for left, right in equations)
-        results = [result for _, result in equations]
+        lines = [re.findall(r"(\S+)=(\d+)", line) for line in steps]
+        assert all(eval(left) == int(right) for equations in lines for left, right in equations)
+        results = [result for _, result in lines[-1]]
         digits = results[-1] + "".join(result[-1] for result in reversed(results[:-1]))
         assert int(digits) == abs(int(entry["answer"]))
 
