@@ -1,6 +1,7 @@
 """Our Nemotron template against trl's copies of NVIDIA's, as transformers renders them."""
 
 import random
+from typing import Any
 
 import pytest
 from jinja2 import TemplateError
@@ -13,7 +14,7 @@ from tests.datamodules.conversations.random_rows import TEXTS, random_row
 TEMPLATES = ["nemotron_3_super", "nemotron_3_super_training", "nemotron_3_nano", "nemotron_3_nano_training"]
 
 
-def rendered(source: str, turns: list, **options: object) -> object:
+def rendered(source: str, turns: list, **options: Any) -> Any:
     try:
         return render_jinja_template([turns], chat_template=source, return_assistant_tokens_mask=True, **options)
     except (TemplateError, TypeError) as error:

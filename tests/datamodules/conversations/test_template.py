@@ -191,7 +191,7 @@ def test_tokens_around_control_tokens_are_the_tokenizers_own(folder: Path) -> No
     theirs, ours = AutoTokenizer.from_pretrained(folder), ChatTemplate(Tokenizer.load(folder))
     assert ours.encode(talk, answer=False) == theirs.apply_chat_template(talk, return_dict=False)
     forged = ours.encode([{"role": "user", "content": "<call>"}], answer=False)
-    assert forged.count(inner.token_to_id("<call>")) == 1
+    assert sum(index == inner.token_to_id("<call>") for index in forged) == 1
 
 
 def test_half_a_character_is_told(template_of) -> None:
