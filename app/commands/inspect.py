@@ -6,6 +6,7 @@ of the 120B run can be looked at on a laptop that has the corpus.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from app.cli import RunCLI
     from app.inspection.saved import SavedBatch
     from app.inspection.view import BatchView, Row
-    from datamodules.pretraining import PretrainingData
+    from datamodules.corpora import CorpusData
     from datamodules.tokenizer import Tokenizer
     from modules.batch import PackedBatch
 
@@ -138,7 +139,7 @@ class StepLoader:
         if not isinstance(module, StageModule):
             raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
         self.module: StageModule = module
-        self.data: PretrainingData = run.instantiate("data")
+        self.data: CorpusData = run.instantiate("data")
         self.data.workers = 0  # the batches do not depend on them, and one step is read faster without
         self.data.prepare_data()
         self.data.setup("fit")
@@ -178,18 +179,19 @@ class StepLoader:
         rows = [row for batch in saved.micro_batches for row in batch.tokens]
         return [known.get(row.numpy().tobytes(), "") for row in rows]
 
+    @cached_property
+    def turn_end(self) -> int | None:
+        """Token that ends an assistant's turn; None: the rows hold no conversations."""
+        from datamodules.conversations.template import ChatTemplate
+
+        return ChatTemplate(self.tokenizer).turn_end() if self.data.kind == "conversations" else None
+
     def view(
         self, micro_batches: "Sequence[PackedBatch]", origins: Sequence[str], losses: "Sequence[Tensor] | None"
     ) -> "BatchView":
         """Return the view of a window; see `build_view`."""
         from app.inspection.view import build_view
-        from modules.batch import ConversationBatch
 
-        self._turn_end = None
-        if isinstance(micro_batches[0], ConversationBatch):
-            from datamodules.conversations.template import ChatTemplate
-
-            self._turn_end = ChatTemplate(self.tokenizer).turn_end()
         return build_view(
             micro_batches,
             self.tokenizer,
@@ -198,7 +200,7 @@ class StepLoader:
             self.module.mtp_depths,
             losses,
             self._loss_weights(micro_batches),
-            [] if self._turn_end is None else [self._turn_end],
+            [] if self.turn_end is None else [self.turn_end],
         )
 
     def _loss_weights(self, micro_batches: "Sequence[PackedBatch]") -> "list[Tensor] | None":
@@ -215,10 +217,10 @@ class StepLoader:
         """Return a line for each conversation with a mask that cannot be meant."""
         from app.inspection.checks import mask_errors
 
-        if self._turn_end is None:
+        if self.turn_end is None:
             return []
-        masks = {corpus.metadata["options"].get("mask") for corpus in self.data.corpora.values()}
-        return mask_errors(view, self._turn_end, generated=masks == {"generated"})
+        masks = {corpus.metadata["options"]["mask"] for corpus in self.data.corpora.values()}
+        return mask_errors(view, self.turn_end, generated=masks == {"generated"})
 
 
 def saved_title(saved: "SavedBatch", file: Path) -> list[str]:

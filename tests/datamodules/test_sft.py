@@ -121,10 +121,10 @@ def test_rows_of_the_other_kind_are_refused(conversations_folder, corpus_folder)
         talk.setup("fit")
 
 
-def test_rows_of_two_templates_are_refused(conversations_file, conversations_folder, tokenizer_folder, tmp_path):
+def test_rows_of_two_templates_are_refused(conversations_source, conversations_folder, tokenizer_folder, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text((conversations_folder / "tokenizer" / "chat_template.jinja").read_text() + "{# mine #}")
-    prepare_corpus(of_conversations(conversations_file, tmp_path / "b", tokenizer_folder, template=str(template)))
+    prepare_corpus(of_conversations(conversations_source, tmp_path / "b", tokenizer_folder, template=str(template)))
     data = make_data(sources={"a": prepared(conversations_folder), "b": prepared(tmp_path / "b")})
     with pytest.raises(
         UserError, match=r"^data.sources: .*/b and .* were rendered by different chat templates; prepare"
@@ -132,19 +132,19 @@ def test_rows_of_two_templates_are_refused(conversations_file, conversations_fol
         data.setup("fit")
 
 
-def recipes(folder: Path, conversations_file: Path) -> dict[str, ConversationSource]:
+def recipes(folder: Path, conversations_source: Path) -> dict[str, ConversationSource]:
     return {
-        "files": ConversationSource(path=str(folder / "files"), conversations=[str(conversations_file)]),
+        "files": ConversationSource(path=str(folder / "files"), conversations=[str(conversations_source)]),
         "sums": ConversationSource(path=str(folder / "sums"), environment=ADDITION, count=80),
         "docs": ConversationSource(path=str(folder / "docs"), docstrings=True, count=50),
     }
 
 
 def test_missing_sources_are_prepared_and_checked_from_then_on(
-    conversations_file, conversations_folder, tokenizer_folder, tmp_path, capsys
+    conversations_source, conversations_folder, tokenizer_folder, tmp_path, capsys
 ):
     options = {"tokenizer": str(tokenizer_folder), "validation_fraction": 0.1, "total_tokens": None, "epochs": 2}
-    sources = recipes(tmp_path, conversations_file)
+    sources = recipes(tmp_path, conversations_source)
     data = make_data(sources=sources, **options)
     assert data.total is UNKNOWN
     assert data.vocab_size == Tokenizer.load(tokenizer_folder).vocab_size
@@ -218,10 +218,10 @@ def test_mistakes_name_the_key(options, message):
         make_data(**({"sources": {"a": ConversationSource(path="x")}} | options))
 
 
-def test_a_missing_source_says_how_to_make_it(tmp_path, conversations_file):
+def test_a_missing_source_says_how_to_make_it(tmp_path, conversations_source):
     nothing = make_data(sources={"a": ConversationSource(path=str(tmp_path / "a"))})
     with pytest.raises(UserError, match=r"/a is no prepared corpus; make it with: python -m app prepare FILES"):
         nothing.prepare_data()
-    without = make_data(sources=recipes(tmp_path, conversations_file))
+    without = make_data(sources=recipes(tmp_path, conversations_source))
     with pytest.raises(UserError, match=r"^data.init_args.tokenizer: .* is not there yet, and is prepared with"):
         without.prepare_data()

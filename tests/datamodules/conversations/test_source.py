@@ -15,7 +15,9 @@ from litdata import StreamingDataset
 
 from datamodules.conversations.masks import encode
 from datamodules.conversations.messages import read_conversation
+from datamodules.conversations.source import ConversationOptions
 from datamodules.conversations.template import TEMPLATE_FILE, ChatTemplate
+from datamodules.text import shards
 from datamodules.text.corpus import Corpus
 from datamodules.text.preparation import check_options, describe, prepare_corpus
 from datamodules.text.rows import ConversationRow
@@ -96,36 +98,56 @@ def test_litdata_reads_the_rows(conversations_folder):
 
 @pytest.mark.parametrize("options", [{"workers": 3}, {"shard_bytes": 1000}])
 def test_workers_and_shards_decide_nothing_but_the_order(
-    conversations_file, conversations_folder, tokenizer_folder, tmp_path, options
+    conversations_source, conversations_folder, tokenizer_folder, tmp_path, options
 ):
-    prepare_corpus(of_conversations(conversations_file, tmp_path / "again", tokenizer_folder, **options))
+    prepare_corpus(of_conversations(conversations_source, tmp_path / "again", tokenizer_folder, **options))
     assert stored(tmp_path / "again") == stored(conversations_folder)
     if "workers" in options:
         assert tree(tmp_path / "again") == tree(conversations_folder)
 
 
-def test_the_template_goes_with_the_tokenizer(conversations_folder, tokenizer_folder, tmp_path, conversations_file):
+def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
+    conversations_source, conversations_folder, tokenizer_folder, tmp_path, monkeypatch
+):
+    preparation = of_conversations(conversations_source, tmp_path / "out", tokenizer_folder)
+    write_file = shards.write_file
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if path.name == "shard-000003.json":
+            raise KeyboardInterrupt
+        write_file(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(preparation)
+    assert len(list((tmp_path / "out" / ".preparation").glob("shard-*.json"))) == 3
+    prepare_corpus(preparation)
+    assert tree(tmp_path / "out") == tree(conversations_folder)
+
+
+def test_the_template_goes_with_the_tokenizer(conversations_folder, tokenizer_folder, tmp_path, conversations_source):
     source = (conversations_folder / "tokenizer" / TEMPLATE_FILE).read_text()
     assert source == ChatTemplate(Tokenizer.load(tokenizer_folder)).source
     other = tmp_path / "other.jinja"
     other.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
                      "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
-    preparation = of_conversations(conversations_file, tmp_path / "out", tokenizer_folder, template=str(other))
+    preparation = of_conversations(conversations_source, tmp_path / "out", tokenizer_folder, template=str(other))
     prepare_corpus(preparation)
     assert (tmp_path / "out" / "tokenizer" / TEMPLATE_FILE).read_text() == other.read_text()
     assert stored(tmp_path / "out") != stored(conversations_folder)
     other.write_text(other.read_text() + "{# changed #}")
     with pytest.raises(UserError, match=r"^template: .* was prepared with "):
         prepare_corpus(preparation)
-    missing = of_conversations(conversations_file, tmp_path / "new", tokenizer_folder, template=str(tmp_path / "no"))
+    missing = of_conversations(conversations_source, tmp_path / "new", tokenizer_folder, template=str(tmp_path / "no"))
     with pytest.raises(UserError, match=r"^template: .*/no cannot be read .*; give a Jinja file$"):
         prepare_corpus(missing)
 
 
 def test_the_mask_of_the_template_is_stored_as_it_stands(
-    conversations, conversations_file, conversations_folder, tokenizer_folder, tmp_path
+    conversations, conversations_source, conversations_folder, tokenizer_folder, tmp_path
 ):
-    prepare_corpus(of_conversations(conversations_file, tmp_path / "out", tokenizer_folder, mask="template"))
+    prepare_corpus(of_conversations(conversations_source, tmp_path / "out", tokenizer_folder, mask="template"))
     found = stored(tmp_path / "out")
     assert found == encoded(distinct(conversations), tokenizer_folder, "template")
     assert found != stored(conversations_folder)
@@ -242,15 +264,15 @@ def test_names_of_special_tokens_in_a_message_are_text_unless_asked_for(tokenize
 
 
 def test_a_corpus_is_of_one_kind_and_of_its_options(
-    conversations_file, conversations_folder, tokenizer_folder, tmp_path
+    conversations_source, conversations_folder, tokenizer_folder, tmp_path
 ):
     output = tmp_path / "out"
     shutil.copytree(conversations_folder, output)
-    preparation = of_conversations(conversations_file, output, tokenizer_folder)
+    preparation = of_conversations(conversations_source, output, tokenizer_folder)
     check_options(preparation)
     assert prepare_corpus(preparation)[1]
     for key, value in {"mask": "template", "over_long": "cut", "sequence_length": 128}.items():
-        changed = of_conversations(conversations_file, output, tokenizer_folder, **{key: value})
+        changed = of_conversations(conversations_source, output, tokenizer_folder, **{key: value})
         for check in (check_options, prepare_corpus):
             with pytest.raises(UserError, match=f"^{key}: .* was prepared with .*, not {value}; "):
                 check(changed)
@@ -263,3 +285,87 @@ def test_what_holds_no_conversation_is_told(tokenizer_folder, tmp_path):
     empty = write_jsonl(tmp_path / "user.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 3)
     with pytest.raises(UserError, match=r"^paths: no document in .*user.jsonl \(3 no assistant turn\)"):
         prepare_corpus(of_conversations(empty, tmp_path / "out", tokenizer_folder, on_error="skip"))
+
+
+def thinking(count: int) -> list[dict[str, Any]]:
+    thought = "one two three four five six seven eight nine ten"
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {n}"},
+                {"role": "assistant", "content": f"answer {n}", "reasoning_content": f"{thought} {n}"},
+            ]
+        }
+        for n in range(count)
+    ]
+
+
+def test_reasoning_modes_are_drawn_by_share_and_counted(tokenizer_folder, tmp_path):
+    rows = thinking(400)
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    shares = {"thinking_off": 0.2, "low_effort": 0.1, "truncated_thoughts": 0.3}
+    corpus, _ = prepare_corpus(of_conversations(source, tmp_path / "out", tokenizer_folder, **shares))
+    counts = {kind: entry["count"] for kind, entry in corpus["changed"].items()}
+    drawn = [
+        counts.pop(kind)
+        for kind in ("shown with thinking off", "shown with low effort", "thoughts ended at a random budget")
+    ]
+    assert not counts
+    assert [abs(count - share * 400) < 35 for count, share in zip(drawn, shares.values(), strict=True)] == [True] * 3
+    found = stored(tmp_path / "out")
+    assert found.total() == 400
+    assert (found & encoded(rows, tokenizer_folder)).total() == 400 - sum(drawn)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    texts = [tokenizer.decode(tokens) for tokens, _, _ in found]
+    assert sum("<think></think>" in text for text in texts) == drawn[0]
+    assert sum("{reasoning effort: low}" in text for text in texts) == drawn[1]
+    assert sum("thinking token budget" in text for text in texts) == drawn[2]
+    # other shards, processes and neighbours draw the same
+    some = write_jsonl(tmp_path / "some.jsonl", rows[::-2])
+    prepare_corpus(of_conversations(some, tmp_path / "some", tokenizer_folder, workers=2, shard_bytes=900, **shares))
+    assert (stored(tmp_path / "some") & found).total() == 200
+    prepare_corpus(of_conversations(source, tmp_path / "seed", tokenizer_folder, seed=1, **shares))
+    assert stored(tmp_path / "seed") != found
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [("drop", None), ("turn", "longer than a row, ended after a turn"), ("cut", "longer than a row, cut")],
+)
+def test_conversations_longer_than_a_row(tokenizer_folder, tmp_path, policy, kind):
+    turns = [
+        {"role": role, "content": f"{role} says {number}"} for number in range(12) for role in ("user", "assistant")
+    ]
+    rows = [{"messages": turns[: 2 * size]} for size in range(1, 13)]
+    rows.append({"messages": [{"role": "user", "content": "never ends " * 150}, turns[1]]})
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = {"sequence_length": 300, "over_long": policy, "validation_fraction": 0}
+    corpus, _ = prepare_corpus(of_conversations(source, tmp_path / "out", tokenizer_folder, **options))
+    wholes = list(encoded(rows, tokenizer_folder))
+    short = [whole for whole in wholes if len(whole[0]) <= 300]
+    assert 2 < len(short) < 12
+    found = stored(tmp_path / "out")
+    left = found - Counter(short)
+    if kind is None:
+        assert not left
+        assert corpus["skipped"]["longer than a row"]["count"] == 13 - len(short)
+        return
+    assert corpus["changed"][kind]["count"] == left.total() == 12 - len(short)
+    assert corpus["skipped"]["longer than a row"]["count"] == 1  # nothing to learn fits
+    for tokens, mask, _ in left:
+        whole = next(whole for whole in wholes if whole[0][: len(tokens)] == tokens)
+        assert whole[1][: len(mask)] == mask
+        assert len(tokens) == 300 if policy == "cut" else (mask[-1] and not whole[1][len(mask)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thinking_off": 1.5}, r"^thinking_off: 1.5 is no share, give 0 to 1$"),
+        ({"low_effort": -0.1}, r"^low_effort: -0.1 is no share"),
+        ({"low_effort": 0.6, "truncated_thoughts": 0.6}, r"^thinking_off: .* are more than 1"),
+    ],
+)
+def test_shares_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        ConversationOptions(**options)

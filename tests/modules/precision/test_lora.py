@@ -71,7 +71,7 @@ class _Sizes(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_the_experts_is_made():
     network = frozen(make_adapted())
     stacks = {tuple(module.weight.shape) for module in network.modules() if isinstance(module, GroupedLinear)}
-    stacks |= {(E, I, O) for E, O, I in stacks}
+    stacks |= {(experts, wide, out) for experts, out, wide in stacks}
     with _Sizes() as sizes:
         loss_of(network).backward()
     assert sizes.seen
@@ -165,7 +165,7 @@ def test_drawn_per_seed_and_name_and_expert():
 
 class TestDropout:
     def test_what_it_leaves_out(self):
-        layer = Linear(4096, 1)
+        layer = Linear(1024, 1)
         torch.nn.init.zeros_(layer.weight)
         attach(torch.nn.ModuleDict({"x_proj": layer}), LoRAConfig(rank=1, alpha=1.0, dropout=0.25, patterns=["*"]))
         adapter = layer.adapter
@@ -174,14 +174,14 @@ class TestDropout:
         outs = []
         for seed in range(8):
             adapter.seed = seed
-            outs.append(layer(torch.eye(4096)).flatten())
+            outs.append(layer(torch.eye(1024)).flatten())
         dropped = torch.stack(outs)
         values = dropped.unique()
         assert_close(values, torch.tensor([0.0, 4 / 3]), 1e-6)
-        assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+        assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.02)
         assert not torch.equal(dropped[0], dropped[1])
         layer.eval()
-        assert torch.equal(layer(torch.eye(4096)).flatten(), torch.ones(4096))
+        assert torch.equal(layer(torch.eye(1024)).flatten(), torch.ones(1024))
 
     def test_a_micro_batch_has_its_own_and_a_recomputed_layer_the_same(self):
         lora = LoRAConfig(rank=3, dropout=0.3, patterns=["*_proj"])

@@ -234,12 +234,12 @@ def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
     check()
 
 
-@pytest.mark.parametrize("format, quantizes_inputs", FORMATS)
+@pytest.mark.parametrize(("format", "quantizes_inputs"), FORMATS)
 def test_inputs_get_the_gradient_of_the_dequantised_weight(format: WeightFormat, quantizes_inputs: bool) -> None:
     """Straight through the rounding of the inputs; the weight itself is frozen."""
     module, weight = Linear(32, 16), quantized(16, 32, format, 5.0 if quantizes_inputs else None)
     install(module, [weight])
-    x, grad = inputs(2, 3, 32).float().requires_grad_(), inputs(2, 3, 16)
+    x, grad = inputs(6, 32).float().view(2, 3, 32).requires_grad_(), inputs(6, 16).view(2, 3, 16)
     module(x).backward(grad)
     assert_close(x.grad.double(), grad.double() @ decoded(weight), ROUNDED_ONCE)
     assert module.weight.grad is None
