@@ -24,7 +24,7 @@ from datamodules.environments.evaluation import HeldOutProblems, held_out_proble
 from datamodules.environments.pool import Pool
 from datamodules.text.files import write_blocks
 from datamodules.text.preparation import Preparation, check_options, describe, prepare_corpus
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import Tokenizer, special_names
 from modules.batch import Message, Problem, Progress
 from modules.errors import UserError
 
@@ -227,6 +227,17 @@ class SFTData(CorpusData):
         if self.missing and self._tokenizer is not None:
             return Tokenizer.load(_tokenizer_folder(Path(self._tokenizer))).vocab_size
         return self._corpus.vocab_size
+
+    def chat_tokens(self) -> dict[str, int]:
+        """Return the ids of the special tokens that the chat template writes, by name."""
+        return ChatTemplate(self._corpus.tokenizer).written_tokens()
+
+    def reserved_tokens(self) -> list[int]:
+        """Return the ids of the special tokens without a use: neither in the template nor with a role."""
+        tokenizer, used = self._corpus.tokenizer, self.chat_tokens().values()
+        roles = special_names(tokenizer.folder).values()
+        names = {index: token.content for index, token in tokenizer.added_tokens().items()}
+        return [index for index in sorted(tokenizer.special_ids) if index not in used and names[index] not in roles]
 
     def _rows(self, name: str) -> int:
         return self.corpora[name].metadata["train"]["rows"]

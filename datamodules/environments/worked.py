@@ -61,20 +61,20 @@ def _columns(x: int, y: int) -> str:
     return " ".join(columns)
 
 
-def _letter_counting(question: str, _: str) -> str:
-    """`... the letter "e" appear in the text: "me see"?`: each word, its letters with the count at each hit, the word.
+def _leg_counting(question: str, _: str) -> str:
+    """`... if you have 8 birds, 2 crabs?`: a line for each animal, from the second on what there are so far."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    The word again, since the next one is found behind it in the question.
-    """
-    _, letter, _, text, _ = question.split('"')
-    count, words = 0, []
-    for word in text.split():
-        spelled = ""
-        for character in word.lower():
-            count += character == letter
-            spelled += f" {character}{count if character == letter else ''}"
-        words.append(f"{word}:{spelled} {word}")
-    return " ".join(words)
+    total, lines = None, []
+    for group in question.rpartition(" you have ")[2].strip().removesuffix("?").split(", "):
+        count, _, name = group.partition(" ")
+        legs = ANIMALS[name if count == "1" else name.removesuffix("s")]
+        product = int(count) * legs
+        lines.append(f"{group} {count}*{legs}={product}")
+        if total is not None:
+            lines.append(f"{total}+{product} {_columns(total, product)}")
+        total = product + (total or 0)
+    return "\n".join(lines)
 
 
 def _spell_backward(question: str, _: str) -> str:
@@ -103,7 +103,7 @@ def _numbers(text: str) -> list[str]:
 
 STEPS: dict[str, Callable[[str, str], str]] = {
     "chain_sum": _chain_sum,
-    "letter_counting": _letter_counting,
+    "leg_counting": _leg_counting,
     "number_filtering": _number_filtering,
     "spell_backward": _spell_backward,
 }

@@ -68,7 +68,7 @@ def fingerprint(source: "ModelFolder") -> str:
         rows = max(SAMPLE // (max(prod(shape[1:]), 1) * dtype.itemsize), 1)
         values = source.read(name, None if whole or not shape else slice(rows))
         checksum = zlib.crc32(f"{name} {list(shape)} {dtype}".encode(), checksum)
-        checksum = zlib.crc32(values.contiguous().view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(values.contiguous().view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
 
 
@@ -131,7 +131,7 @@ class AdaptedSource(TrainingSource):
         """Names of the adapted layers."""
         return list(self._layers)
 
-    def _account(self) -> Mapping[str, TensorInfo]:
+    def _account(self) -> dict[str, TensorInfo]:
         """Check that the stored tensors are exactly the adapters of the configuration; the base has the rest."""
         self.lora = _lora(self.facts["run"], self.path / folder.RUN_CONFIG)
         with torch.device("meta"):

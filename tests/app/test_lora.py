@@ -1,7 +1,10 @@
 """Runs that train adapters, through the real program: killed and resumed, on two processes, used, refused."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from modules.checkpoints.adapted import AdaptedSource
 from modules.checkpoints.source import open_model
-from tests.app.helpers import Program, kill_when, load_tensors, same_checkpoint
+from tests.app.helpers import ROOT, Program, kill_when, load_tensors, same_checkpoint
 from tests.app.test_real_run import make_run_file, start
 from tests.modules.helpers import assert_close
 
@@ -85,25 +88,37 @@ def test_another_base_is_refused(program, run_file, base, adapted, tmp_path):
     assert "Traceback" not in result.output
 
 
-def test_two_processes_train_what_one_does(program, run_file, base, tmp_path):
-    plain = ["--model.init_args.precision.recipe=fp32", "--trainer.max_steps=2", "--samples.max_new_tokens=0"]
+def test_two_processes_train_what_one_does(run_file, base, tmp_path):
+    plain = [f"--config={run_file}", f"--trainer.default_root_dir={tmp_path}", "--data.init_args.micro_batch_size=1"]
+    plain += ["--model.init_args.precision.recipe=fp32", "--trainer.max_steps=2", "--samples.max_new_tokens=0"]
     for devices in (1, 2):
-        rest = [*plain, f"--trainer.devices={devices}", f"--name={devices}", "--data.init_args.micro_batch_size=1"]
-        result = start(program, run_file, tmp_path, *options(base, 0.0), *rest)
-        assert result.code == 0, result.output
+        command = ["fit", *plain, *options(base, 0.0), f"--trainer.devices={devices}", f"--name={devices}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "app", *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
     one, two = (load_tensors(tmp_path / str(devices) / "checkpoints" / "step=00000002") for devices in (1, 2))
     for name in one:
         if name.endswith((".A", ".B")):
             assert_close(two[name], one[name], 1e-3, name)
 
 
-def test_it_is_a_model(program, base, adapted, tmp_path):
+def test_it_is_a_model(program, run_file, base, adapted, tmp_path):
     """Commands take it: what it writes is what the merged export writes."""
     merged, texts = tmp_path / "merged", []
     assert program.run("export", adapted, f"--output={merged}").code == 0
     for model in (adapted, merged):
-        result = program.run("generate", model, "--prompt=value_1 = ", "--max_new_tokens=8", "--temperature=0", "--raw")
-        texts.append(result.output)
+        result = program.run("score", model, f"--data={run_file.parent / 'corpus'}")
+        assert result.code == 0, result.output
+        texts.append(re.search(r"mean nll (\d+\.\d+)", result.unfolded)[1])  # type: ignore[index]
+    assert float(texts[0]) == pytest.approx(float(texts[1]), abs=2e-4)
     exported = open_model(merged)
     source = open_model(adapted)
     assert isinstance(source, AdaptedSource)

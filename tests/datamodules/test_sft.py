@@ -13,7 +13,7 @@ from datamodules.sft import UNKNOWN, ConversationOptions, ConversationSource, SF
 from datamodules.text.corpus import Corpus
 from datamodules.text.preparation import prepare_corpus
 from datamodules.tokenizer import Tokenizer
-from modules.batch import ConversationBatch
+from modules.batch import ChatTokens, ConversationBatch
 from modules.errors import UserError
 from tests.datamodules.conftest import of_conversations, write_jsonl
 from tests.datamodules.conversations.test_source import stored
@@ -46,6 +46,18 @@ def test_windows_are_of_conversations(conversations_folder):
     assert all(isinstance(batch, ConversationBatch) for batch in held_out)
     targets = sum(int((batch.labels >= 0).sum()) for batch in held_out)
     assert targets == Corpus(str(conversations_folder)).metadata["validation"]["supervised"]
+
+
+def test_it_knows_the_tokens_that_turns_are_made_of(conversations_folder):
+    data = make_data(sources={"a": prepared(conversations_folder)})
+    data.setup("fit")
+    assert isinstance(data, ChatTokens)
+    turns, reserved = data.chat_tokens(), data.reserved_tokens()
+    assert turns["<|im_start|>"] == 10
+    assert set(turns) >= {"<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"}
+    assert set(turns.values()).isdisjoint(reserved)
+    assert {0, 2}.isdisjoint(reserved), "padding and the end of a text have a role"
+    assert {3, 18, 31} <= set(reserved)
 
 
 def test_two_ranks_have_the_rows_of_one(conversations_folder):
