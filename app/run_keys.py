@@ -276,7 +276,7 @@ def check_files(given: RunArguments) -> None:
         corpora = {
             f"data.init_args.sources.{name}.path": find(source, "path")
             for name, source in sources.items()
-            if not any(find(source, way) for way in MADE_OF)
+            if not (isinstance(source, dict) and any(map(source.get, MADE_OF)))
         }
     for key, path in corpora.items():
         if isinstance(path, str) and given.get("data.class_path") in CORPORA:

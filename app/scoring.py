@@ -158,7 +158,6 @@ class Reader:
         return ids
 
 
-
 def token_bytes(tokenizer: Tokenizer) -> list[int] | None:
     """Return the UTF-8 bytes of each token id; None if the tokenizer's tokens stand for no exact bytes."""
     try:

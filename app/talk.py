@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from app.inspection.terminal import Paper
 from app.options import read_bytes, write_text
+from datamodules.conversations import messages
+from datamodules.conversations.messages import ConversationError
 from datamodules.conversations.replies import END_THINK, THINK, read_reply, thinks
 from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
@@ -56,18 +58,12 @@ def read_tools(file: Path | None) -> list[dict[str, Any]]:
     if file is None:
         return []
     try:
-        tools = json.loads(read_bytes(file))
+        return messages.read_tools(json.loads(read_bytes(file)))
+    except ConversationError as error:
+        form = '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
+        raise UserError(f"--tools: {file}: {error.reason}; write a list like {form}") from None
     except ValueError as error:
         raise UserError(f"--tools: {file} is not valid JSON ({error})") from None
-    form = '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]'
-    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
-        raise UserError(f"--tools: {file} is no list of tools like {form}")
-    return tools
-
-
-def _is_tool(tool: object) -> bool:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 class Turn(NamedTuple):

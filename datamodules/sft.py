@@ -25,15 +25,13 @@ from datamodules.environments.pool import Pool
 from datamodules.text.files import write_blocks
 from datamodules.text.preparation import Preparation, check_options, describe, prepare_corpus
 from datamodules.tokenizer import Tokenizer, special_names
-from modules.batch import Message, Problem, Progress
+from modules.batch import UNKNOWN_LENGTH, Message, Problem, Progress
 from modules.errors import UserError
 
 _HELD_OUT_PROBLEMS = 500
 """Held-out problems of each environment that conversations are compared with."""
 _SEED = 0
 """Seed of problems; those to train on and held-out ones are different texts, whatever the seed."""
-UNKNOWN = Progress(steps=1 << 40, tokens=1 << 60, samples=1 << 50)
-"""Length of a run in epochs of what is still to be prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +148,7 @@ class SFTData(CorpusData):
             self.total = self.after(-(-total_tokens // self.after(1).tokens))
         if epochs is not None:
             check_positive(epochs=epochs)
-            self.total = UNKNOWN if self.missing else self._length_of_epochs(epochs)
+            self.total = UNKNOWN_LENGTH if self.missing else self._length_of_epochs(epochs)
 
     def prepare_data(self) -> None:
         """Prepare what is missing (on rank zero), and check that what is there was prepared as the run file says.

@@ -108,6 +108,10 @@ class Progress:
         return Progress(steps=window.step, tokens=self.tokens + window.tokens, samples=self.samples + window.samples)
 
 
+UNKNOWN_LENGTH = Progress(steps=1 << 40, tokens=1 << 60, samples=1 << 50)
+"""Length of a run that is given in epochs, as long as its data are still to be prepared."""
+
+
 def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:
     """Return the next-token labels of packed rows.
 
@@ -184,7 +188,7 @@ class TrainingData(Protocol):
     """B of the largest micro-batch."""
 
     total: Progress
-    """Length of the run."""
+    """Length of the run, `UNKNOWN_LENGTH` before `setup` where it follows from what is still to be prepared."""
     micro_batches: int
     """Micro-batches of the longest window of a rank."""
 

@@ -126,6 +126,7 @@ def generate(
     from app.rows_file import open_answers, read_rows, text_of
     from app.scoring import Reader
     from app.talk import Turn, read_tools, template_variables
+    from datamodules.conversations import messages
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
@@ -146,7 +147,9 @@ def generate(
     encoded = [reader.prompt(row, name) for name, row in rows.items()]
     talks = [not {"prompt", "prompt_ids"} & row.keys() for row in rows.values()]
     turns = [
-        Turn.after(tokens, reader.tokenizer, row.get("tools", allowed)) if talk else None
+        Turn.after(tokens, reader.tokenizer, messages.read_tools(row["tools"]) if "tools" in row else allowed)
+        if talk
+        else None
         for talk, row, tokens in zip(talks, rows.values(), encoded, strict=True)
     ]
     for tokens, name in zip(encoded, rows, strict=True):

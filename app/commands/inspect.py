@@ -205,12 +205,14 @@ class StepLoader:
 
     def _loss_weights(self, micro_batches: "Sequence[PackedBatch]") -> "list[Tensor] | None":
         """Return with which weight the nats of each position enter the loss of the step, fp32 [B, T] each."""
+        import torch
+
         from modules.language_modeling import LanguageModeling
 
         if not isinstance(self.module, LanguageModeling):
             return None
         counts = [self.module.count(batch) for batch in micro_batches]
-        totals = {name: sum(count[name] for count in counts) for name in counts[0]}
+        totals = {name: torch.stack([count[name] for count in counts]).sum(0) for name in counts[0]}
         return [self.module.loss_weights(batch, totals)[0] for batch in micro_batches]
 
     def mask_errors(self, view: "BatchView") -> list[str]:

@@ -45,6 +45,7 @@ def plan(
     from app.cli import parse_run
     from app.planning.report import Options, Report
     from modules.base import StageModule
+    from modules.batch import UNKNOWN_LENGTH
 
     options = Options(
         device=device,
@@ -56,6 +57,11 @@ def plan(
     )
     run = parse_run(list(arguments))
     module, data = run.instantiate("model"), run.instantiate("data")
+    if data.total == UNKNOWN_LENGTH:
+        raise UserError(
+            "data.init_args.epochs: how long an epoch is shows when the sources are prepared; plan with "
+            "--data.init_args.epochs null --data.init_args.total_tokens N"
+        )
     if not isinstance(module, StageModule):
         raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
     report = Report(run, module, data, options)

@@ -75,15 +75,18 @@ def _call(name: str, body: str, tools: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _kinds(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the JSON type of each argument of a tool, as far as it says."""
+    """Return the JSON type of each argument of a tool, as far as its schema, which may be anything, says."""
     functions = [tool.get("function", tool) for tool in tools]
-    schema = next((one.get("parameters") or {} for one in functions if one.get("name") == name), {})
-    return {key: field.get("type") for key, field in (schema.get("properties") or {}).items()}
+    schema = next((one.get("parameters") for one in functions if one.get("name") == name), None)
+    fields = schema.get("properties") if isinstance(schema, Mapping) else None
+    if not isinstance(fields, Mapping):
+        return {}
+    return {key: field.get("type") for key, field in fields.items() if isinstance(field, Mapping)}
 
 
 def _value(text: str, kind: object) -> Any:
     """Return the value of an argument: JSON where the tool asks for more than a text and the text is JSON."""
-    if kind in (None, "string"):
+    if kind is None or "string" in (kind if isinstance(kind, list) else [kind]):
         return text
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))

@@ -67,7 +67,7 @@ class Calculator:
 
 
 def _add(name: str, arguments: dict[str, Any]) -> str:
-    values = [arguments.get(key) for key in ("a", "b")]
-    if name != "add" or not all(isinstance(value, int) for value in values):
+    a, b = arguments.get("a"), arguments.get("b")
+    if name != "add" or not isinstance(a, int) or not isinstance(b, int):
         return "error: call add with two integers a and b"
-    return str(sum(values))
+    return str(a + b)

@@ -327,9 +327,11 @@ def _act(environment: Environment, action: str, arguments: tuple[Any, ...]) -> A
     if action == "draw":
         seed, numbers, held_out, solved = arguments
         problems = [draw(environment, seed, number, held_out) for number in numbers]
-        if solved and not isinstance(environment, Worked):
+        if not solved:
+            return [(problem, None) for problem in problems]
+        if not isinstance(environment, Worked):
             raise UserError(f"{type(environment).__name__} has no worked solutions to train on")
-        return [(problem, environment.solution(problem) if solved else None) for problem in problems]
+        return [(problem, environment.solution(problem)) for problem in problems]
     if action == "available":
         return available(environment, *arguments)
     if action == "is_conversational":

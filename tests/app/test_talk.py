@@ -63,13 +63,13 @@ def test_tools_are_read(tmp_path: Path) -> None:
     assert [tool.get("function", tool)["name"] for tool in read_tools(file)] == ["f", "g"]
     assert read_tools(None) == []
     for text, reason in (
-        ("[{", "is not valid JSON"),
-        ("{}", "is no list of tools like"),
-        ('["f"]', "is no list of tools like"),
-        ('[{"function": {"name": 3}}]', "is no list of tools like"),
+        ("[{", " is not valid JSON"),
+        ('{"a": 1}', ": tools must be a list of definitions, not an object; write a list like"),
+        ('["f"]', ": tool 1 must be an object with a name; write a list like"),
+        ('[{"function": {"name": 3}}]', ": tool 1 must be an object with a name; write a list like"),
     ):
         file.write_text(text)
-        with pytest.raises(UserError, match=f"^--tools: {re.escape(str(file))} {reason}"):
+        with pytest.raises(UserError, match=f"^--tools: {re.escape(str(file))}{reason}"):
             read_tools(file)
 
 

@@ -9,11 +9,11 @@ import torch
 from datamodules.environments.draws import is_held_out
 from datamodules.environments.pool import Pool
 from datamodules.pretraining import PretrainingData
-from datamodules.sft import UNKNOWN, ConversationOptions, ConversationSource, SFTData
+from datamodules.sft import ConversationOptions, ConversationSource, SFTData
 from datamodules.text.corpus import Corpus
 from datamodules.text.preparation import prepare_corpus
 from datamodules.tokenizer import Tokenizer
-from modules.batch import ChatTokens, ConversationBatch
+from modules.batch import UNKNOWN_LENGTH, ChatTokens, ConversationBatch
 from modules.errors import UserError
 from tests.datamodules.conftest import of_conversations, write_jsonl
 from tests.datamodules.conversations.test_source import stored
@@ -146,7 +146,7 @@ def test_missing_sources_are_prepared_and_checked_from_then_on(
     options = {"tokenizer": str(tokenizer_folder), "validation_fraction": 0.1, "total_tokens": None, "epochs": 2}
     sources = recipes(tmp_path, conversations_source)
     data = make_data(sources=sources, **options)
-    assert data.total is UNKNOWN
+    assert data.total is UNKNOWN_LENGTH
     assert data.vocab_size == Tokenizer.load(tokenizer_folder).vocab_size
     data.prepare_data()
     shown = capsys.readouterr().out

@@ -63,6 +63,23 @@ def test_calls_are_typed_by_the_tools() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"properties": {"city": {"type": ["integer", "null"]}}}, 3),
+        ({"properties": {"city": {"type": ["string", "null"]}}}, "3"),
+        ({"properties": {"city": True}}, "3"),
+        ({"properties": [1]}, "3"),
+        ([], "3"),
+        (None, "3"),
+    ],
+)
+def test_schemas_of_any_kind(schema: object, value: object) -> None:
+    tools = [{"name": "weather", "parameters": schema}, {"name": "weather"}]
+    (call,) = read_reply(CALL.format(CITY.format(3)), False, tools)["tool_calls"]
+    assert call["function"]["arguments"] == {"city": value}
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "<tool_call>\n<function=weather>\n",
