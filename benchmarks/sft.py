@@ -5,10 +5,10 @@
 A step learns the same conversations on both sides, of very different lengths, so the same supervised tokens; figures
 are supervised tokens per second. Ours packs them best-fit into rows and computes logits of supervised positions only.
 trl pads each micro-batch to its longest conversation: its packing needs kernels that a CPU lacks (transformers' model
-raises without them). Both train in fp32 with fused AdamW, clip gradients, and recompute no activations. The MTP block is left
-out, which transformers drops, and the balance loss, which it has not. "ours, unpacked" takes a conversation a row,
-padded as trl does: the losses of all sides must agree, before each of the first steps. Each side lives in a process of
-its own and takes steps in turn, see `benchmarks.side`. trl and accelerate lie where `make test` puts peers.
+raises without them). Both train in fp32 with fused AdamW, clip gradients, and recompute no activations. The MTP block
+is left out, which transformers drops, and the balance loss, which it has not. "ours, unpacked" takes a conversation a
+row, padded as trl does: the losses of all sides must agree, before each of the first steps. Each side lives in a
+process of its own and takes steps in turn, see `benchmarks.side`. trl and accelerate lie where `make test` puts peers.
 """
 
 import argparse
