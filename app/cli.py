@@ -221,7 +221,9 @@ class RunCLI(LightningCLI):
     def _build(self, callbacks: list[Callback], logger: Any, checkpoint: Path | None) -> Trainer:
         self.model, self.datamodule = self.instantiate("model"), self.instantiate("data")
         if checkpoint is not None:
-            self.model.init_from, self.model.resume_from = None, checkpoint
+            self.model.resume_from = checkpoint
+            if self.model.lora is None:  # adapters need their base
+                self.model.init_from = None
         check_devices(self.config.trainer)
         given = self.instantiate("trainer").as_dict()
         own = given["callbacks"] or []

@@ -147,6 +147,12 @@ def read_text(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def write_text(text: str) -> None:
-    """Write a piece of text to stdout at once; on a terminal control characters show as U+FFFD and steer nothing."""
-    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+def printable(text: str) -> str:
+    """Return a text for stdout; on a terminal control characters show as U+FFFD and steer nothing."""
+    return text.translate(_CONTROL) if sys.stdout.isatty() else text
+
+
+def write_text(text: str, dimmed: bool = False) -> None:
+    """Write a piece of text to stdout at once, see `printable`; `dimmed` is for terminals with colours only."""
+    shown = printable(text)
+    print(f"\x1b[2m{shown}\x1b[0m" if dimmed and shown else shown, end="", flush=True)

@@ -24,6 +24,7 @@ CALLBACKS = {
     "console": "callbacks.console.Console",
     "validation": "callbacks.validation.Validation",
     "samples": "callbacks.samples.Samples",
+    "environments": "callbacks.environments.Environments",
     "skipped_batches": "callbacks.skipped_batches.SkippedBatches",
     "health": "callbacks.health.Health",
     "quantization_health": "callbacks.quantization.QuantizationHealth",
@@ -212,7 +213,7 @@ def _check_place(place: Place, source: str, given: RunArguments) -> None:
 
 def stages(key: str) -> list[str]:
     """Return the class paths of this project that `model` or `data` may have."""
-    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "StageData")}[key]
+    folder, base = {"model": ("modules", "StageModule"), "data": ("datamodules", "CorpusData")}[key]
     files = sorted((Path(__file__).parent.parent / folder).glob("*.py"))
     return [path for file in files for path in subclasses(f"{folder}.{file.stem}", base)]
 
@@ -231,6 +232,12 @@ def _check_class(given: RunArguments, key: str) -> None:
         return  # the parser knows it by its name alone
     if not module or (module.partition(".")[0] in OURS and parameters(path) is None):
         raise UserError(f"{key}.class_path: {path} is no class path; known: {', '.join(known)}")
+
+
+CORPORA = ("datamodules.pretraining.PretrainingData", "datamodules.sft.SFTData")
+"""Data that are read from prepared corpora."""
+MADE_OF = ("conversations", "environment", "docstrings")
+"""Keys of a source that say what to prepare it of where it is missing."""
 
 
 def check_files(given: RunArguments) -> None:
@@ -266,9 +273,13 @@ def check_files(given: RunArguments) -> None:
     sources = given.get("data.init_args.sources")
     corpora = {"data.init_args.path": given.get("data.init_args.path")}
     if isinstance(sources, dict):
-        corpora = {f"data.init_args.sources.{name}.path": find(source, "path") for name, source in sources.items()}
+        corpora = {
+            f"data.init_args.sources.{name}.path": find(source, "path")
+            for name, source in sources.items()
+            if not any(find(source, way) for way in MADE_OF)
+        }
     for key, path in corpora.items():
-        if isinstance(path, str) and given.get("data.class_path") == "datamodules.pretraining.PretrainingData":
+        if isinstance(path, str) and given.get("data.class_path") in CORPORA:
             check_corpus(path, key)
 
 

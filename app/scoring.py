@@ -4,14 +4,16 @@ Together they say: likelihood, perplexity, bits per byte, divergence.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from app.models import check_same_tokenizer, open_tokenizer
 from app.rows_file import text_of
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
+from modules.batch import Message
 from modules.checkpoints.source import ModelFolder
 from modules.errors import UserError
 
@@ -29,10 +31,17 @@ class Reader:
 
     Args:
         source: the MODEL; its tokenizer and chat template are opened when a row needs them.
+        tools: those of conversations that are to be gone on with and have no `tools` of their own.
+        variables: what the template is told of these conversations, see `app.talk.template_variables`.
     """
 
-    def __init__(self, source: ModelFolder) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: ModelFolder,
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._source, self._tools, self._variables = source, tools, variables
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -85,7 +94,7 @@ class Reader:
         if "prompt" in row:
             return self.tokenizer.encode_prompt(text_of(row, "prompt", where))
         if "messages" in row:
-            return self._render(row["messages"], where, answer=True)
+            return self._open_turn(row, where)
         raise UserError(f"{where}: the row has no prompt (prompt, prompt_ids or messages); add one")
 
     @property
@@ -129,11 +138,16 @@ class Reader:
             )
         return Tokens(whole, len(prompt))
 
-    def _render(self, messages: object, where: str, *, answer: bool) -> list[int]:
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UserError(f'{where}: messages must be a list of turns like {{"role": ..., "content": ...}}')
-        if not messages:
-            raise UserError(f"{where}: messages must hold at least one turn")
+    def _open_turn(self, row: dict[str, Any], where: str) -> list[int]:
+        messages, tools = row["messages"], row.get("tools", self._tools)
+        _check_messages(messages, where)
+        try:
+            return self.template.encode_prompt(messages, tools or None, **self._variables)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def _render(self, messages: list[Message], where: str, *, answer: bool) -> list[int]:
+        _check_messages(messages, where)
         try:
             return self.template.encode(messages, answer=answer)
         except UserError as error:
@@ -149,6 +163,13 @@ class Reader:
                 f"take the model that wrote them, or remove {key} where the row has the text"
             )
         return ids
+
+
+def _check_messages(messages: object, where: str) -> None:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f'{where}: messages must be a list of turns like {{"role": ..., "content": ...}}')
+    if not messages:
+        raise UserError(f"{where}: messages must hold at least one turn")
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int] | None:

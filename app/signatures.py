@@ -101,11 +101,20 @@ def parameters(path: str) -> dict[str, Kind] | None:
 
 
 def subclasses(module: str, base: str) -> list[str]:
-    """Return the dotted paths of the classes in a module that name a base class."""
+    """Return the dotted paths of the classes in a module that derive from a base class, those with ABC left out."""
     file = _read(module)
-    defined = file.definitions.values() if file is not None else ()
-    classes = [node for node in defined if isinstance(node, ast.ClassDef)]
-    return [f"{module}.{node.name}" for node in classes if base in map(ast.unparse, node.bases)]
+    if file is None:
+        return []
+    classes = [node for node in file.definitions.values() if isinstance(node, ast.ClassDef)]
+    found = [Definition(node, file) for node in classes if "ABC" not in map(ast.unparse, node.bases)]
+    return [f"{module}.{one.node.name}" for one in found if _derives(one, base)]
+
+
+def _derives(found: Definition, base: str) -> bool:
+    """Return whether a class has a base class of that name, directly or not."""
+    names = [ast.unparse(node) for node in found.node.bases] if isinstance(found.node, ast.ClassDef) else []
+    above = [_follow(found.file, name) for name in names]
+    return base in names or any(_derives(one, base) for one in above if one is not None)
 
 
 def parameters_of(found: Definition) -> dict[str, Kind] | None:

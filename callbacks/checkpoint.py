@@ -15,10 +15,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks.environments import Environments
 from callbacks.step import StepCallback, check_interval, data, is_due, stage, step_loop
-from modules.base import VALIDATED
+from modules.base import EXACT_MATCH, VALIDATED
+from modules.batch import EvaluatedEnvironments
 from modules.checkpoints import folder
 from modules.errors import UserError
+
+METRICS = (*VALIDATED, EXACT_MATCH)
+"""What the best checkpoint can be chosen by."""
 
 
 @runtime_checkable
@@ -37,8 +42,9 @@ class Checkpoint(StepCallback):
         keep_last: Number of the newest checkpoints to keep (>= 1); older ones are deleted.
         keep_every_n_steps: Checkpoints of steps that this number divides are kept for good; null: none.
         keep_best: Number of the best checkpoints to keep for good; `checkpoints/best` is a link to the best of all.
-            Only those count whose step was validated.
-        best_metric: What is lowest in the best: validation/loss or validation/bits_per_byte.
+            Only those count of whose step the metric was measured.
+        best_metric: What is lowest in the best: validation/loss or validation/bits_per_byte; or highest:
+            validation/exact_match, where data bring environments.
     """
 
     order = 70  # after the user's own callbacks, whose state belongs to it
@@ -63,15 +69,23 @@ class Checkpoint(StepCallback):
                 )
         if keep_best < 0:
             raise UserError(f"checkpoint.keep_best is {keep_best}: it must not be negative; 0 keeps none")
-        if best_metric not in VALIDATED:
-            raise UserError(f"checkpoint.best_metric: {best_metric} must be one of {', '.join(VALIDATED)}")
+        if best_metric not in METRICS:
+            raise UserError(f"checkpoint.best_metric: {best_metric} must be one of {', '.join(METRICS)}")
         self.keep_last, self.keep_every_n_steps = keep_last, keep_every_n_steps
         self.keep_best, self.best_metric = keep_best, best_metric
         self.validated_step = -1
         self.saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what a resumed run has on disk already."""
+        """Remember what a resumed run has on disk already.
+
+        Raises:
+            UserError: the best is to be chosen by what these data do not measure.
+        """
+        source = data(trainer)
+        evaluated = isinstance(source, EvaluatedEnvironments) and source.evaluation() is not None
+        if self.keep_best and self.best_metric == EXACT_MATCH and not evaluated:
+            raise UserError(f"checkpoint.best_metric: {EXACT_MATCH} needs environments in data.init_args.environments")
         self.saved_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,9 +129,13 @@ class Checkpoint(StepCallback):
             "finished": trainer.global_step >= step_loop(trainer).last_step,
             "tokens": data(trainer).progress.tokens,
             "metrics": {
-                name: float(stage(pl_module).metrics[name]) for name in VALIDATED if name in stage(pl_module).metrics
+                name: float(stage(pl_module).metrics[name]) for name in METRICS if name in stage(pl_module).metrics
             },
             "validated": trainer.global_step == self.validated_step,
+            "evaluated": any(
+                isinstance(callback, Environments) and callback.evaluated_step == trainer.global_step
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+            ),
             "order": dict(data(trainer).order),
             "devices": trainer.world_size,
             "torch": str(torch.__version__),
@@ -130,7 +148,7 @@ class Checkpoint(StepCallback):
         found = folder.checkpoints(parent)
         # a later one was damaged when the run went back behind it
         past = [path for path in found if folder.step_of(path) <= trainer.global_step]
-        best = folder.best(past, self.best_metric)[: self.keep_best] if self.keep_best else []
+        best = self._ranked(past)[: self.keep_best] if self.keep_best else []
         kept = {*past[: self.keep_last], *best}
         if self.keep_every_n_steps is not None:
             kept |= {path for path in past if folder.step_of(path) % self.keep_every_n_steps == 0}
@@ -141,6 +159,12 @@ class Checkpoint(StepCallback):
         for path in found:
             if path not in kept:
                 trainer.strategy.remove_checkpoint(path)
+
+    def _ranked(self, found: list[Path]) -> list[Path]:
+        """Return the checkpoints of which the metric is known, the best first."""
+        if self.best_metric == EXACT_MATCH:
+            return folder.best(found, EXACT_MATCH, measured="evaluated", highest=True)
+        return folder.best(found, self.best_metric)
 
 
 class RandomState(StepCallback):

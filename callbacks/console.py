@@ -20,7 +20,7 @@ from callbacks.text import WIDTH, entry, fold
 from modules.base import VALIDATED, StageModule
 from modules.batch import HeldOutText, MixedSources
 from modules.ops.kernels import kernel_table
-from modules.precision.table import precision_lines
+from modules.precision.table import adapter_lines, precision_lines
 
 
 class Console(StepCallback):
@@ -158,6 +158,8 @@ def start_table(trainer: Trainer, module: StageModule) -> list[tuple[str, str]]:
     table += [("weights", line) for line in module.initial_weights]
     lines = precision_lines(module.precision_table, module.built_network, module.mtp_depths, by_module=False)
     table += [("precision", line) for line in lines]
+    if module.lora is not None:
+        table += [("adapters", line) for line in adapter_lines(module.built_network)]
     count = sum(parameter.numel() for parameter in module.parameters())
     return [*table, ("parameters", f"{count:,}"), ("steps", f"{step_loop(trainer).last_step:,}")]
 

@@ -50,12 +50,19 @@ class Weight(NamedTuple):
 
 
 def product_weights(network: Network) -> Iterator[Weight]:
-    """Yield the trained weights of the matrix products in a format of the recipe."""
+    """Yield the trained weights of the matrix products in a format of the recipe; of adapters B alone.
+
+    A has no gradient until B, which starts at zero, has moved.
+    """
     router = -1
     for name, module in network.named_modules():
         router += isinstance(module, Router)  # each stands before the experts that it chooses
-        if isinstance(module, Linear | GroupedLinear) and module.weight.requires_grad:
-            yield Weight(name, module.weight, router if isinstance(module, GroupedLinear) else None)
+        if isinstance(module, Linear | GroupedLinear):
+            stack = router if isinstance(module, GroupedLinear) else None
+            if module.weight.requires_grad:
+                yield Weight(name, module.weight, stack)
+            if module.adapter is not None:
+                yield Weight(f"{name}.adapter", module.adapter.B, stack)
 
 
 def count_gradient(parameter: nn.Parameter, stack: bool) -> Tensor:

@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.text.corpus import RowReader
 from datamodules.text.mixture import Mixture
-from modules.batch import IGNORED_LABEL, PackedBatch, Window
+from datamodules.text.rows import ConversationRow, Row
+from modules.batch import IGNORED_LABEL, ConversationBatch, PackedBatch, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +38,27 @@ class RankShare:
     """B, rows in a micro-batch."""
 
 
-def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int = 0) -> PackedBatch:
+def build_batch(rows: Sequence[Row | ConversationRow], missing: int = 0) -> PackedBatch:
     """Build a micro-batch.
 
     Args:
-        rows: (int32 [T] tokens, int32 [n] tokens of each document piece) of each row.
+        rows: at least one, all of the same kind.
         missing: rows to add without a target (at the end of a validation set).
 
     Returns:
-        A batch of `len(rows) + missing` rows.
+        A batch of `len(rows) + missing` rows, a `ConversationBatch` of rows of conversations.
     """
-    length = len(rows[0][0])
-    used = [int(lengths.sum()) for _, lengths in rows]
+    length = len(rows[0].tokens)
+    used = [int(row.lengths.sum()) for row in rows]
     # the pieces of all rows one after the other, the padding of a row being its last (maybe empty)
-    pieces = np.concatenate([np.append(lengths, length - n) for (_, lengths), n in zip(rows, used, strict=True)])
-    numbers = np.concatenate(
-        [np.append(np.arange(len(lengths), dtype=np.int32), np.int32(length)) for _, lengths in rows]
-    )
+    pieces = np.concatenate([np.append(row.lengths, length - n) for row, n in zip(rows, used, strict=True)])
+    numbers = np.concatenate([np.append(np.arange(len(row.lengths), dtype=np.int32), np.int32(length)) for row in rows])
 
     shape = len(rows) + missing, length
     tokens = np.zeros(shape, dtype=np.int64)
     document_ids = np.full(shape, length, dtype=np.int32)  # padding is the document T, whatever came before it
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    np.stack([row for row, _ in rows], out=tokens[: len(rows)])
+    np.stack([row.tokens for row in rows], out=tokens[: len(rows)])
     document_ids[: len(rows)] = np.repeat(numbers, pieces).reshape(len(rows), length)
     flat = labels.reshape(-1)[: len(rows) * length]
     flat[:-1] = tokens.reshape(-1)[1 : len(flat)]
@@ -67,11 +66,28 @@ def build_batch(rows: list[tuple[np.ndarray, np.ndarray]], missing: int = 0) -> 
     for row, start in enumerate(used):
         labels[row, start:] = IGNORED_LABEL
     borders = np.concatenate([[0], np.cumsum(pieces[pieces > 0]), length * np.arange(len(rows) + 1, shape[0] + 1)])
-    return PackedBatch(
+    batch = PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
         boundaries=torch.from_numpy(borders.astype(np.int32)),
+    )
+    return _supervise(batch, rows) if isinstance(rows[0], ConversationRow) else batch
+
+
+def _supervise(batch: PackedBatch, rows: Sequence[Row | ConversationRow]) -> ConversationBatch:
+    """Leave a batch the labels that the masks of its rows have, and give each the weight of its conversation."""
+    weights = torch.zeros(batch.tokens.shape)
+    for number, row in enumerate(rows):
+        assert isinstance(row, ConversationRow)
+        learnt = np.append(row.mask[1:], np.uint8(0)).astype(bool)  # of the target, which stands one to the right
+        batch.labels[number, torch.from_numpy(~learnt)] = IGNORED_LABEL
+        weight = np.repeat(row.weights, row.lengths)
+        weights[number, : len(weight)] = torch.from_numpy(weight)
+    weights[batch.labels == IGNORED_LABEL] = 0
+    # field by field: asdict would copy every tensor
+    return ConversationBatch(
+        **{field.name: getattr(batch, field.name) for field in fields(batch)}, loss_weights=weights
     )
 
 

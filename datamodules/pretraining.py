@@ -1,55 +1,20 @@
-"""The data of pretraining: prepared corpora, mixed by weight, cut into batches.
+"""The data of pretraining: prepared corpora of text."""
 
-One "epoch" is the whole run, so that Lightning's epoch machinery has nothing to do; sources that are smaller than their
-share repeat with a new shuffle each time. The number of devices, micro-batches and workers never changes which rows a
-step trains on.
-"""
-
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.base import StageData
-from datamodules.loader import RankShare, ValidationLoader, Windows
-from datamodules.text.corpus import Corpus, RowReader
-from datamodules.text.files import is_remote
-from datamodules.text.mixture import Consumption, Mixture, MixturePhase
-from datamodules.text.preparation import CORPUS_FILE, Preparation, describe, prepare_command, prepare_corpus
+from datamodules.corpora import CorpusData, CorpusRef, Phase, check_positive, check_prepared
+from datamodules.text.preparation import Preparation, describe, prepare_corpus
 from datamodules.text.sources import DEFAULT_CORPUS
-from datamodules.tokenizer import Tokenizer
-from modules.batch import Progress, Window
 from modules.errors import UserError
 
 _ONLY = "corpus"
 """Name of the source that `path` is. It seeds the order of rows: a fixed one, so that a corpus can be moved."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusRef:
-    """A prepared corpus in a mixture."""
-
-    path: str
-    """Folder that `prepare` wrote, or a URL that LitData reads (`s3://...`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of the run with constant weights."""
-
-    sources: dict[str, float]
-    """Weight of each source, > 0; only their ratios count."""
-    until_tokens: int | None = None
-    """Tokens of the run after which the next phase begins (rounded up to whole steps); null in the last phase."""
-
-
-class PretrainingData(StageData):
+class PretrainingData(CorpusData):
     """Batches for pretraining.
 
     Args:
@@ -67,6 +32,8 @@ class PretrainingData(StageData):
         seed: Seed of the order of the rows.
     """
 
+    kind = "text"
+
     def __init__(
         self,
         path: str = "data/stdlib",
@@ -80,203 +47,32 @@ class PretrainingData(StageData):
         workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(sequence_length, micro_batch_size)
-        self.prepare_data_per_node = False  # one preparation in all; a shared folder is assumed
-        _check_positive(
-            sequence_length=sequence_length,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            total_tokens=total_tokens,
-        )
-        if validation_rows is not None and validation_rows < 0:
-            raise UserError(f"data.validation_rows: {validation_rows} is negative; give null for all rows, 0 for none")
-        if workers < 0:
-            raise UserError(f"data.workers: {workers} is negative")
+        check_positive(total_tokens=total_tokens)
         if sources is None and not path:
             raise UserError("data.path: no corpus is named; give the folder of one, data/stdlib is prepared by itself")
-        self.sources = {_ONLY: CorpusRef(path=path)} if sources is None else sources
-        self.phases = _check_phases(phases, self.sources)
-        self.global_batch_size = global_batch_size
-        self.validation_rows = validation_rows
-        self.workers = workers
-        self.seed = seed
+        sources = {_ONLY: CorpusRef(path=path)} if sources is None else sources
+        super().__init__(
+            sources, phases, sequence_length, global_batch_size, micro_batch_size, validation_rows, workers, seed
+        )
         self.total = self.after(-(-total_tokens // self.after(1).tokens))
 
-    def after(self, steps: int) -> Progress:
-        """Return the progress after a number of optimiser steps, all of the same size."""
-        rows = steps * self.global_batch_size
-        return Progress(steps=steps, tokens=rows * self.sequence_length, samples=rows)
-
-    def prepare_data(self) -> None:
-        """Prepare the default corpus where it is missing (on rank zero).
-
-        Raises:
-            UserError: another one is missing, or micro-batches do not fit: nothing is prepared for such a run.
-        """
-        missing = self._missing_defaults
-        if missing:
-            _check_division(self.global_batch_size, self.micro_batch_size, 1)
-        for source in self.sources.values():
-            if Path(source.path) not in missing:
-                _check_prepared(source.path)
-        for folder in missing:
+    def prepare(self, missing: list[str]) -> None:
+        """Prepare the default corpus where it is missing; see `CorpusData`."""
+        folders = [self.sources[name].path for name in missing]
+        for folder in folders:
+            if Path(folder).name != DEFAULT_CORPUS:
+                check_prepared(folder)
+        for folder in folders:
             print(f"{folder} is not there yet: preparing the Python standard library's sources", flush=True)
-            preparation = Preparation(paths=[DEFAULT_CORPUS], output=folder, sequence_length=self.sequence_length)
+            preparation = Preparation(paths=[DEFAULT_CORPUS], output=Path(folder), sequence_length=self.sequence_length)
             corpus, _ = prepare_corpus(preparation)
             print(describe(corpus), flush=True)
-
-    def setup(self, stage: str) -> None:
-        """Open and check the corpora and find this rank's part of a batch.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`.
-
-        Raises:
-            UserError: if a corpus is missing or damaged, or sizes do not fit; the message names key or file.
-        """
-        _ = self.corpora, self.mixture, self._validation_readers
-        super().setup(stage)
-        if stage == "fit":
-            _check_division(self.global_batch_size, self.micro_batch_size, self.ranks)
-        self.micro_batches = self.global_batch_size // (self.micro_batch_size * self.ranks)
-
-    def windows(self, first: int) -> Iterator[Window]:
-        """Yield this rank's windows after the first `first` steps."""
-        windows = Windows(self.mixture, self._readers, self._share)
-        return windows.load(first, self.total.steps, self.workers)
-
-    @property
-    def _share(self) -> RankShare:
-        return RankShare(rank=self.rank, ranks=self.ranks, micro_batch_size=self.micro_batch_size)
-
-    def val_dataloader(self) -> ValidationLoader | list[Any]:
-        """Return the loader of this rank's validation rows (an empty list for `validation_rows: 0`)."""
-        readers = self._validation_readers
-        if self.validation_rows == 0:
-            return []
-        return ValidationLoader(readers, _choose_rows(readers, self.validation_rows), self._share)
-
-    def test_dataloader(self) -> ValidationLoader | list[Any]:
-        """Return the validation rows: the held-out text is one."""
-        return self.val_dataloader()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the run is, and of what."""
-        fingerprints = self.order["fingerprints"]
-        return {**super().state_dict(), "tokens_per_step": self.after(1).tokens, "fingerprints": fingerprints}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on, and check that a resumed run counts in the same steps.
-
-        Raises:
-            UserError: if a step has another number of tokens than before.
-        """
-        fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        if fitting and state_dict["tokens_per_step"] != self.after(1).tokens:
-            raise UserError(
-                f"data.global_batch_size: a step of this run has {state_dict['tokens_per_step']} tokens, not "
-                f"{self.after(1).tokens}; keep global_batch_size x sequence_length, or start a new run"
-            )
-        if state_dict["fingerprints"] != self.state_dict()["fingerprints"]:
-            rank_zero_info("note: the text of a corpus changed since the checkpoint; the run goes on with the new one")
-        self.progress = (
-            Progress(**state_dict["progress"]) if "progress" in state_dict else self.after(state_dict["steps"])
-        )
-
-    @cached_property
-    def corpora(self) -> dict[str, Corpus]:
-        """The corpora by name, checked against the options."""
-        corpora: dict[str, Corpus] = {}
-        for name, source in self.sources.items():
-            _check_prepared(source.path)
-            corpus = corpora[name] = Corpus(source.path)
-            if corpus.sequence_length != self.sequence_length:
-                raise UserError(
-                    f"data.sequence_length: {source.path} has rows of {corpus.sequence_length} tokens, not "
-                    f"{self.sequence_length}; set it to {corpus.sequence_length}, or prepare again with "
-                    f"--sequence_length {self.sequence_length} and another --output"
-                )
-            first = next(iter(corpora.values()))
-            if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
-                raise UserError(
-                    f"data.sources: {source.path} and {first.path} have different tokenizers; prepare one again with "
-                    f"--tokenizer {first.tokenizer_folder}"
-                )
-        return corpora
-
-    @property
-    def _missing_defaults(self) -> list[Path]:
-        """Folders of the default corpus that are still to be prepared."""
-        folders = [Path(source.path) for source in self.sources.values() if not is_remote(source.path)]
-        return [folder for folder in folders if folder.name == DEFAULT_CORPUS and not (folder / CORPUS_FILE).is_file()]
-
-    @cached_property
-    def mixture(self) -> Mixture:
-        """Which rows each step takes."""
-        chunk_rows = {name: reader.chunk_rows for name, reader in zip(self.corpora, self._readers, strict=True)}
-        phases = []
-        for number, phase in enumerate(self.phases):
-            end = self.total.steps
-            if phase.until_tokens is not None and number < len(self.phases) - 1:
-                end = -(-phase.until_tokens // self.after(1).tokens)
-            phases.append(MixturePhase(end_step=end, weights=phase.sources))
-        return Mixture(chunk_rows, phases, self.global_batch_size, self.seed)
-
-    def consumed(self, step: int) -> dict[str, Consumption]:
-        """Return rows and epochs that the first `step` optimiser steps take from each source."""
-        return self.mixture.consumed(step)
-
-    def asked(self, step: int) -> dict[str, float]:
-        """Return the share of rows that the weights of the phases ask of each source in the first `step` steps."""
-        return self.mixture.asked(step)
-
-    @cached_property
-    def _readers(self) -> list[RowReader]:
-        return [corpus.rows("train") for corpus in self.corpora.values()]
-
-    @cached_property
-    def _validation_readers(self) -> list[RowReader]:
-        readers = [corpus.rows("validation") for corpus in self.corpora.values()]
-        if self.validation_rows != 0 and not any(map(len, readers)):
-            raise UserError(
-                "data.validation_rows: no corpus has held-out rows; prepare with a validation_fraction above 0, "
-                "or set validation_rows to 0"
-            )
-        return readers
-
-    @property
-    def _corpus(self) -> Corpus:
-        return next(iter(self.corpora.values()))
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The Hugging Face tokenizer folder (goes into checkpoints)."""
-        return self._corpus.tokenizer_folder
-
-    def check_tokenizer(self, folder: Path, model: Path) -> None:
-        """Check that token ids mean the same text to these data and to a model; see `TrainingData`."""
-        if Tokenizer.load(folder).fingerprint != self._corpus.tokenizer.fingerprint:
-            key = "path" if list(self.sources) == [_ONLY] else "sources"
-            raise UserError(
-                f"data.init_args.{key}: {self._corpus.path} has another tokenizer than {model}, to which ids mean "
-                f"other text; prepare the text with --tokenizer {model} and another --output"
-            )
-
-    @property
-    def order(self) -> dict[str, Any]:
-        """What decides which rows come, and in which order."""
-        return {
-            "fingerprints": {name: corpus.metadata["fingerprint"] for name, corpus in self.corpora.items()},
-            "phases": [asdict(phase) for phase in self.phases],
-            "tokenizer": self._corpus.tokenizer.fingerprint,
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-        }
 
     @property
     def vocab_size(self) -> int:
         """V, the tokens of the tokenizer: the least vocabulary a model needs."""
-        return Preparation.vocab_size if self._missing_defaults else self._corpus.vocab_size
+        to_prepare = any(Path(self.sources[name].path).name == DEFAULT_CORPUS for name in self.missing)
+        return Preparation.vocab_size if to_prepare else self._corpus.vocab_size
 
     def token_bytes(self) -> Tensor:
         """Return int64 [V]: UTF-8 bytes each token stands for (0 for special tokens)."""
@@ -289,13 +85,13 @@ class PretrainingData(StageData):
         bits = sum(metadata["gzip_bits_per_byte"] * metadata["validation"]["bytes"] for metadata in splits)
         return bits / total if total else None
 
+    @property
+    def _key(self) -> str:
+        return "data.init_args." + ("path" if list(self.sources) == [_ONLY] else "sources")
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without BOS or EOS; names of special tokens in it become those tokens."""
         return self._corpus.tokenizer.encode(text, special_tokens=True)
-
-    def decode(self, ids: list[int] | Tensor) -> str:
-        """Return the text of token ids."""
-        return self._corpus.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else ids)
 
     def sample_prompts(self, n: int, length: int) -> list[list[int]]:
         """Return the beginnings of up to `n` held-out documents, exactly `length` token ids each.
@@ -306,66 +102,3 @@ class PretrainingData(StageData):
         """
         openings = [ids for corpus in self.corpora.values() for ids in corpus.openings()]
         return [ids[:length] for ids in openings if len(ids) > length][:n]
-
-
-def _check_prepared(path: str) -> None:
-    if not is_remote(path) and not (Path(path) / CORPUS_FILE).is_file():
-        raise UserError(f"data.path: {path} is no prepared corpus; make it with: {prepare_command(path)}")
-
-
-def _check_division(rows: int, micro_batch_size: int, ranks: int) -> None:
-    """Check that the rows of a step divide among devices in micro-batches of one size."""
-    per_pass = micro_batch_size * ranks
-    if rows % per_pass:
-        fitting = [size for size in range(micro_batch_size, 0, -1) if rows % (size * ranks) == 0]
-        mend = f"set data.init_args.micro_batch_size to {fitting[0]}, or " if fitting else "set "
-        devices = "1 device" if ranks == 1 else f"{ranks} devices"
-        raise UserError(
-            f"data.init_args.global_batch_size: {rows} rows a step do not divide among {devices} with "
-            f"data.init_args.micro_batch_size {micro_batch_size}; {mend}data.init_args.global_batch_size to a multiple "
-            f"of {per_pass}"
-        )
-
-
-def _check_positive(**values: int) -> None:
-    for key, value in values.items():
-        if value < 1:
-            raise UserError(f"data.{key}: {value} is not positive")
-
-
-def _check_phases(phases: list[Phase] | None, sources: dict[str, CorpusRef]) -> list[Phase]:
-    """Return the phases (one with equal weights by default) after checking names, weights and order."""
-    if not sources:
-        raise UserError("data.sources: give at least one source")
-    if phases is None:
-        return [Phase(sources=dict.fromkeys(sources, 1.0))]
-    before = 0
-    for number, phase in enumerate(phases):
-        key = f"data.phases[{number}]"
-        for name, weight in phase.sources.items():
-            if name not in sources:
-                raise UserError(f"{key}.sources: '{name}' is not in data.sources ({', '.join(sources)})")
-            if not 0 < weight < math.inf:
-                raise UserError(f"{key}.sources.{name}: the weight {weight} is not positive; leave the source out")
-        if not phase.sources:
-            raise UserError(f"{key}.sources: give at least one source")
-        last = number == len(phases) - 1
-        if last != (phase.until_tokens is None):
-            raise UserError(f"{key}.until_tokens: every phase but the last needs it, the last must not have it")
-        if phase.until_tokens is not None and phase.until_tokens <= before:
-            raise UserError(f"{key}.until_tokens: {phase.until_tokens} is not after {before}")
-        before = phase.until_tokens or before
-    if not phases:
-        raise UserError("data.phases: give at least one phase or leave it out")
-    return phases
-
-
-def _choose_rows(readers: list[RowReader], wanted: int | None) -> list[tuple[int, int]]:
-    """Return (reader, row) of the validation rows: evenly from all sources, evenly spaced in each."""
-    rows: list[tuple[int, int]] = []
-    for number, reader in enumerate(readers):
-        share = len(reader)
-        if wanted is not None:
-            share = min(share, -(-(wanted - len(rows)) // (len(readers) - number)))
-        rows.extend((number, place * len(reader) // share) for place in range(share))
-    return rows

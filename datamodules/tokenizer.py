@@ -15,7 +15,7 @@ which a byte-level BPE never produces, also serves as padding.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,13 @@ class Tokenizer:
         self._inner.encode_special_tokens = not special_tokens
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a text that a model goes on with: names of special tokens in it are plain text.
+    def encode_prompt(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text that a model goes on with; for the arguments see `encode`.
 
         It begins with BOS where the post-processor of tokenizer.json puts one, as in transformers (which reads
         `add_bos_token` only for tokenizers without that file); nothing is put at its end.
         """
-        return self._prompt_beginning + self.encode(text)
+        return self._prompt_beginning + self.encode(text, special_tokens)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Return int32 token ids of each text, special tokens in them taken as plain text."""
@@ -184,6 +184,30 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids, special tokens by their names; broken UTF-8 shows as U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """Return the tokens that are found in a text before it is split, special ones among them, by id."""
+        return self._inner.get_added_tokens_decoder()
+
+    def renamed(self, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+        """Return a tokenizer that knows added tokens by other names, and else encodes every text alike.
+
+        It has no post-processor, so that positions are exact.
+
+        Args:
+            names: the new name of each token by its old one.
+        """
+        content = json.loads(self._inner.to_str())
+        for token in content["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            renamed = {names.get(piece, piece): index for piece, index in vocabulary.items()}
+        else:
+            renamed = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        content["model"]["vocab"] = renamed
+        content["post_processor"] = None
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     @property
     def fingerprint(self) -> str:

@@ -22,21 +22,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.backbone.config import BackboneConfig
-from modules.backbone.initialization import initialize
+from modules.backbone.initialization import initialize, initialize_adapters
 from modules.backbone.layer import Layer
 from modules.backbone.model import Network
 from modules.backbone.router import Routing
-from modules.batch import IGNORED_LABEL, HeldOutText, PackedBatch, TrainingData, Window, target_positions
-from modules.checkpoints.start import open_fitting, start_from
+from modules.batch import HeldOutText, PackedBatch, TrainingData, Window, target_positions
+from modules.checkpoints import folder
+from modules.checkpoints.adapted import BASE, Base, base_of, check_base, fingerprint
+from modules.checkpoints.load import hold_quantized, quantized_names
+from modules.checkpoints.source import ModelFolder
+from modules.checkpoints.start import fill_from, open_fitting, start_from
 from modules.checkpoints.training_source import TOKENIZER
 from modules.errors import UserError
 from modules.metrics import Metrics
-from modules.objectives.next_token import next_token_loss
+from modules.objectives.next_token import next_token_loss, target_weights
 from modules.optim.adamw import AdamW, OptimizerConfig, parameter_groups
 from modules.optim.clipping import clip_gradients
 from modules.optim.schedule import ScheduleConfig
 from modules.optim.spikes import SpikeGuardConfig, StepGuard
-from modules.precision.linear import Head
+from modules.precision.linear import FormattedModule, Head
+from modules.precision.lora import LoRAConfig, attach, freeze_base, reseed
 from modules.precision.recipe import Assignment, FormatSchedule, PrecisionConfig, assign_formats
 
 
@@ -63,6 +68,8 @@ class StageStrategy(Protocol):
 
 VALIDATED = ("validation/loss", "validation/bits_per_byte")
 """Metrics of a validation, in the order in which they are told."""
+EXACT_MATCH = "validation/exact_match"
+"""Share of held-out problems that are answered right, mean over environments; below it, by the names of these."""
 
 
 class MicroBatchLoss(NamedTuple):
@@ -100,6 +107,8 @@ class StageModule(LightningModule):
         max_skipped_steps: stop after this many skipped steps in a row: not finite, or spikes.
         spike_guard: skip steps whose loss or gradient norm is a spike; null: only those that are not finite.
         mtp_depths: depths M that the MTP block is trained at; 0: it is not.
+        lora: low-rank adapters that train instead of the weights, which are those of init_from and stay as they are, as
+            do the router biases; quantised ones stay quantised. Checkpoints hold the adapters alone. null: all trains.
 
     Raises:
         UserError: if a value is out of range.
@@ -123,6 +132,7 @@ class StageModule(LightningModule):
         max_skipped_steps: int = 10,
         spike_guard: SpikeGuardConfig | None = None,
         mtp_depths: int = 0,
+        lora: LoRAConfig | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -137,7 +147,9 @@ class StageModule(LightningModule):
         self.expert_bias_rate, self.max_skipped_steps = expert_bias_rate, max_skipped_steps
         if max_skipped_steps < 1:
             raise UserError(f"model.max_skipped_steps: {max_skipped_steps} must be at least 1")
-        self.mtp_depths = mtp_depths
+        self.mtp_depths, self.lora = mtp_depths, lora
+        self.base: Base | None = None
+        """What the adapters belong to, once `configure_model` has opened it; None: all trains."""
         self.network: Network | None = None
         self.precision_table: list[Assignment] = []
         self.metrics = Metrics()
@@ -167,6 +179,22 @@ class StageModule(LightningModule):
             batch: the micro-batch.
             totals: the sums of what `count` returns over the micro-batches of the step and all ranks, fp32.
         """
+
+    def target_weights(self, batch: PackedBatch, mtp_depths: int) -> Tensor:
+        """Return what each target counts in a mean of nats: 1, unless a stage says otherwise.
+
+        Args:
+            batch: the micro-batch.
+            mtp_depths: M.
+
+        Returns:
+            fp32 [1 + M, B, T]: of the next token, and of each MTP depth; 0 where there is no target.
+        """
+        return target_weights(batch, mtp_depths)
+
+    def add_fields(self, batch: PackedBatch) -> PackedBatch:
+        """Return rows of tokens that mean nothing as a batch of the stage, with the fields that it adds."""
+        return batch
 
     @property
     def data(self) -> TrainingData:
@@ -199,6 +227,9 @@ class StageModule(LightningModule):
         with torch.device("meta"):
             network = Network(self.backbone_config)
         self.precision_table = assign_formats(self.precision, network, device_type, capability)
+        if self.lora is not None:
+            attach(network, self.lora)
+            freeze_base(network)
         if self.activation_checkpointing:
             network.checkpoint_activations()
         return network
@@ -214,7 +245,8 @@ class StageModule(LightningModule):
         """Return random tokens [rows, length], a document a row, a label at every position; the same on all ranks."""
         generator = torch.Generator().manual_seed(0)
         tokens, labels = torch.randint(self.data.vocab_size, (2, rows, length), generator=generator)
-        return PackedBatch(tokens=tokens, labels=labels, document_ids=torch.zeros(rows, length, dtype=torch.int32))
+        ids = torch.zeros(rows, length, dtype=torch.int32)
+        return self.add_fields(PackedBatch(tokens=tokens, labels=labels, document_ids=ids))
 
     def check_run(self, data: TrainingData, device_type: str) -> None:
         """Refuse what does not fit together before anything is written: no folder, no prepared corpus.
@@ -225,14 +257,16 @@ class StageModule(LightningModule):
 
         Raises:
             UserError: the data do not fit the network or the schedule, the recipe the network, an option the device,
-                or init_from the backbone.
+                or init_from the backbone; or adapters have no init_from.
         """
         self.schedule.check_length(data.total.tokens)
         self._check_vocabulary(data)
         if self.compile_layers:
             _check_compiler(device_type)
         self.build_network(device_type)
-        if self.init_from is not None:
+        if self.lora is not None:
+            self._open_base()
+        elif self.init_from is not None:
             open_fitting(self.backbone_config, self.init_from)
 
     def configure_model(self) -> None:
@@ -246,7 +280,9 @@ class StageModule(LightningModule):
             return
         device = self.strategy.root_device
         self._check_vocabulary(self.data)
+        source = None if self.lora is None else self._open_base()
         network = self.build_network(device.type)
+        quantized = {} if source is None else self._keep_quantized(network, source)
         if self.compile_layers:
             _check_compiler(device.type)
             for layer in network.modules():
@@ -254,11 +290,49 @@ class StageModule(LightningModule):
                 if isinstance(layer, Layer) and layer.letter != "E":
                     layer.compile()
         self.lay_out(network)
-        if self.init_from is None:
-            initialize(network, self.seed)
-        else:
+        if source is not None:
+            self.initial_weights = fill_from(network, source, self.data, self.allow_other_tokenizer, quantized)
+            initialize_adapters(network, self.seed)
+        elif self.init_from is not None:
             self.initial_weights = start_from(network, self.init_from, self.data, self.allow_other_tokenizer)
+        else:
+            initialize(network, self.seed)
         self.network = network
+
+    def _open_base(self) -> ModelFolder:
+        """Open what the adapters belong to: `init_from`, which is the same MODEL still in a run that goes on.
+
+        Raises:
+            UserError: it is not given, does not fit the backbone, or is another one than before.
+        """
+        if self.init_from is None:
+            raise UserError("model.init_args.lora: adapters need a base; name its MODEL in model.init_args.init_from")
+        before = None if self.resume_from is None else base_of(self.resume_from)
+        if before is None:
+            source = open_fitting(self.backbone_config, self.init_from)
+            self.base = self.base or Base(str(source.path.absolute()), fingerprint(source))
+            return source
+        path = Path(before.path)
+        if self.init_from.resolve() not in path.resolve().parents:  # which a run's folder is, of a checkpoint
+            path = self.init_from
+        source = open_fitting(self.backbone_config, path)
+        if self.base is None:
+            check_base(source, before, cast(Path, self.resume_from))
+        self.base = before
+        return source
+
+    def _keep_quantized(self, network: Network, source: ModelFolder) -> dict[str, list[str]]:
+        """Let a network on the meta device hold what is quantised in its base as it is; return its names."""
+        quantized = quantized_names(source, self.backbone_config)
+        if quantized:
+            hold_quantized(network, source, quantized)
+            self.precision_table = [
+                Assignment(row.name, cast(FormattedModule, network.get_submodule(row.name)).format, "init_from")
+                if f"{row.name}.weight" in quantized
+                else row
+                for row in self.precision_table
+            ]
+        return quantized
 
     def _check_vocabulary(self, data: TrainingData) -> None:
         """Check that the ids of the data mean what they meant to the checkpoint, and that the network has them all."""
@@ -317,6 +391,7 @@ class StageModule(LightningModule):
         for number, batch in enumerate(micro_batches):
             place = (window.step - 1) * self.data.micro_batches + number
             self._formats.reseed(torch.initial_seed(), self.global_rank, place)
+            reseed(self.built_network, torch.initial_seed(), self.global_rank, place)
             self.strategy.sync_gradients(self.built_network, number == len(micro_batches) - 1)
             loss, metrics, router, token_losses = self.micro_batch_loss(batch, totals)
             self.token_losses.append(token_losses)
@@ -368,6 +443,8 @@ class StageModule(LightningModule):
     def _update_expert_bias(self, counts: Sequence[Tensor], skip: Tensor) -> None:
         """Move each router's bias by the rate towards even load (arXiv 2408.15664), unless the step is skipped.
 
+        Under adapters it stays what it is in their base.
+
         Args:
             counts: int64 [routers, E] of each micro-batch.
             skip: bool scalar.
@@ -375,6 +452,8 @@ class StageModule(LightningModule):
         if not counts:
             return
         self.expert_counts = self.strategy.all_reduce(torch.stack([*counts]).sum(0))
+        if self.lora is not None:
+            return
         load = self.expert_counts.float()
         change = self.expert_bias_rate * torch.sign(load.mean(1, keepdim=True) - load)
         change = torch.where(skip, 0.0, change)
@@ -423,14 +502,14 @@ class StageModule(LightningModule):
         self._validation = torch.zeros(3, device=self.device, dtype=torch.float64)  # nats, targets, bytes
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add up nats, targets and the bytes the targets stand for."""
-        nats = next_token_loss(self.built_network, batch, torch.ones(1, device=self.device), 0, 0.0).nats[0]
-        kept = batch.labels[batch.labels != IGNORED_LABEL]
-        targets = torch.tensor(kept.numel(), device=kept.device)
-        self._validation += torch.stack([nats, targets, self._token_bytes[kept].sum()])
+        """Add up nats, targets and the bytes the targets stand for, each target by what it counts."""
+        weights, one = self.target_weights(batch, 0), torch.ones(1, device=self.device)
+        nats = next_token_loss(self.built_network, batch, one, 0, 0.0, weights).nats[0]
+        text_bytes = self._token_bytes[batch.labels.clamp(min=0)] * weights[0]
+        self._validation += torch.stack([nats, weights.sum(), text_bytes.sum()])
 
     def on_validation_epoch_end(self) -> None:
-        """Record `validation/loss` (nats per token) and, of text, `validation/bits_per_byte`.
+        """Record `validation/loss` (nats per target) and, of text, `validation/bits_per_byte`.
 
         Raises:
             UserError: the rows have no target.
@@ -452,9 +531,19 @@ class StageModule(LightningModule):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what is saved: all parameters and buffers; with adapters not those of the base, which has them."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is None:
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in trained or not name.startswith("network.")}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the guard, which may differ between runs of one architecture."""
+        """Add the state of the guard, which may differ between runs of one architecture, and the base of adapters."""
         checkpoint["step_guard"] = self.step_guard.saved_state()
+        if self.base is not None:
+            checkpoint.setdefault(folder.ABOUT, {})[BASE] = self.base._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it (a checkpoint from before there was one starts with an empty window)."""

@@ -121,22 +121,23 @@ def next_token_labels(tokens: Tensor, document_ids: Tensor) -> Tensor:
     return shifted_labels(tokens, document_ids, 1)
 
 
-def shifted_labels(labels: Tensor, document_ids: Tensor, shift: int) -> Tensor:
+def shifted_labels(labels: Tensor, document_ids: Tensor, shift: int, missing: int = IGNORED_LABEL) -> Tensor:
     """Return labels moved `shift` positions to the left inside each document (MTP depth k uses shift k).
 
     Args:
-        labels: int64 [B, T].
+        labels: int64 [B, T]; or what else there is of each label, of any dtype.
         document_ids: int32 [B, T].
         shift: number of positions, >= 0.
+        missing: what stands where there is none.
 
     Returns:
-        int64 [B, T]: `labels[t + shift]` where that position exists and has the document of t, else `IGNORED_LABEL`.
+        [B, T]: `labels[t + shift]` where that position exists and has the document of t, else `missing`.
     """
     if shift == 0:
         return labels
-    shifted = torch.full_like(labels, IGNORED_LABEL)
+    shifted = torch.full_like(labels, missing)
     same = document_ids[:, shift:] == document_ids[:, :-shift]
-    shifted[:, :-shift] = torch.where(same, labels[:, shift:], IGNORED_LABEL)
+    shifted[:, :-shift] = torch.where(same, labels[:, shift:], missing)
     return shifted
 
 
@@ -241,6 +242,19 @@ class SamplePrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class ChatTokens(Protocol):
+    """Data of conversations, whose turns are made of special tokens."""
+
+    def chat_tokens(self) -> Mapping[str, int]:
+        """Return the ids of the special tokens that the chat template writes, by name."""
+        ...
+
+    def reserved_tokens(self) -> Sequence[int]:
+        """Return the ids of the special tokens without a use, which the template does not write."""
+        ...
+
+
 class SourceUse(Protocol):
     """What has been taken from a source."""
 
@@ -325,4 +339,69 @@ class Worked(Protocol):
 
     def solution(self, problem: Problem) -> Message:
         """Return an assistant's turn that is judged right, with its steps."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model goes on with when it answers a problem."""
+
+    tokens: list[int]
+    """Token ids of the conversation so far, up to where the model's turn begins."""
+    key: tuple[int, ...]
+    """Names the random numbers of the reply: environment, problem, sample, turn."""
+
+
+Reply = tuple[list[int], bool]
+"""Token ids of a model's turn, what ended it included, and whether it ended by itself (not by its length)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What a model made of a problem."""
+
+    problem: Problem
+    dialogue: list[Message]
+    """The turns after those of the problem: the model's, and where the environment goes on, its too."""
+    reply: str
+    """The model's last turn as it was judged, thoughts included."""
+    judgement: Judgement
+    ended: bool
+    """Whether that turn ended by itself; false: it was cut at its longest, and is no answer."""
+
+
+class Evaluation(Protocol):
+    """Held-out problems of environments, to be answered by whatever completes prompts."""
+
+    end_ids: Sequence[int]
+    """Tokens that end a turn of the model."""
+
+    def run(
+        self,
+        problems: int,
+        complete: Callable[[Sequence[Prompt]], Sequence[Reply]],
+        *,
+        samples: int = 1,
+        thinking: bool | None = None,
+    ) -> Mapping[str, list[list[Attempt]]]:
+        """Let held-out problems be answered, and judge the answers; the same problems each time.
+
+        Args:
+            problems: number of problems of each environment; a list of problems may hold fewer.
+            complete: returns the model's turn for each prompt.
+            samples: answers to each problem.
+            thinking: what the chat template is told about thinking; None: nothing.
+
+        Returns:
+            Environment's name -> its problems -> the attempts at each, one a sample.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluatedEnvironments(Protocol):
+    """Data that bring environments to evaluate in."""
+
+    def evaluation(self) -> Evaluation | None:
+        """Return the held-out problems, the same object each time; None where no environment is named."""
         ...

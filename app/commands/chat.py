@@ -1,23 +1,18 @@
 """A conversation with a model at the terminal."""
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from app.options import Device, Dtype, Model, StateDtype, read_text, short_state_dtype, write_text
+from app.options import Device, Dtype, InputFile, Model, StateDtype, printable, read_text, short_state_dtype
 from modules.errors import UserError
 
 if TYPE_CHECKING:
-    from datamodules.chat_template import ChatTemplate, Message
-    from datamodules.tokenizer import Tokenizer
+    from datamodules.conversations.template import ChatTemplate
     from modules.checkpoints.source import ModelFolder
-    from modules.generation.session import Session
 
-PRETRAINING = "modules.pretraining.Pretraining"
-"""Stage that teaches no turns."""
+PRETRAINING, SFT = "modules.pretraining.Pretraining", "modules.sft.SFT"
+"""Stages: one that teaches no turns, and one that teaches nothing else."""
 HELP = "/exit ends (so does Ctrl-D), /reset forgets, /system TEXT sets the system message and forgets the rest"
 
 
@@ -25,7 +20,10 @@ def chat(
     model: Model,
     *,
     system: str | None = None,
+    tools: InputFile | None = None,
     thinking: bool | None = None,
+    low_effort: bool = False,
+    thinking_budget: int | None = None,
     max_new_tokens: int = 1024,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -40,14 +38,22 @@ def chat(
 
     /exit or Ctrl-D ends, /reset forgets the conversation, /system TEXT sets the system message and forgets the rest,
     Ctrl-C stops a reply. Lines may come from a pipe. The conversation is rendered by the model's chat template
-    (chat_template.jinja or tokenizer_config.json), by plain ChatML where it brings none and its tokenizer has
-    <|im_start|> and <|im_end|>. Only what is new since the last turn is computed.
+    (chat_template.jinja or tokenizer_config.json), by ours, of the form of Nemotron's, where it brings none and its
+    tokenizer has the special tokens for it. Names of special tokens in what is typed are text. Only what is new since
+    the last turn is computed.
+
+    Thoughts stand between <think> and </think>, dimmed on a terminal with colours (NO_COLOR is heeded); those of
+    earlier turns are dropped as the template says. When the model calls a tool, the next line is the call's result.
 
     Args:
         model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
         system: System message.
-        thinking: Given to the template as `enable_thinking`; null leaves it to the template.
-        max_new_tokens: Tokens of a reply at most.
+        tools: JSON file with a list of tools that the model may call, in OpenAI's form. You are the one who runs them.
+        thinking: Whether to think before an answer (the template's `enable_thinking`); null: as in the evaluations of
+            the run that made the model, else as the template says.
+        low_effort: Whether to think little (the template's `low_effort`).
+        thinking_budget: Tokens that the template tells the model to think for (its `reasoning_budget`); null: none.
+        max_new_tokens: Tokens of a reply at most, thoughts included.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token; null takes the model's
             generation_config.json, else 0.7.
         top_k: Draw among the k most likely tokens only; 0: among all; null: as the model's generation_config.json says.
@@ -68,11 +74,14 @@ def chat(
     import torch
 
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
-    from datamodules.chat_template import ChatTemplate
+    from app.talk import Conversation, read_tools, show_call, template_variables
+    from datamodules.conversations.template import ChatTemplate
     from modules.generation.sampling import Sampling
     from modules.generation.session import Session
 
+    allowed = read_tools(tools)
     where, source = choose_device(device), open_source(model)
+    variables = template_variables(source, thinking, low_effort, thinking_budget)
     tokenizer = open_tokenizer(source)
     own = source.generation.other
     sampling = Sampling(
@@ -95,115 +104,46 @@ def chat(
         tokenizer.decode,
         torch.float16 if short_state_dtype(state_dtype) == "fp16" else torch.float32,
     )
-    variables = {} if thinking is None else {"enable_thinking": thinking}
-    talk = Conversation(session, template, tokenizer, variables, None if system is None else read_text(system))
+    first = None if system is None else read_text(system)
+    talk = Conversation(session, template, tokenizer, variables, allowed, first)
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
-    for line in read_lines():
+    for line in read_lines(lambda: f"{show_call(talk.calls[0])} = " if talk.calls else "> "):
         command, _, rest = line.strip().partition(" ")
         if command == "/exit":
             break
         if command in ("/reset", "/system"):
             talk.reset(rest.strip() if command == "/system" else talk.system)
-        elif command.startswith("/"):
+        elif command.startswith("/") and not talk.calls:
             print(f"{command} is no command; {HELP}", file=sys.stderr)
         elif command:
             with torch.inference_mode():
-                talk.answer(line, max_new_tokens)
+                talk.say(line, max_new_tokens)
 
 
 def never_taught(model: Model, source: "ModelFolder", template: "ChatTemplate") -> list[str]:
     """Return lines that say so if nothing shows that a model was taught to chat; else none."""
     run = source.facts.get("run", {}).get("model", {})
     pretrained = run.get("class_path") == PRETRAINING and not run.get("init_args", {}).get("init_from")
-    if template.is_own and not pretrained:
+    if run.get("class_path") == SFT or (template.is_own and not pretrained):
         return []
     why = "it was pretrained on text alone" if pretrained else "it brings no chat template"
     return [
         f"note: {model} was never taught to chat ({why}): replies go on with the text like any other,",
-        f"      in turns of plain ChatML; to go on with a text: python -m app generate {model} --prompt TEXT",
+        f"      in turns of our own template; to go on with a text: python -m app generate {model} --prompt TEXT",
     ]
 
 
-class Conversation:
-    """The turns so far, and the session that answers.
-
-    Args:
-        session: the model's side.
-        template: renders the turns.
-        tokenizer: the model's tokenizer.
-        variables: what else the template is told.
-        system: system message, if any.
-    """
-
-    def __init__(
-        self,
-        session: "Session",
-        template: "ChatTemplate",
-        tokenizer: "Tokenizer",
-        variables: dict[str, Any],
-        system: str | None,
-    ) -> None:
-        self._session, self._template, self._tokenizer = session, template, tokenizer
-        self._variables = variables
-        self.reset(system)
-
-    def reset(self, system: str | None) -> None:
-        """Forget all turns; go on with this system message, or without one."""
-        self.system = system
-        self._messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._known = "", list[int]()  # rendered conversation up to the last reply, and its tokens
-
-    def answer(self, text: str, max_new_tokens: int) -> None:
-        """Take the user's turn, print the reply as it comes and remember it, as far as it came."""
-        turns: list[Message] = [*self._messages, {"role": "user", "content": text}]
-        rendered = self._template.render(turns, answer=True, **self._variables)
-        tokens = self._encode(rendered)
-        with interruptible() as interrupted:
-            for piece in self._session.reply(tokens, max_new_tokens):
-                write_text(piece)
-                if interrupted:
-                    break
-        print(" [stopped]" if interrupted else "", flush=True)
-        self._messages = [*turns, {"role": "assistant", "content": self._session.text}]
-        self._known = rendered + self._session.text, self._session.tokens
-
-    def _encode(self, rendered: str) -> list[int]:
-        """Return the tokens of a conversation; the reply keeps the tokens that it was written in."""
-        text, tokens = self._known
-        if rendered.startswith(text):
-            return tokens + self._tokenizer.encode(rendered[len(text) :], special_tokens=True)
-        return self._tokenizer.encode(rendered, special_tokens=True)
-
-
-def read_lines() -> Iterator[str]:
-    """Yield the user's lines until there are no more; Ctrl-C at the prompt discards a line."""
-    prompt = ""
-    if sys.stdin.isatty():
+def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
+    """Yield the user's lines until there are no more, on a terminal behind a prompt; Ctrl-C there discards a line."""
+    terminal = sys.stdin.isatty()
+    if terminal:
         import readline  # noqa: F401 - input() then edits lines and remembers them
-
-        prompt = "> "
     while True:
         try:
-            yield read_text(input(prompt))
+            yield read_text(input(printable(prompt()) if terminal else ""))
         except EOFError:
-            print(end="\n" if prompt else "")
+            print(end="\n" if terminal else "")
             return
         except KeyboardInterrupt:
             print(f"\n{HELP}", file=sys.stderr)
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Let the first Ctrl-C only fill the list that is given; the second one interrupts."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)

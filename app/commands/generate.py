@@ -24,6 +24,7 @@ from modules.generation.acceptance import Acceptance
 
 if TYPE_CHECKING:
     from app.rows_file import Answers
+    from app.talk import Turn
     from modules.generation.engine import Completion
 
 Complete = Callable[..., "Iterator[Completion]"]
@@ -34,8 +35,14 @@ def generate(
     model: Model,
     *,
     prompt: str | None = None,
+    user: str | None = None,
     prompts: InputFile | None = None,
     output: OutputFile = STDOUT,
+    system: str | None = None,
+    tools: InputFile | None = None,
+    thinking: bool | None = None,
+    low_effort: bool = False,
+    thinking_budget: int | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -59,16 +66,28 @@ def generate(
     here and by `score`). Blank lines are passed over. The same command goes on after an interruption, and the result is
     the same to the byte; OUTPUT.run.json keeps the options. A prompt is plain text (names of special tokens in it are
     text, too; it begins with BOS if the tokenizer puts one) or a list of token ids, all that a model without a
-    tokenizer takes; a row may hold `messages` in its place, which the model's chat template renders. Statistics go to
-    stderr.
+    tokenizer takes. Statistics go to stderr.
+
+    A question (--user), and rows with `messages` (and `tools`) in place of a prompt, are rendered by the model's chat
+    template; the row of OUTPUT then has the turn as `message`, too: `content`, and `reasoning_content` and `tool_calls`
+    where the model wrote such.
 
     Args:
         model: Folder that `fit` wrote (a checkpoint or a run), or Hugging Face folder.
         prompt: Text to go on with, or - for that of standard input; the completion goes to stdout, on a terminal as it
             comes.
+        user: What a user asks, or - for the text of standard input; the reply goes to stdout like that of a prompt,
+            thoughts between <think> and </think>.
         prompts: JSONL file of prompts, each row with `prompt`, `messages` or `prompt_ids`; - is standard input.
         output: JSONL file of the completions of --prompts, rows in the same order; - is standard output, where rows are
             written as they are done and nothing is kept to go on with.
+        system: System message of --user.
+        tools: JSON file with a list of tools that the model may call, in OpenAI's form, for --user and for rows without
+            `tools` of their own.
+        thinking: Whether to think before an answer (the template's `enable_thinking`); null: as in the evaluations of
+            the run that made the model, else as the template says.
+        low_effort: Whether to think little (the template's `low_effort`).
+        thinking_budget: Tokens that the template tells the model to think for (its `reasoning_budget`); null: none.
         max_new_tokens: Tokens of a completion at most.
         temperature: Divides the logits before a token is drawn; 0 takes the most likely token.
         top_k: Draw among the k most likely tokens only; 0: among all.
@@ -88,8 +107,13 @@ def generate(
     Example:
         python -m app generate runs/pretrain --prompt 'def main('
     """
-    if (prompt is None) == (prompts is None):
-        raise UserError("--prompt: give either a text as --prompt, or a file as --prompts; - is standard input")
+    if [prompt, user, prompts].count(None) != 2:
+        raise UserError(
+            "--prompt: give either a text as --prompt, or a question as --user, or a file as --prompts; - is standard "
+            "input"
+        )
+    if user is None and system is not None:
+        raise UserError("--system: goes with --user; the conversations of --prompts have their own")
     if prompts is None and output != STDOUT:
         raise UserError(f"--output: only the completions of --prompts go into a file; write > {output} instead")
     check_least(max_new_tokens=(max_new_tokens, 1), samples=(samples, 1), batch_size=(batch_size, 1))
@@ -101,21 +125,30 @@ def generate(
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
     from app.rows_file import open_answers, read_rows, text_of
     from app.scoring import Reader
+    from app.talk import Turn, read_tools, template_variables
     from modules.generation import engine
     from modules.generation.sampling import Sampling
 
-    if prompt == "-":
-        prompt = read_text(sys.stdin.read()).removesuffix("\n")
+    allowed = read_tools(tools)
+    if prompts is None:
+        rows = {"--prompt" if user is None else "--user": asked(prompt, user, system)}
+    else:
+        rows = read_rows(prompts)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    where, rows = choose_device(device), {"--prompt": {"prompt": prompt}} if prompts is None else read_rows(prompts)
-    source = open_source(model)
+    where, source = choose_device(device), open_source(model)
+    variables = template_variables(source, thinking, low_effort, thinking_budget)
     tokenizer = None if source.tokenizer_folder is None else open_tokenizer(source)
     for text in stop or []:
         text_of({"stop": text}, "stop", "--stop")
     if stop and tokenizer is None:
         raise UserError(f"--stop: {model} brings no tokenizer, so there are no texts; leave it out")
-    reader = Reader(source)
+    reader = Reader(source, allowed, variables)
     encoded = [reader.prompt(row, name) for name, row in rows.items()]
+    talks = [not {"prompt", "prompt_ids"} & row.keys() for row in rows.values()]
+    turns = [
+        Turn.after(tokens, reader.tokenizer, row.get("tools", allowed)) if talk else None
+        for talk, row, tokens in zip(talks, rows.values(), encoded, strict=True)
+    ]
     for tokens, name in zip(encoded, rows, strict=True):
         if not tokens:
             raise UserError(f"{name}: the prompt is empty; give it at least one token")
@@ -142,7 +175,7 @@ def generate(
         )
 
     if prompts is None:
-        print_completions(prepare(), samples, draft_tokens)
+        print_completions(prepare(), turns[0], samples, draft_tokens)
         return
     settings = {
         "model": str(source.path.resolve()),
@@ -150,6 +183,8 @@ def generate(
         **choices,
         "max_new_tokens": max_new_tokens,
         "samples": samples,
+        **variables,
+        **({"tools": allowed} if allowed else {}),
         "ignore_eos": ignore_eos,
         "dtype": short_dtype(dtype),
         "state_dtype": short_state_dtype(state_dtype),
@@ -159,29 +194,48 @@ def generate(
         print(f"{output} is complete already; delete it to generate it again")
         return
     mark = {} if reader.fingerprint is None else {"tokenizer": reader.fingerprint}
-    write_completions(prepare(), [{**row, **mark} for row in rows.values()], samples, draft_tokens, answers)
+    write_completions(prepare(), [{**row, **mark} for row in rows.values()], turns, samples, draft_tokens, answers)
     print(f"{output}: {answers.count:,} completions of {len(rows):,} prompts", file=for_people(output))
 
 
-def print_completions(complete: Complete, samples: int, draft_tokens: int) -> None:
+def asked(prompt: str | None, user: str | None, system: str | None) -> dict[str, Any]:
+    """Return the row of a prompt or question of the command line, - being the text of standard input."""
+    text = user if prompt is None else prompt
+    assert text is not None
+    text = read_text(sys.stdin.read()).removesuffix("\n") if text == "-" else text
+    if prompt is not None:
+        return {"prompt": text}
+    texts = {"system": None if system is None else read_text(system), "user": read_text(text)}
+    return {"messages": [{"role": role, "content": said} for role, said in texts.items() if said is not None]}
+
+
+def print_completions(complete: Complete, turn: "Turn | None", samples: int, draft_tokens: int) -> None:
     """Print the completions of one prompt, on a terminal as they come; several are numbered."""
-    from app.options import write_text
+    from app.inspection.terminal import Paper
+    from app.talk import ReplyWriter
 
-    def on_text(_: int, text: str) -> None:
-        write_text(text)
-
+    thinking, colour = (False, False) if turn is None else (turn.thinking, Paper.of_stdout().colour)
+    writers = [ReplyWriter(thinking, colour) for _ in range(samples)]
     streams = sys.stdout.isatty() and samples == 1
     statistics = Statistics(draft_tokens)
-    for sample, completion in enumerate(complete(on_text=on_text if streams else None)):
+    on_text = (lambda _, text: writers[0].write(text)) if streams else None
+    for sample, completion in enumerate(complete(on_text=on_text)):
         statistics.add(completion)
         if samples > 1:
             print(f"--- sample {sample} ({completion.finish})")
-        write_text("\n" if streams else f"{completion.text}\n")
+        if not streams:
+            writers[sample].write(completion.text or "")
+        writers[sample].finish("\n")
     print(statistics, file=sys.stderr)
 
 
 def write_completions(
-    complete: Complete, rows: list[dict[str, Any]], samples: int, draft_tokens: int, answers: "Answers"
+    complete: Complete,
+    rows: list[dict[str, Any]],
+    turns: "list[Turn | None]",
+    samples: int,
+    draft_tokens: int,
+    answers: "Answers",
 ) -> None:
     """Answer the rows that are not answered yet."""
     from datamodules.progress import ProgressBar
@@ -190,11 +244,13 @@ def write_completions(
     with ProgressBar("generating", total, answers.count, unit="completions") as progress:
         for number, completion in enumerate(complete(first=answers.count), answers.count):
             statistics.add(completion)
-            answer = {
+            answer: dict[str, Any] = {
                 "completion": completion.text,
                 "completion_ids": completion.tokens,
                 "finish": completion.finish,
             }
+            if (turn := turns[number // samples]) is not None:
+                answer["message"] = turn.read(completion.text or "")
             mark = {"sample": number % samples} if samples > 1 else {}
             answers.append([{**rows[number // samples], **mark, **answer}])
             progress.advance(1)

@@ -4,7 +4,8 @@ Nothing is built but the datamodule (and the LightningModule around no network, 
 of the 120B run can be looked at on a laptop that has the corpus.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,13 @@ from modules.errors import UserError
 if TYPE_CHECKING:
     from app.cli import RunCLI
     from app.inspection.saved import SavedBatch
+    from app.inspection.view import Row
     from datamodules.pretraining import PretrainingData
+    from datamodules.tokenizer import Tokenizer
     from modules.batch import PackedBatch
 
+JSONL = ".jsonl"
+"""How the name of a file of rows as numbers ends."""
 SHOWN_ROWS = 16
 """Rows on a page unless others are asked for."""
 SHOWN_ROWS_TERMINAL = 4
@@ -35,16 +40,21 @@ def inspect(
 
     It is the whole batch of a step as `fit` would train on it on one device: the same rows in the same order. Rows,
     documents and positions are numbered from 0, as in the tensors; steps and epochs from 1. Warnings name what is wrong
-    with labels, borders, ids or counts.
+    with labels, borders, ids or counts. In conversations what the model is taught to write stands out; a mask that
+    cannot be meant (empty, whole, without the end of a turn) is an error.
 
     Args:
         arguments: Run files and keys as `fit` takes them, for example --config configs/pretrain.yaml --name=mine; of a
             key that is given several times the last one counts.
         step: Optimiser step, from 1; null is 1.
         rows: Rows to show, for example 0,3-5, or all; null shows the first 4 in the terminal, the first 16 on a page.
-            The summary and the warnings are always about all rows.
+            The summary and the warnings are always about all rows. A JSONL file holds all rows unless others are asked
+            for.
         full: Whether to show every document and token in the terminal, not only their beginnings and ends.
-        output: HTML file to write, a page that needs no network; null shows the rows in the terminal.
+        output: HTML file to write, a page that needs no network; or, with a name that ends with .jsonl, an object a
+            row: token_ids, labels (of each position the token to predict, already shifted; -100: none), document_ids,
+            loss_weights (with which weight the nats of a position enter the loss of the step), text and origin (where
+            the row is from). Null shows the rows in the terminal.
         batch: File that the spike guard saved (runs/NAME/spikes/) to show instead of a step.
 
     Raises:
@@ -60,6 +70,7 @@ def inspect(
     from app.inspection.checks import warnings
     from app.inspection.page import write_page
     from app.inspection.view import build_view
+    from datamodules.text.files import write_file
     from datamodules.tokenizer import Tokenizer
 
     run = parse_run(list(arguments))
@@ -77,15 +88,35 @@ def inspect(
         micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins, loader.module.mtp_depths, losses
     )
     troubles, paper = warnings(view), terminal.Paper.of_stdout()
-    default = SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
+    as_numbers = output is not None and output.suffix == JSONL
+    default = len(view.rows) if as_numbers else SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
     chosen = [view.rows[row] for row in choose_rows(rows, len(view.rows), default)]
     lines = terminal.write_summary(view, title, troubles, paper)
     if output is None:
         lines += terminal.write_rows(view, chosen, full, paper)
     else:
-        size = write_page(output, view, chosen, title, troubles)
+        if as_numbers:
+            content = "".join(json_lines(chosen, tokenizer)).encode()
+            write_file(output, content)
+            size = len(content)
+        else:
+            size = write_page(output, view, chosen, title, troubles)
         lines += ["", f"{output}: {len(chosen):,} of {len(view.rows):,} rows, {size / 1e6:.2f} MB"]
     print("\n".join(lines), file=for_people(output))
+
+
+def json_lines(rows: "Sequence[Row]", tokenizer: "Tokenizer") -> Iterator[str]:
+    """Yield rows as objects, a line each."""
+    for row in rows:
+        columns = {
+            "token_ids": row.tokens,
+            "labels": row.labels,
+            "document_ids": row.document_ids,
+            "loss_weights": row.loss_weights,
+        }
+        entry = {name: column.tolist() for name, column in columns.items()}
+        text = tokenizer.decode(entry["token_ids"])
+        yield json.dumps({**entry, "text": text, "origin": row.origin}, ensure_ascii=False) + "\n"
 
 
 class StepLoader:

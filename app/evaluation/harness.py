@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.progress import ProgressBar
 from datamodules.tokenizer import Tokenizer, special_names
 from modules.backbone.model import Network

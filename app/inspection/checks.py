@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from app.inspection.view import BatchView, Row
+from app.inspection.view import BatchView, Row, is_next
 from modules.batch import IGNORED_LABEL
 
 SHOWN = 5
@@ -39,7 +39,7 @@ def _check_row(row: Row, view: BatchView) -> Iterator[tuple[str, int | None]]:
             f"label outside the model's vocabulary of {view.vocab_size:,} (model.backbone.vocab_size)",
             has_loss & ((labels < 0) | (labels >= view.vocab_size)),
         ),
-        ("label is not the next token of the same document", has_loss & ~_is_next(labels, tokens, ids)),
+        ("label is not the next token of the same document", has_loss & ~is_next(labels, tokens, ids)),
     ):
         if (position := _first(wrong)) is not None:
             yield what, position
@@ -62,13 +62,6 @@ def _check_documents(row: Row, view: BatchView) -> Iterator[tuple[str, int | Non
             yield "end token inside a document: texts without a border between them", document.start + ends
         if document.with_loss and document.length > 1 and bool((tokens == vocabulary.pad_id).all()):
             yield "padding with loss", document.start
-
-
-def _is_next(labels: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Return bool [T]: whether the label is the token after the position, in the same document."""
-    right = torch.zeros_like(labels, dtype=torch.bool)
-    right[:-1] = (labels[:-1] == tokens[1:]) & (ids[:-1] == ids[1:])
-    return right
 
 
 def _first(wrong: Tensor) -> int | None:

@@ -50,6 +50,7 @@ def write_page(file: Path, view: BatchView, rows: Sequence[Row], title: Sequence
         parts.append(_section(row, view, steps, before, after))
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     texts = {"title": _escape(title[0]), "body": "\n".join(parts), "heat": _heat_legend(steps)}
+    texts["kind"] = "conversations" if view.conversations else "documents"
     content = template.substitute(texts, data=_data(view, rows)).encode()
     write_file(file, content)
     return len(content)
@@ -90,7 +91,7 @@ def _index(rows: Sequence[Row]) -> str:
         link = f'<a href="#r{row.number}">row {row.number}</a>'
         lines.append(f"<tr><th>{link}</th><td>{_escape(row.origin)}</td>{cells}{mean}</tr>")
     known = "<th>mean loss</th>" if any(row.losses is not None for row in rows) else ""
-    head = f"<tr><th></th><th>from</th><th>documents</th><th>with loss</th>{known}</tr>"
+    head = f"<tr><th></th><th>from</th><th>{rows[0].documents[0].noun}s</th><th>with loss</th>{known}</tr>"
     return f'<h2 id="index">Rows</h2><div class="wide"><table class="index">{head}{"".join(lines)}</table></div>'
 
 
@@ -125,11 +126,11 @@ def _section(row: Row, view: BatchView, steps: Sequence[float], before: int | No
 def _tokens(document: Document, row: Row, tokens: list[Token], steps: Sequence[float]) -> str:
     """Return an element per token; attributes only where it is no common text with loss."""
     part = slice(document.start, document.end)
-    labels, losses = row.labels[part].tolist(), row.own_losses()[part]
+    supervised, losses = row.supervised[part].tolist(), row.own_losses()[part]
     elements = []
-    for token, label, loss in zip(tokens[part], labels, losses, strict=True):
+    for token, has_loss, loss in zip(tokens[part], supervised, losses, strict=True):
         marks = [
-            "m" if label == IGNORED_LABEL else "",
+            "" if has_loss else "m",
             _CLASSES[token.kind],
             "" if loss is None else _heat(loss, steps),
         ]

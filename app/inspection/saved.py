@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from app.errors import shorten
-from modules.batch import PackedBatch
+from modules.batch import ConversationBatch, PackedBatch
 from modules.errors import UserError
 
 FIELDS = ("tokens", "labels", "document_ids")
-LOSSES = "token_losses"
+LOSSES, WEIGHTS = "token_losses", "loss_weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def load(file: Path) -> SavedBatch:
         raise _refusal(file, "it is no complete file of torch.save with tensors and plain values only") from error
     try:
         micro_batches = [_micro_batch(entry) for entry in content["micro_batches"]]
-        losses = [_token_losses(entry, entry["tokens"]) for entry in content["micro_batches"] if LOSSES in entry]
+        losses = [_numbers(entry, LOSSES) for entry in content["micro_batches"] if LOSSES in entry]
         saved = SavedBatch(
             step=int(content["step"]),
             rank=int(content["rank"]),
@@ -79,14 +79,16 @@ def _micro_batch(entry: dict[str, Any]) -> PackedBatch:
     shape = tensors["tokens"].shape
     if len(shape) != 2 or not tensors["tokens"].numel() or any(tensors[name].shape != shape for name in FIELDS):
         raise UserError(f"{', '.join(FIELDS)} are not [rows, positions] alike")
+    if WEIGHTS in entry:
+        return ConversationBatch(**tensors, loss_weights=_numbers(entry, WEIGHTS))
     return PackedBatch(**tensors)
 
 
-def _token_losses(entry: dict[str, Any], tokens: Tensor) -> Tensor:
-    losses = entry[LOSSES]
-    if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.shape != tokens.shape:
-        raise UserError(f"{LOSSES} are not a number for each token")
-    return losses.float()
+def _numbers(entry: dict[str, Any], name: str) -> Tensor:
+    numbers, shape = entry[name], entry["tokens"].shape
+    if not isinstance(numbers, Tensor) or not numbers.is_floating_point() or numbers.shape != shape:
+        raise UserError(f"{name} are not a number for each token")
+    return numbers.float()
 
 
 def _refusal(file: Path, reason: str) -> UserError:

@@ -21,7 +21,9 @@ from app.inspection.view import (
 )
 from modules.batch import IGNORED_LABEL
 
-MARKS = "⟦⟧ no loss  «» special token  ⟨⟩ bytes of a character, or a hidden one  ↵ line break  ⇥ tabulator"
+MARKS = "«» special token  ⟨⟩ bytes of a character, or a hidden one  ↵ line break  ⇥ tabulator"
+LOSS_MARKS = {False: "⟦⟧ no loss", True: "⟦⟧ no loss, the rest is what the model is taught to write"}
+"""What the brackets say, by whether the rows are conversations."""
 SHOWN_DOCUMENTS = 3
 """Documents of a row that are shown unless all are asked for."""
 HEAD_TOKENS, TAIL_TOKENS = 80, 40
@@ -32,6 +34,7 @@ TABLE_ENDS = 2
 """First and last tokens of a document whose targets are listed unless all are asked for."""
 
 BOLD, DIM, RED, GREEN, YELLOW, BLUE, MAGENTA, CYAN = "1", "2", "31", "32", "33", "1;34", "1;35", "36"
+BRIGHT_GREEN = "92"
 _STYLES = {"special": MAGENTA, "bytes": YELLOW, "unknown": RED}
 
 
@@ -79,7 +82,7 @@ def write_rows(view: BatchView, rows: Sequence[Row], full: bool, paper: Paper) -
         full: whether to show every document and token.
         paper: where it is written.
     """
-    lines = ["", paper.paint(MARKS, DIM)]
+    lines = ["", paper.paint(f"{LOSS_MARKS[view.conversations]}  {MARKS}", DIM)]
     for row in rows:
         lines += _RowWriter(row, view, full, paper).write()
     if left := len(view.rows) - len(rows):
@@ -123,12 +126,14 @@ class _RowWriter:
         """Return the running text of tokens, wrapped, with its own line breaks."""
         pieces: list[tuple[str, str]] = []
         masked = False
+        supervised = self.row.supervised.tolist()
+        plain = (GREEN, BRIGHT_GREEN) if self.view.conversations else ("", CYAN)
         for position in positions:
-            token, now_masked = self.tokens[position], self.targets[0][position] == IGNORED_LABEL
+            token, now_masked = self.tokens[position], not supervised[position]
             if now_masked != masked:
                 pieces.append(("⟦" if now_masked else "⟧", DIM))
             text = token.text.replace("\t", "   ")
-            style = DIM if now_masked else _STYLES.get(token.kind, CYAN if position % 2 else "")
+            style = DIM if now_masked else _STYLES.get(token.kind, plain[position % 2])
             pieces.append((f"«{text}»" if token.kind == "special" else text, style))
             masked = now_masked
         return _wrap([*pieces, ("⟧" if masked else "", DIM)], self.paper)

@@ -67,6 +67,10 @@ class Vocabulary:
         """Return whether the tokenizer uses an id."""
         return 0 <= index < len(self._contents) and self._contents[index] != b""
 
+    def is_blank(self, index: int) -> bool:
+        """Return whether a token stands for blanks and line breaks alone."""
+        return self.knows(index) and self._contents[index].isspace()
+
     def show(self, ids: Sequence[int]) -> list[Token]:
         """Return how the tokens of a stretch of text are shown, one for each id."""
         shown: list[Token] = []

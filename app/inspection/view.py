@@ -1,11 +1,13 @@
 """A batch as the model sees it, made of packed micro-batches and a tokenizer and nothing of the stage they belong to.
 
 Rows, documents and positions are numbered from 0, as in the tensors. A document of a row is a stretch of equal document
-ids; padding is the last one of a row if all its tokens are the padding token and none has a label.
+ids; padding is the last one of a row if all its tokens are the padding token and none has a label. In rows of
+conversations a document is a conversation, and marked as having loss are the tokens that the model is taught to write:
+there one looks for the end of a turn. In rows of text they are the positions with a label, nearly all.
 Shapes: B rows of a micro-batch, T positions in a row, M MTP depths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from app.inspection.tokens import Token, Vocabulary
 from datamodules.tokenizer import Tokenizer
-from modules.batch import IGNORED_LABEL, PackedBatch, count_targets, shifted_labels
+from modules.batch import IGNORED_LABEL, ConversationBatch, PackedBatch, count_targets, shifted_labels
 
 CONTEXT = 6
 """Tokens that are shown before one whose loss stands out."""
@@ -33,12 +35,22 @@ class Document:
     with_loss: int
     """Positions with a label."""
     complete: bool
-    """Whether its last token is the one that ends documents; a piece that was cut at the row's end has none."""
+    """Whether its last token (of a conversation: but for blanks) is one that ends documents; a piece that was cut has
+    none."""
+    weight: float | None
+    """Weight of a conversation, as it was prepared; None: a text."""
+    share: float
+    """Share of it in the step's loss, the weights of its tokens together."""
 
     @property
     def length(self) -> int:
         """Positions."""
         return self.end - self.start
+
+    @property
+    def noun(self) -> str:
+        """What it is called."""
+        return "document" if self.weight is None else "conversation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,11 @@ class Row:
     """int64 [T], `IGNORED_LABEL` where there is no loss."""
     document_ids: Tensor
     """int32 [T]."""
+    loss_weights: Tensor
+    """fp32 [T]: with which weight the nats of each position enter the loss of the step."""
+    supervised: Tensor
+    """bool [T]: the tokens that are shown as having loss: in rows of text the positions with a label, in conversations
+    the tokens that are one."""
     documents: list[Document]
     """In order, padding included."""
     losses: Tensor | None
@@ -75,7 +92,7 @@ class Row:
         """
         if self.losses is None:
             return [None] * len(self.tokens)
-        labelled = (self.labels[:-1] == self.tokens[1:]) & (self.document_ids[:-1] == self.document_ids[1:])
+        labelled = taught(self.labels, self.tokens, self.document_ids)[1:]
         found = zip(self.losses[:-1].tolist(), labelled.tolist(), strict=True)
         return [None, *(loss if is_label else None for loss, is_label in found)]
 
@@ -96,6 +113,8 @@ class BatchView:
     vocabulary: Vocabulary
     vocab_size: int
     """V, ids that the model has a row of the embedding for."""
+    conversations: bool
+    """Whether the rows hold conversations, not texts."""
 
     @property
     def depths(self) -> int:
@@ -125,6 +144,8 @@ def build_view(
     origins: Sequence[str],
     depths: int,
     token_losses: Sequence[Tensor] | None = None,
+    loss_weights: Sequence[Tensor] | None = None,
+    turn_ends: Collection[int] = (),
 ) -> BatchView:
     """Return the view of a window.
 
@@ -135,11 +156,19 @@ def build_view(
         origins: where each row comes from, over all micro-batches.
         depths: M, MTP depths to count targets for.
         token_losses: fp32 [B, T] of each micro-batch, where they are known.
+        loss_weights: fp32 [B, T] of each micro-batch: with which weight the nats of each position enter the loss of the
+            step; None: the loss is the mean over all targets of the rows.
+        turn_ends: tokens that end an assistant's turn; only conversations have some.
     """
     vocabulary = Vocabulary(tokenizer)
+    counted = sum(count_targets(batch.labels, batch.document_ids, depths) for batch in micro_batches)
+    assert isinstance(counted, Tensor)
+    if loss_weights is None:
+        loss_weights = [(batch.labels != IGNORED_LABEL) / counted[0].clamp(min=1) for batch in micro_batches]
     rows: list[Row] = []
     for number, batch in enumerate(micro_batches):
         for place, (tokens, labels, ids) in enumerate(zip(batch.tokens, batch.labels, batch.document_ids, strict=True)):
+            own = batch.loss_weights[place] if isinstance(batch, ConversationBatch) else None
             row = Row(
                 number=len(rows),
                 micro_batch=number,
@@ -148,27 +177,52 @@ def build_view(
                 tokens=tokens,
                 labels=labels,
                 document_ids=ids,
-                documents=_documents(tokens, labels, ids, vocabulary),
+                loss_weights=loss_weights[number][place],
+                supervised=labels != IGNORED_LABEL if own is None else taught(labels, tokens, ids),
+                documents=_documents(tokens, labels, ids, vocabulary, loss_weights[number][place], own, turn_ends),
                 losses=None if token_losses is None else token_losses[number][place],
             )
             rows.append(row)
-    counted = sum(count_targets(batch.labels, batch.document_ids, depths) for batch in micro_batches)
-    assert isinstance(counted, Tensor)
     return BatchView(
         rows=rows,
         micro_batches=len(micro_batches),
         counted=counted.tolist(),
         vocabulary=vocabulary,
         vocab_size=vocab_size,
+        conversations=isinstance(micro_batches[0], ConversationBatch),
     )
 
 
-def _documents(tokens: Tensor, labels: Tensor, ids: Tensor, vocabulary: Vocabulary) -> list[Document]:
+def taught(labels: Tensor, tokens: Tensor, document_ids: Tensor) -> Tensor:
+    """Return bool [T]: the tokens that are the label of the position before them, of a row (all [T])."""
+    return torch.cat([torch.zeros(1, dtype=torch.bool), is_next(labels, tokens, document_ids)[:-1]])
+
+
+def is_next(labels: Tensor, tokens: Tensor, document_ids: Tensor) -> Tensor:
+    """Return bool [T]: whether the label is the token after the position, in the same document; of a row (all [T])."""
+    right = torch.zeros_like(labels, dtype=torch.bool)
+    right[:-1] = (labels[:-1] == tokens[1:]) & (document_ids[:-1] == document_ids[1:])
+    return right
+
+
+def _documents(
+    tokens: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    vocabulary: Vocabulary,
+    loss_weights: Tensor,
+    own_weights: Tensor | None,
+    turn_ends: Collection[int],
+) -> list[Document]:
     starts = [0, *(torch.nonzero(ids[1:] != ids[:-1]).flatten() + 1).tolist()]
     documents = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         with_loss = int((labels[start:end] != IGNORED_LABEL).sum())
         filler = end == len(ids) and not with_loss and bool((tokens[start:end] == vocabulary.pad_id).all())
+        part = slice(start, end)
+        words = tokens[part].tolist()
+        while own_weights is not None and len(words) > 1 and vocabulary.is_blank(words[-1]):
+            words.pop()  # what a template puts behind the end of a turn
         documents.append(
             Document(
                 id=int(ids[start]),
@@ -176,7 +230,9 @@ def _documents(tokens: Tensor, labels: Tensor, ids: Tensor, vocabulary: Vocabula
                 end=end,
                 padding=filler,
                 with_loss=with_loss,
-                complete=int(tokens[end - 1]) == vocabulary.eos_id,
+                complete=words[-1] in (vocabulary.eos_id, *turn_ends),
+                weight=None if own_weights is None else float(own_weights[part].max()),
+                share=float(loss_weights[part].sum()),
             )
         )
     return documents
@@ -187,18 +243,20 @@ def summary(view: BatchView) -> list[tuple[str, str]]:
     lengths = sorted(document.length for document in view.documents)
     cut = sum(not document.complete for document in view.documents)
     micro_batches, rows, documents = view.micro_batches, len(view.rows), len(lengths)
+    noun = "conversations" if view.conversations else "documents"
+    ends = "the end of a turn: they were cut" if view.conversations else "the end token: they go on in another row"
     lines = [
         ("rows", f"{rows:,} of {view.positions // rows:,} positions, in {_plural(micro_batches, 'micro-batch', 'es')}"),
         ("positions", f"{view.positions:,}"),
         ("with loss", f"{view.counted[0]:,} ({share(view.counted[0], view.positions)})"),
         ("padding", f"{view.padding:,} ({share(view.padding, view.positions)})"),
-        ("documents", f"{documents:,} ({documents / rows:.1f} a row)"),
+        (noun, f"{documents:,} ({documents / rows:.1f} a row)"),
     ]
     if lengths:
         middle = lengths[len(lengths) // 2]
         lines += [
             ("lengths", f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {middle:,}"),
-            ("cut", f"{cut:,} ({share(cut, documents)}) do not end with the end token: they go on in another row"),
+            ("cut", f"{cut:,} ({share(cut, documents)}) do not end with {ends}"),
         ]
     parts = ["next token", *(f"MTP depth {depth}" for depth in range(1, view.depths + 1))]
     counted = [f"{part} {count:,}" for part, count in zip(parts, view.counted, strict=True)]
@@ -247,7 +305,7 @@ def heading(row: Row) -> str:
     parts = [
         row.origin,
         f"micro-batch {row.micro_batch}, row {row.place} in it",
-        _plural(len(documents), "document"),
+        _plural(len(documents), row.documents[0].noun),
         f"{with_loss:,} of {len(row.tokens):,} positions with loss",
         f"{padding:,} padding" if padding else "no padding",
     ]
@@ -259,9 +317,10 @@ def caption(document: Document, number: int) -> str:
     if document.padding:
         return f"padding: positions {document.start:,}-{document.end - 1:,}, {_plural(document.length, 'token')}"
     parts = [
-        f"document {number}: positions {document.start:,}-{document.end - 1:,}",
+        f"{document.noun} {number}: positions {document.start:,}-{document.end - 1:,}",
         _plural(document.length, "token"),
         f"{document.with_loss:,} with loss",
+        *([] if document.weight is None else [f"weight {document.weight:g}, {document.share:.2%} of the step's loss"]),
         *([] if document.complete else ["cut at its end"]),
     ]
     return ", ".join(parts)

@@ -103,7 +103,9 @@ class Job:
             max_shard_bytes: most bytes of tensors in a file.
         """
         self._say_what_is_kept()
-        original = None if self._texts is None else load_model(self._source.path, "auto", self._device).network
+        original = (
+            None if self._texts is None else load_model(self._source.path, "auto", self._device, merge=True).network
+        )
         self._lap("loading")
         calibration = None
         if self._calibrates:

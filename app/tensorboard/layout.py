@@ -41,6 +41,14 @@ LAYOUT: dict[str, list[Chart]] = {
             references={"gzip -9": "reference/gzip_bits_per_byte"},
         ),
         Chart(
+            title="Held-out problems answered right",
+            curves="validation/exact_match(/.*)?",
+            names={"validation/exact_match": "mean"},
+            note="share of each environment; higher is better",
+            share=True,
+            axis=(0, 1),
+        ),
+        Chart(
             title="Loss, training and held-out",
             curves="training/next_token_loss|validation/loss",
             names={"training/next_token_loss": "training", "validation/loss": "held-out"},
@@ -100,6 +108,20 @@ LAYOUT: dict[str, list[Chart]] = {
             note="at each position, where all before it were kept",
             share=True,
             axis=(0, 1),
+        ),
+        Chart(
+            title="Drafts kept in answers to problems",
+            curves="validation/replies/draft_acceptance_.*",
+            note="at each position, where all before it were kept",
+            share=True,
+            axis=(0, 1),
+        ),
+        Chart(
+            title="Answers that could not be judged",
+            curves="validation/judgement_failures",
+            note="of an evaluation: the checker raised or took too long; healthy: 0",
+            axis=(0, 4),
+            above=0,
         ),
         Chart(
             title="Skipped steps by reason",

@@ -24,7 +24,7 @@ from datamodules.text.files import is_remote
 from datamodules.text.mixture import LANES
 from datamodules.text.preparation import CORPUS_FILE, FORMAT_VERSION, OPENINGS_FILE
 from datamodules.text.remote import explain, public, s3_endpoint
-from datamodules.text.rows import INDEX_NAME, CorruptRowError, read_row
+from datamodules.text.rows import INDEX_NAME, ConversationRow, CorruptRowError, Kind, Row, read_row
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
 
@@ -44,10 +44,14 @@ class RowReader:
         cache: where chunks behind a URL are kept, as long as they are open (some gigabytes at most); None for a folder.
         chunks: entries of LitData's index.
         sequence_length: T, tokens in a row.
+        kind: what the rows hold.
     """
 
-    def __init__(self, folder: str, cache: Path | None, chunks: list[dict[str, Any]], sequence_length: int) -> None:
+    def __init__(
+        self, folder: str, cache: Path | None, chunks: list[dict[str, Any]], sequence_length: int, kind: Kind
+    ) -> None:
         self.folder = folder
+        self._kind: Kind = kind
         self.chunk_rows = np.array([chunk["chunk_size"] for chunk in chunks], dtype=np.int64)
         """int64 [chunks], rows in each chunk."""
         self._ends = np.cumsum(self.chunk_rows)
@@ -64,15 +68,11 @@ class RowReader:
         """Leave the open chunks behind."""
         return vars(self) | {"_open": OrderedDict()}
 
-    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a row.
+    def read(self, row: int) -> Row | ConversationRow:
+        """Return a row, views of the file: not to be written to.
 
         Args:
             row: its number, below `len(self)`.
-
-        Returns:
-            int32 [T] token ids and int32 [n] tokens of each document piece; what is left of T is padding. Both are
-            views of the file: not to be written to.
 
         Raises:
             UserError: if the chunk does not hold a row there, or cannot be read; the message names the file.
@@ -82,7 +82,8 @@ class RowReader:
             words = self._open.get(chunk)
             if words is None:
                 words = self._map(chunk)
-            return read_row(words, row - int(self._ends[chunk] - self.chunk_rows[chunk]), self._sequence_length)
+            number = row - int(self._ends[chunk] - self.chunk_rows[chunk])
+            return read_row(words, number, self._sequence_length, self._kind)
         except (OSError, RuntimeError, CorruptRowError) as error:
             file = os.path.join(public(self.folder), self._files[chunk][0])
             raise UserError(
@@ -92,8 +93,8 @@ class RowReader:
 
     def documents(self, row: int) -> list[list[int]]:
         """Return the token ids of each document piece of a row; see `read`."""
-        tokens, sizes = self.read(row)
-        ends = np.cumsum(sizes).tolist()
+        tokens, lengths = self.read(row)[:2]
+        ends = np.cumsum(lengths).tolist()
         return [tokens[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
 
     def _map(self, chunk: int) -> np.ndarray:
@@ -144,6 +145,7 @@ class Corpus:
         if self.metadata.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{file}: format_version is not {FORMAT_VERSION}; prepare the corpus again")
         self.sequence_length: int = self.metadata["sequence_length"]
+        self.kind: Kind = self.metadata.get("kind", "text")
         self.vocab_size: int = self.metadata["tokenizer"]["vocab_size"]
         self.tokenizer_folder = self._local / "tokenizer"
         self.tokenizer = Tokenizer.load(self.tokenizer_folder)
@@ -171,7 +173,7 @@ class Corpus:
         if not is_remote(self.path):
             _check_sizes(folder, chunks)
         cache = self._local / split if is_remote(self.path) else None
-        return RowReader(folder, cache, chunks, self.sequence_length)
+        return RowReader(folder, cache, chunks, self.sequence_length, self.kind)
 
     def _fetch_index(self, split: str) -> Path:
         index = self._local / split / INDEX_NAME

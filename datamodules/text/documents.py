@@ -3,27 +3,14 @@
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from datamodules.text.plain import parse_row
-from datamodules.text.policies import Policies, Tally
-from datamodules.text.tables import CorruptTableError, read_rows
+from datamodules.text.policies import Document, Policies, Tally
+from datamodules.text.tables import CorruptTableError, read_records, read_rows
 from datamodules.text.units import Unit, cut_tail, tail_size
 
 _CELLS = ("code", "markdown", "heading")
 """Cells of a notebook that hold prose or code; the others (`raw`) are for converters."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """A text, or a stretch of one that was over the size limit."""
-
-    name: str
-    """Where it came from, for messages."""
-    text: str
-    """Its text; encodes to UTF-8."""
-    ends: bool
-    """Whether the text ends here, so that an end-of-text token follows (false inside a split one)."""
 
 
 def read_unit(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
@@ -99,24 +86,24 @@ def _read_line(line: bytes, name: str, policies: Policies, tally: Tally) -> Iter
     except ValueError as error:
         return policies.no_text(name, str(error), len(line), tally)
     assert record is not None, "the line is not blank"
-    text = record.get(policies.text_key)
-    if not isinstance(text, str):
-        return policies.no_text(name, f"no string under the key '{policies.text_key}'", len(line), tally)
-    # JSON can spell half a surrogate pair, which no UTF-8 can hold
-    whole = policies.decode(text.encode("utf-8", "surrogatepass"), name, tally)
-    if whole is not None:
-        yield from _split(name, whole, policies, tally)
+    text = policies.text_of(record, name, len(line), tally)
+    if text is not None:
+        yield from _split(name, text, policies, tally)
 
 
 def _read_table(unit: Unit, policies: Policies, tally: Tally) -> Iterator[Document]:
     row = unit.start
+    rows = read_rows(unit, policies.text_key) if policies.kind == "text" else read_records(unit)
     try:
-        for data in read_rows(unit, policies.text_key):
+        for data in rows:
             name = f"{unit.name} row {row}"
             row += 1
             if data is None:
                 policies.no_text(name, f"null in the column '{policies.text_key}'", 0, tally)
-            elif (text := policies.decode(data, name, tally)) is not None:
+                continue
+            is_record = isinstance(data, dict)
+            text = policies.text_of(data, name, 0, tally) if is_record else policies.decode(data, name, tally)
+            if text is not None:
                 yield from _split(name, text, policies, tally)
     except CorruptTableError as error:
         policies.corrupt(f"{unit.name} rows {row} to {unit.end - 1}", str(error), unit.end - row, tally)

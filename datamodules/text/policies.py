@@ -1,13 +1,19 @@
-"""What to do with bad input, and the count of what was done.
+"""How sources are read and become tokens: what to do with bad input, and the count of what was done.
 
 Each kind of trouble has a named policy; `strict` always means: stop with an error that names the file. Whatever is
 skipped or changed is counted by reason, with sizes and a few examples, and ends up in the summary and in `corpus.json`.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from datamodules.text.plain import is_text
+from datamodules.text.rows import Kind, Tokenized
+from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
 
 _EXAMPLES = 3
@@ -44,10 +50,26 @@ def _count(entries: dict[str, dict[str, Any]], reason: str, count: int, size: in
     entry["examples"] = (entry["examples"] + examples)[:_EXAMPLES]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A text, or a stretch of one that was over the size limit; or a conversation, as JSON."""
+
+    name: str
+    """Where it came from, for messages."""
+    text: str
+    """Its text; encodes to UTF-8."""
+    ends: bool
+    """Whether the text ends here, so that an end-of-text token follows (false inside a split one)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """How sources are read."""
+    """How sources of text are read. What reads other sources overrides the methods."""
 
+    kind: ClassVar[Kind] = "text"
+    """What the rows will hold."""
+    bad_rows: ClassVar[str] = "set malformed to skip"
+    """How to go on without rows and files that cannot be read."""
     encoding: Literal["strict", "replace", "skip"] = "replace"
     """Text that is not UTF-8: stop, put U+FFFD for bad bytes (where they are few, else leave the document out), or
     leave it out. Binary files: stop, or leave them out. UTF-16 and UTF-32 are decoded."""
@@ -67,6 +89,50 @@ class Policies:
         """Check the size limit."""
         if self.max_document_bytes < 16:
             raise UserError(f"max_document_bytes: {self.max_document_bytes} is too small, give at least 16")
+
+    def options(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Return what decides the content, as JSON; the tokenizer is the one that was given, if any."""
+        return asdict(self)
+
+    def complete(self, folder: Path) -> None:
+        """Add what belongs to the tokenizer of a corpus in a folder: nothing here."""
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether a row or file that cannot be read is an error."""
+        return self.malformed == "strict"
+
+    def text_of(self, record: dict[str, Any], name: str, size: int, tally: Tally) -> str | None:
+        """Return the text of an object in a JSONL file, or None where it is to be skipped.
+
+        Args:
+            record: the object.
+            name: how messages call it.
+            size: bytes of its line.
+            tally: takes what is skipped.
+        """
+        text = record.get(self.text_key)
+        if isinstance(text, str):
+            # JSON can spell half a surrogate pair, which no UTF-8 can hold
+            return self.decode(text.encode("utf-8", "surrogatepass"), name, tally)
+        return self.no_text(name, f"no string under the key '{self.text_key}'", size, tally)
+
+    def tokenize(
+        self, documents: list[Document], tokenizer: Tokenizer, capacity: int, seed: int, tally: Tally
+    ) -> Iterator[Tokenized]:
+        """Yield the documents as tokens, an end-of-text token behind each that ends.
+
+        Args:
+            documents: what to tokenize.
+            tokenizer: the corpus's.
+            capacity: T, tokens in a row; longer documents will be cut.
+            seed: seed of what is drawn: nothing here.
+            tally: takes what is skipped and changed: nothing here.
+        """
+        eos = np.array([tokenizer.eos_id], dtype=np.int32)
+        texts = [document.text for document in documents]
+        for document, ids in zip(documents, tokenizer.encode_documents(texts), strict=True):
+            yield Tokenized(tokens=np.concatenate([ids, eos]) if document.ends else ids)
 
     def decode(self, data: bytes, name: str, tally: Tally, file: bool = False) -> str | None:
         """Return the text of UTF-8 bytes, or None where it is to be skipped.
@@ -118,18 +184,18 @@ class Policies:
 
     def no_text(self, name: str, reason: str, size: int, tally: Tally) -> None:
         """Count a JSONL line, or a row of a table, that holds no text."""
-        if self.malformed == "strict":
-            raise UserError(f"{name}: {reason}; mend it, or set malformed to skip")
+        if self.is_strict:
+            raise UserError(f"{name}: {reason}; mend it, or {self.bad_rows}")
         tally.skip(reason, name, size)
 
     def corrupt(self, name: str, reason: str, count: int, tally: Tally) -> None:
         """Count a table, or `count` rows of one, that cannot be decoded."""
-        if self.malformed == "strict":
-            raise UserError(f"{name}: cannot be decoded ({reason}); mend it, or set malformed to skip")
+        if self.is_strict:
+            raise UserError(f"{name}: cannot be decoded ({reason}); mend it, or {self.bad_rows}")
         tally.skip("cannot be decoded", name, count=count)
 
     def unreadable(self, name: str, error: OSError, tally: Tally) -> None:
         """Count a file that the system does not let us read."""
-        if self.malformed == "strict":
-            raise UserError(f"{name}: {error.strerror}; mend it, or set malformed to skip") from None
+        if self.is_strict:
+            raise UserError(f"{name}: {error.strerror}; mend it, or {self.bad_rows}") from None
         tally.skip(f"unreadable ({error.strerror})", name)

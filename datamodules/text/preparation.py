@@ -55,7 +55,7 @@ _TOKENIZER_BYTES = 32 << 20
 _SMALLEST_SHARD, _LARGEST_SHARD, _WANTED_SHARDS = 2 << 20, 64 << 20, 64
 _MOST_OPENINGS = 64
 _MOST_NAMES = 3
-_COUNTS = ("documents", "bytes", "tokens", "rows")
+_COUNTS = ("documents", "bytes", "tokens", "supervised", "rows")
 
 
 def check_corpus(path: str, key: str) -> None:
@@ -112,7 +112,9 @@ class Preparation:
     deduplicate: bool = True
     """Whether a document whose text came before is left out."""
     policies: Policies = field(default_factory=Policies)
-    """What to do with bad input."""
+    """How the sources are read."""
+    recipe: dict[str, Any] | None = None
+    """What the files in `paths` were made from, as plain JSON values; None: they are sources of their own."""
     shard_bytes: int | None = None
     """Text in a shard; None chooses by the size of the corpus (2 MiB to 64 MiB, some 64 shards)."""
     seed: int = 0
@@ -142,9 +144,9 @@ class Preparation:
     def options(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Return the options that decide the content, as JSON."""
         options = asdict(self)
-        del options["output"], options["workers"]
+        del options["output"], options["workers"], options["policies"]
         options["paths"] = [public(path) for path in self.paths]
-        options.update(options.pop("policies"))
+        options.update(self.policies.options(tokenizer))
         if tokenizer is not None:
             options |= {"tokenizer": tokenizer.fingerprint, "vocab_size": None}
         return options
@@ -188,6 +190,19 @@ def prepare_corpus(preparation: Preparation) -> tuple[dict[str, Any], bool]:
         write_file(output / SOURCES_FILE, json.dumps(found, indent=0).encode())
         corpus = _finish(preparation, options, tokenizer, scan, reports)
     return corpus, False
+
+
+def check_options(preparation: Preparation) -> None:
+    """Check that a complete corpus is what would be prepared, without a look at its sources or its tokenizer.
+
+    Raises:
+        UserError: it was prepared with other options; names the first.
+    """
+    corpus = json.loads((preparation.output / CORPUS_FILE).read_text())
+    options = preparation.options(None)
+    for key in ("tokenizer", "vocab_size", "template", *(() if preparation.recipe is None else ("paths",))):
+        options.pop(key, None)
+    _check_same(corpus["options"], options, preparation.output)
 
 
 @contextmanager
@@ -277,6 +292,7 @@ def _changed(output: Path, old: dict[str, Any], now: dict[str, Any]) -> UserErro
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], output: Path) -> None:
+    old, new = {"kind": "text"} | old, {"kind": "text"} | new
     for key in new:
         if old.get(key) != new[key]:
             raise UserError(
@@ -297,6 +313,7 @@ def _make_tokenizer(preparation: Preparation, given: Tokenizer | None, scan: Sca
         partial = work_folder(preparation.output) / "tokenizer"
         try:
             tokenizer.save(partial)
+            preparation.policies.complete(partial)
             partial.rename(folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -360,7 +377,13 @@ def _finish(
     scan: Scan,
     reports: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    output = preparation.output
+    output, kind = preparation.output, preparation.policies.kind
+    tally = scan.tally
+    for report in reports:
+        tally.merge(Tally(skipped=report["skipped"], changed=report["changed"]))
+    if not any(report["train"]["rows"] for report in reports):
+        reasons = "; ".join(f"{entry['count']} {reason}" for reason, entry in tally.skipped.items())
+        raise UserError(f"paths: nothing is left to train on ({reasons}); delete {output} before another try")
     stamp = str(int(scan.fingerprint[:12], 16))
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -369,25 +392,26 @@ def _finish(
         positions = counts["rows"] * preparation.sequence_length
         splits[split] = counts | {"packing_use": counts["tokens"] / positions if positions else None}
         if chunks:
-            write_file(output / split / INDEX_NAME, build_index(chunks, stamp).encode())
+            write_file(output / split / INDEX_NAME, build_index(chunks, stamp, kind).encode())
     openings = [ids for report in reports for ids in report["openings"]][:_MOST_OPENINGS]
     write_file(output / OPENINGS_FILE, json.dumps(openings).encode())
-    held_out = splits["validation"]["bytes"]
-    compressed = _gzip_bytes(output, reports)
+    held_out = splits["validation"]["bytes"] if kind == "text" else 0
+    compressed = _gzip_bytes(output, reports) if held_out else 0
     train = splits["train"]
     corpus = {
         "format_version": FORMAT_VERSION,
+        "kind": kind,
         "options": options,
         "sequence_length": preparation.sequence_length,
         "fingerprint": scan.fingerprint,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "documents": train["documents"] + splits["validation"]["documents"],
-        "bytes": train["bytes"] + held_out,
+        "bytes": train["bytes"] + splits["validation"]["bytes"],
         "tokens": train["tokens"] + splits["validation"]["tokens"],
         **splits,
         "gzip_bits_per_byte": 8 * compressed / held_out if held_out else None,
-        "skipped": scan.tally.skipped,
-        "changed": scan.tally.changed,
+        "skipped": tally.skipped,
+        "changed": tally.changed,
     }
     write_file(output / CORPUS_FILE, (json.dumps(corpus, indent=2) + "\n").encode())
     shutil.rmtree(work_folder(output), ignore_errors=True)
@@ -417,15 +441,26 @@ def _gzip_bytes(output: Path, reports: list[dict[str, Any]]) -> int:
 def describe(corpus: dict[str, Any]) -> str:
     """Return a summary of `corpus.json` for people."""
     train, held_out = corpus["train"], corpus["validation"]
-    lines = [
-        f"documents    {corpus['documents']:>14,}   "
-        f"({train['documents']:,} training, {held_out['documents']:,} held out)",
-        f"text         {corpus['bytes']:>14,} bytes",
-        f"tokens       {corpus['tokens']:>14,}   ({corpus['bytes'] / corpus['tokens']:.3f} bytes a token, "
-        f"vocabulary {corpus['tokenizer']['vocab_size']:,})",
+    documents = f"({train['documents']:,} training, {held_out['documents']:,} held out)"
+    vocabulary = f"vocabulary {corpus['tokenizer']['vocab_size']:,})"
+    tokens = corpus["tokens"]
+    if corpus.get("kind", "text") == "text":
+        lines = [
+            f"documents    {corpus['documents']:>14,}   {documents}",
+            f"text         {corpus['bytes']:>14,} bytes",
+            f"tokens       {tokens:>14,}   ({corpus['bytes'] / tokens:.3f} bytes a token, {vocabulary}",
+        ]
+    else:
+        supervised = train["supervised"] + held_out["supervised"]
+        lines = [
+            f"conversations{corpus['documents']:>14,}   {documents}",
+            f"tokens       {tokens:>14,}   ({tokens / corpus['documents']:.1f} a conversation, {vocabulary}",
+            f"supervised   {supervised:>14,}   ({supervised / tokens:.2%} of the tokens)",
+        ]
+    lines.append(
         f"rows         {train['rows'] + held_out['rows']:>14,}   of {corpus['sequence_length']} tokens "
-        f"({train['rows']:,} training, {train['packing_use']:.2%} filled; {held_out['rows']:,} held out)",
-    ]
+        f"({train['rows']:,} training, {train['packing_use']:.2%} filled; {held_out['rows']:,} held out)"
+    )
     if corpus["gzip_bits_per_byte"] is not None:
         lines.append(f"gzip -9      {corpus['gzip_bits_per_byte']:>14.3f}   bits per byte of the held-out text")
     for verb in ("skipped", "changed"):

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.text.documents import Document, read_unit
+from datamodules.text.documents import read_unit
 from datamodules.text.files import write_file
 from datamodules.text.mixture import hash64, permutation
 from datamodules.text.packing import pack
-from datamodules.text.policies import Policies, Tally
-from datamodules.text.rows import build_chunks, build_row
+from datamodules.text.policies import Document, Policies, Tally
+from datamodules.text.rows import Tokenized, build_chunks, build_row
 from datamodules.text.units import Unit
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
@@ -116,23 +116,28 @@ def write_shard(job: ShardJob) -> dict[str, Any]:
     """Tokenise, pack and write a shard.
 
     Returns:
-        Its report: for each split `documents`, `bytes`, `tokens`, `rows` and `chunks` (entries of LitData's index);
-        `openings` (token ids of the beginnings of held-out documents); and `held_out`, for each unit with held-out text
+        Its report: for each split `documents`, `bytes`, `tokens`, `supervised` (tokens that are learnt), `rows` and
+        `chunks` (entries of LitData's index); what tokenising `skipped` and `changed`, as in a `Tally`; of text
+        `openings` (token ids of the beginnings of held-out documents) and `held_out`, for each unit with held-out text
         its place among the sources and the bytes of that text in the shard's file of it.
 
     Raises:
         UserError: if a source is not what the scan saw, or a file cannot be written.
     """
     documents = _read_again(job)
-    report: dict[str, Any] = {}
-    tokens: dict[str, list[np.ndarray]] = {}
+    report: dict[str, Any] = {"openings": [], "held_out": []}
+    tally = Tally()
+    tokens: dict[str, list[Tokenized]] = {}
     for split, name in enumerate(SPLITS):
         chosen = [document for unit in documents for document, fate in unit if fate == split]
-        report[name], tokens[name] = _write_split(job, name, chosen)
-    report["openings"] = [ids[:OPENING_TOKENS].tolist() for ids in tokens["validation"][:OPENINGS_PER_SHARD]]
-    held_out = ["".join(document.text for document, fate in unit if fate == 1).encode() for unit in documents]
-    report["held_out"] = [[place, len(text)] for place, text in zip(job.places, held_out, strict=True) if text]
-    write_file(held_out_path(job.output, job.index), b"".join(held_out))
+        report[name], tokens[name] = _write_split(job, name, chosen, tally)
+    report |= {"skipped": tally.skipped, "changed": tally.changed}
+    if job.policies.kind == "text":
+        openings = tokens["validation"][:OPENINGS_PER_SHARD]
+        report["openings"] = [document.tokens[:OPENING_TOKENS].tolist() for document in openings]
+        held_out = ["".join(document.text for document, fate in unit if fate == 1).encode() for unit in documents]
+        report["held_out"] = [[place, len(text)] for place, text in zip(job.places, held_out, strict=True) if text]
+        write_file(held_out_path(job.output, job.index), b"".join(held_out))
     write_file(report_path(job.output, job.index), json.dumps(report).encode())
     return report
 
@@ -153,30 +158,29 @@ def _read_again(job: ShardJob) -> list[list[tuple[Document, int]]]:
     return documents
 
 
-def _write_split(job: ShardJob, split: str, documents: list[Document]) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _write_split(
+    job: ShardJob, split: str, documents: list[Document], tally: Tally
+) -> tuple[dict[str, Any], list[Tokenized]]:
     tokenizer = _load_tokenizer(job.output / "tokenizer", job.tokenizer)
-    tokens = tokenizer.encode_documents([document.text for document in documents])
-    eos = np.array([tokenizer.eos_id], dtype=np.int32)
-    tokens = [
-        np.concatenate([ids, eos]) if document.ends else ids for ids, document in zip(tokens, documents, strict=True)
-    ]
-    packed = pack(np.array([len(ids) for ids in tokens], dtype=np.int64), job.sequence_length)
+    tokenized = list(job.policies.tokenize(documents, tokenizer, job.sequence_length, job.seed, tally))
+    packed = pack(np.array([len(document.tokens) for document in tokenized], dtype=np.int64), job.sequence_length)
     # packing sorts by length; batches must not
     order = permutation(len(packed), hash64("rows", job.seed, job.index, split))
-    rows = [build_row(packed[n], tokens, job.sequence_length, tokenizer.pad_id) for n in order]
+    rows = [build_row(packed[n], tokenized, job.sequence_length, tokenizer.pad_id) for n in order]
     chunks = []
     for number, (size, content) in enumerate(build_chunks(rows)):
         name = f"chunk-{job.index}-{number}.bin"
         write_file(job.output / split / name, content)
         chunks.append({"filename": name, "chunk_bytes": len(content), "chunk_size": size})
     report = {
-        "documents": len(documents),
+        "documents": len(tokenized),
         "bytes": sum(len(document.text.encode()) for document in documents),
-        "tokens": sum(map(len, tokens)),
+        "tokens": sum(len(document.tokens) for document in tokenized),
+        "supervised": sum(int(document.mask.sum()) for document in tokenized if document.mask is not None),
         "rows": len(rows),
         "chunks": chunks,
     }
-    return report, tokens
+    return report, tokenized
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datamodules.progress import ProgressBar
@@ -26,11 +26,12 @@ from datamodules.text.plain import (
     compression_of,
     encoding_of,
     format_of,
+    parse_row,
     plain_blocks,
     read_blocks,
 )
 from datamodules.text.policies import Policies, Tally
-from datamodules.text.tables import PARQUET_SUFFIXES, table_units
+from datamodules.text.tables import PARQUET_SUFFIXES, CorruptTableError, column_names, table_units
 from datamodules.text.units import Unit, cut_tail, tail_size
 from modules.errors import UserError
 
@@ -71,6 +72,49 @@ def list_units(paths: list[str], policies: Policies, tally: Tally, downloads: Pa
     files = [SourceFile(*file) for path in paths for file in _files(path, tally, downloads)]
     plain = _plain_files(files, policies, tally, downloads / "plain")
     return [unit for file in plain for unit in _file_units(file.path, file.name, policies, tally)]
+
+
+def first_row(paths: list[str], downloads: Path) -> dict[str, Any] | None:
+    """Return the first row of sources that are tables or JSONL files and nothing else; of a table "" for each value.
+
+    None: there are other files, or URLs among them, or no row.
+
+    Args:
+        paths: as `list_units` takes them.
+        downloads: as `list_units` takes it.
+    """
+    if any(remote.is_url(path) and not os.path.exists(path) for path in paths):
+        return None
+    found: dict[str, Any] | None = None
+    for file, _ in chain.from_iterable(_files(path, Tally(), downloads) for path in paths):
+        kind = format_of(file)
+        if kind not in JSONL_SUFFIXES | PARQUET_SUFFIXES | {hub.DATA_SUFFIX}:
+            return None
+        try:
+            found = found or (
+                _first_line(file) if kind in JSONL_SUFFIXES else dict.fromkeys(column_names(file, kind), "")
+            )
+        except (OSError, DamagedFileError, CorruptTableError):  # told when it is read
+            continue
+    return found
+
+
+def _first_line(file: str) -> dict[str, Any] | None:
+    """Return the first object among the lines at the beginning of a file."""
+    blocks = read_blocks(file)
+    first = next(blocks, b"")
+    for block in blocks:
+        if b"\n" in first:
+            break
+        first += block
+    encoding = encoding_of(first[:HEAD_BYTES])
+    for line in first.decode(encoding or UTF_8, "replace").splitlines():
+        try:
+            if row := parse_row(line.removeprefix("\ufeff")):
+                return row
+        except ValueError:
+            continue
+    return None
 
 
 class SourceFile(NamedTuple):
@@ -328,6 +372,8 @@ def _file_units(path: str, name: str, policies: Policies, tally: Tally) -> Itera
                     end = min(start + _JSONL_RANGE, size)
                     yield Unit(path=path, name=name, kind="jsonl", start=start, end=end, size=end - start, line=line)
                     line += file.read(_JSONL_RANGE).count(b"\n")
+        elif policies.kind != "text":
+            tally.skip("no conversations: neither JSONL nor Parquet nor a dataset", name, size)
         elif suffix == NOTEBOOK_SUFFIX:
             yield Unit(path=path, name=name, kind="notebook", start=0, end=size, size=size)
         elif size <= policies.max_document_bytes:

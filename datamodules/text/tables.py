@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files, a stretch at a time.
 
 A Parquet file is read by its row groups, an Arrow file (what Hugging Face `datasets` keeps) is mapped into memory; of
-both only the text column is touched. Texts come as bytes, because neither format promises that a string column is
+texts only their column is touched. Texts come as bytes, because neither format promises that a string column is
 UTF-8: what to do with a bad one is decided by the policies. pyarrow is imported where it is needed: it takes a quarter
 of a second, and worker processes that read plain text do without.
 """
@@ -47,13 +47,26 @@ def table_units(
         OSError: if the system does not let us read the file.
     """
     try:
-        groups = list(_groups(path, name, kind, policies.text_key))
+        groups = list(_groups(path, name, kind, policies.text_key if policies.kind == "text" else None))
     except CorruptTableError as error:
         return policies.corrupt(name, str(error), 1, tally)
     if not sum(rows for rows, _ in groups):
         return policies.skip_empty(name, 0, tally)
     for start, end, size in cut_rows(groups):
         yield Unit(path=path, name=name, kind=kind, start=start, end=end, size=size)
+
+
+def column_names(path: str, suffix: str) -> list[str]:
+    """Return the names of the columns of a table.
+
+    Raises:
+        CorruptTableError: if it cannot be decoded.
+        OSError: if the system does not let us read the file.
+    """
+    with _decoding():
+        if suffix in PARQUET_SUFFIXES:
+            return _open_parquet(path, _state(path)).schema_arrow.names
+        return _open_arrow(path, _state(path)).column_names
 
 
 def read_rows(unit: Unit, column: str) -> Iterator[bytes | None]:
@@ -69,31 +82,61 @@ def read_rows(unit: Unit, column: str) -> Iterator[bytes | None]:
     """
     import pyarrow as pa
 
-    batch_rows = max(1, min(_MOST_BATCH_ROWS, (unit.end - unit.start) * _BATCH_BYTES // max(unit.size, 1)))
-    arrays = _parquet_arrays(unit, column, batch_rows) if unit.kind == "parquet" else _arrow_arrays(unit, column)
     with _decoding():
-        for array in arrays:
-            for first in range(0, len(array), batch_rows):
-                texts = array[first : first + batch_rows].cast(pa.large_binary())
-                texts.validate(full=True)
-                yield from texts.to_pylist()
+        for batch in _batches(unit, [column]):
+            texts = batch.column(batch.schema.get_field_index(column)).cast(pa.large_binary())
+            texts.validate(full=True)
+            yield from texts.to_pylist()
 
 
-def _groups(path: str, name: str, kind: str, column: str) -> Iterator[tuple[int, int]]:
-    """Yield (rows, bytes of the text column) of the groups in which a file stores its rows."""
+def read_records(unit: Unit) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a unit as objects, without what is null: a struct of a table has all keys of all rows.
+
+    Raises:
+        CorruptTableError: if rows cannot be decoded; those before have been yielded.
+        OSError: if the system does not let us read the file.
+    """
+    with _decoding():
+        for batch in _batches(unit, None):
+            batch.validate(full=True)
+            yield from map(_without_nulls, batch.to_pylist())
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _batches(unit: Unit, columns: list[str] | None) -> Iterator["pa.RecordBatch"]:
+    """Yield the rows of a unit, some at a time; None: with all columns."""
+    batch_rows = max(1, min(_MOST_BATCH_ROWS, (unit.end - unit.start) * _BATCH_BYTES // max(unit.size, 1)))
+    found = _parquet_batches(unit, columns, batch_rows) if unit.kind == "parquet" else _arrow_batches(unit, columns)
+    for batch in found:
+        for first in range(0, len(batch), batch_rows):
+            yield batch.slice(first, batch_rows)
+
+
+def _groups(path: str, name: str, kind: str, column: str | None) -> Iterator[tuple[int, int]]:
+    """Yield (rows, bytes of the text column, None: of all) of the groups in which a file stores its rows."""
     with _decoding():
         if kind == "arrow":
             table = _open_arrow(path, _state(path))
-            _check_column(table.schema, name, column)
-            yield from ((len(chunk), chunk.nbytes) for chunk in table.column(column).chunks)
+            if column is not None:
+                _check_column(table.schema, name, column)
+                table = table.select([column])
+            yield from ((len(batch), batch.nbytes) for batch in table.to_batches())
             return
         file = _open_parquet(path, _state(path))
-        _check_column(file.schema_arrow, name, column)
+        if column is not None:
+            _check_column(file.schema_arrow, name, column)
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             parts = [group.column(n) for n in range(group.num_columns)]
-            size = next(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
-            yield group.num_rows, size
+            yield (
+                group.num_rows,
+                sum(part.total_uncompressed_size for part in parts if column in (None, part.path_in_schema)),
+            )
 
 
 def _check_column(schema: "pa.Schema", name: str, column: str) -> None:
@@ -118,26 +161,27 @@ def _check_column(schema: "pa.Schema", name: str, column: str) -> None:
     raise UserError(f"text_key: {name} {problem}; {mend}")
 
 
-def _parquet_arrays(unit: Unit, column: str, batch_rows: int) -> Iterator["pa.Array"]:
+def _parquet_batches(unit: Unit, columns: list[str] | None, batch_rows: int) -> Iterator["pa.RecordBatch"]:
     file = _open_parquet(unit.path, _state(unit.path))
     first = 0
     for number in range(file.num_row_groups):
         end = first + file.metadata.row_group(number).num_rows
         if first < unit.end and end > unit.start:
             position = first
-            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=[column], use_threads=False):
+            for batch in file.iter_batches(batch_rows, row_groups=[number], columns=columns, use_threads=False):
                 low, high = max(unit.start - position, 0), min(unit.end - position, len(batch))
                 if low < high:
-                    yield batch.column(batch.schema.get_field_index(column))[low:high]
+                    yield batch.slice(low, high - low)
                 position += len(batch)
                 if position >= unit.end:
                     break
         first = end
 
 
-def _arrow_arrays(unit: Unit, column: str) -> Iterator["pa.Array"]:
+def _arrow_batches(unit: Unit, columns: list[str] | None) -> Iterator["pa.RecordBatch"]:
     table = _open_arrow(unit.path, _state(unit.path))
-    yield from table.column(column)[unit.start : unit.end].chunks
+    rows = table if columns is None else table.select(columns)
+    yield from rows.slice(unit.start, unit.end - unit.start).to_batches()
 
 
 def _state(path: str) -> tuple[int, int]:

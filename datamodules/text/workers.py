@@ -71,7 +71,7 @@ class Workers:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, mp_context=context, initializer=_begin_worker)
+            self._pool = ProcessPoolExecutor(self._count, mp_context=context, initializer=begin_worker)
         guarded = partial(_call, function)
         positions: dict[Future[Result | _Mistake], int] = {
             self._pool.submit(guarded, job): position for position, job in enumerate(jobs)
@@ -95,7 +95,8 @@ def _call(function: Callable[[Job], Result], job: Job) -> "Result | _Mistake":
         return _Mistake(str(error))
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
+    """Prepare a process that was just spawned: it leaves Ctrl-C to its parent, and ends when that dies."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()

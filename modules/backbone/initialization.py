@@ -6,8 +6,8 @@ those it holds; any other tensor it draws whole, and keeps its rows. Distributio
 A ~ U(1, 16); softplus(dt_bias) log-uniform; D and norms 1.
 """
 
-import hashlib
 import math
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -18,7 +18,9 @@ from modules.backbone.config import BackboneConfig
 from modules.backbone.mamba import CausalConvolution, Mamba2
 from modules.backbone.model import Network
 from modules.backbone.normalization import RMSNorm
+from modules.precision.adapter import Adapter, seed_of
 from modules.precision.linear import FormattedModule, GroupedLinear
+from modules.precision.lora import adapters
 
 
 @torch.no_grad()
@@ -29,16 +31,27 @@ def initialize(network: Network, seed: int) -> None:
         network: materialised (not on the meta device), sharded or not.
         seed: the run's seed.
     """
-    for name, parameter in network.named_parameters():
+    _fill(network, seed, dict(network.named_parameters()))
+    for router in network.routers():
+        router.e_score_correction_bias.zero_()
+
+
+@torch.no_grad()
+def initialize_adapters(network: Network, seed: int) -> None:
+    """Fill the adapters of `network` in place; arguments as in `initialize`."""
+    names = [f"{name}.adapter.{matrix}" for name, _ in adapters(network) for matrix in "AB"]
+    _fill(network, seed, {name: network.get_parameter(name) for name in names})
+
+
+def _fill(network: Network, seed: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
         owner = network.get_submodule(name.rpartition(".")[0])
         local, rows = local_part(parameter), local_rows(parameter)
-        if isinstance(owner, GroupedLinear):
+        if isinstance(owner, GroupedLinear) or (isinstance(owner, Adapter) and parameter.ndim == 3):
             for position, expert in enumerate(rows):
                 local[position] = _draw(owner, f"{name}.{expert}", parameter.shape[1:], seed, network.config)
         else:
             local.copy_(_draw(owner, name, parameter.shape, seed, network.config)[rows])
-    for router in network.routers():
-        router.e_score_correction_bias.zero_()
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -61,12 +74,11 @@ def local_rows(parameter: Tensor) -> list[int]:
 
 def _draw(owner: nn.Module, name: str, shape: torch.Size, seed: int, config: BackboneConfig) -> Tensor:
     """Return initial values fp32 of a tensor (of one expert) on the CPU."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(seed, name))
     values = torch.empty(shape)
     if isinstance(owner, RMSNorm):
         return values.fill_(1)
-    if isinstance(owner, Mamba2 | CausalConvolution):
+    if isinstance(owner, Mamba2 | CausalConvolution | Adapter):
         return owner.fill(name.rpartition(".")[2], values, generator)
     scale = config.initializer_range
     if isinstance(owner, FormattedModule) and owner.writes_residual and config.rescale_prenorm_residual:

@@ -186,8 +186,15 @@ def checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def best(found: Iterable[Path], metric: str) -> list[Path]:
-    """Return those checkpoints whose step was validated, the one with the lowest metric first; of equals the newer."""
+def best(found: Iterable[Path], metric: str, *, measured: str = "validated", highest: bool = False) -> list[Path]:
+    """Return the checkpoints of which a metric is known, the best first; of equals the newer.
+
+    Args:
+        found: checkpoints.
+        metric: its name.
+        measured: key of the manifest that says whether the metric is of the checkpoint's own step.
+        highest: whether the highest is best; false: the lowest.
+    """
     scored = []
     for path in found:
         try:
@@ -195,8 +202,8 @@ def best(found: Iterable[Path], metric: str) -> list[Path]:
         except UserError:  # damaged
             continue
         value = about.get("metrics", {}).get(metric)
-        if about.get("validated") and value is not None and value == value:
-            scored.append((value, -step_of(path), path))
+        if about.get(measured) and value is not None and value == value:
+            scored.append((-value if highest else value, -step_of(path), path))
     return [path for *_, path in sorted(scored)]
 
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from modules.backbone.config import BackboneConfig
 from modules.checkpoints import folder
+from modules.checkpoints.adapted import AdaptedSource, Base, base_of
 from modules.checkpoints.config import CONFIG, GenerationDefaults
 from modules.checkpoints.huggingface import HuggingFaceSource
 from modules.checkpoints.names import TensorInfo
 from modules.checkpoints.quantization import Quantization
-from modules.checkpoints.training_source import TrainingSource
+from modules.checkpoints.training_source import TrainingSource, read_run
 from modules.errors import UserError
 from modules.precision.quantized import QuantizedWeight
 
@@ -71,10 +72,39 @@ def open_model(path: Path) -> ModelFolder:
     """
     folder.check_model(path)
     if (path / folder.INDEX).exists() or (path / folder.MANIFEST).exists():
-        return TrainingSource(path.parent / path.readlink() if path.is_symlink() else path)
+        return _open_checkpoint(path.parent / path.readlink() if path.is_symlink() else path)
     if (path / CONFIG).exists():
         return HuggingFaceSource(path)
     return _newest(path)
+
+
+def open_base(base: Base, checkpoint: Path, given: Path | None = None) -> ModelFolder:
+    """Open the MODEL that the adapters of a checkpoint belong to.
+
+    Args:
+        base: what the checkpoint says of it.
+        checkpoint: the checkpoint.
+        given: where the configuration says it is; looked at where it is not at `base.path`.
+
+    Raises:
+        UserError: it is at neither place, or cannot be read.
+    """
+    path = Path(base.path)
+    if not path.is_dir() and given is not None and given.is_dir():
+        path = given
+    if not path.is_dir():
+        raise UserError(f"{checkpoint} holds adapters alone, and their base {path} is not there; put it back")
+    return open_model(path)
+
+
+def _open_checkpoint(path: Path) -> TrainingSource:
+    problem = folder.damage(path)
+    base = None if problem else base_of(path)
+    if base is None:
+        return TrainingSource(path)
+    run = read_run(path / folder.RUN_CONFIG)
+    given = run["model"]["init_args"].get("init_from")
+    return AdaptedSource(path, open_base(base, path, None if given is None else Path(str(given))))
 
 
 def _newest(run: Path) -> TrainingSource:
@@ -84,8 +114,12 @@ def _newest(run: Path) -> TrainingSource:
         problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
         state = f"({problems})" if damaged else "yet: train it with fit first"
         raise UserError(f"{run} has no complete checkpoint {state}; or name another MODEL")
-    source = TrainingSource(path)
+    source = _open_checkpoint(path)
     source.notes = [
-        f"warning: {other} is damaged and passed over: {problem}; {path.name} is taken" for other, problem in damaged
+        *source.notes,
+        *(
+            f"warning: {other} is damaged and passed over: {problem}; {path.name} is taken"
+            for other, problem in damaged
+        ),
     ]
     return source

@@ -4,12 +4,13 @@ The run's own `backbone` stays the authority; a MODEL that differs in anything t
 training would go on from a network that nobody had.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modules.backbone.config import BackboneConfig
 from modules.backbone.model import Network
 from modules.batch import TrainingData
-from modules.checkpoints.load import load_weights
+from modules.checkpoints.load import load_quantized, load_weights
 from modules.checkpoints.source import ModelFolder, open_model
 from modules.errors import UserError
 
@@ -29,23 +30,43 @@ OF_LETTER = {
 def start_from(
     network: Network, path: Path, data: TrainingData | None, allow_other_tokenizer: bool = False
 ) -> list[str]:
+    """Fill a run's network with the weights of the MODEL in a folder; see `fill_from`.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the run's backbone or data; names the keys that differ.
+    """
+    return fill_from(network, open_fitting(network.config, path), data, allow_other_tokenizer)
+
+
+def fill_from(
+    network: Network,
+    source: ModelFolder,
+    data: TrainingData | None,
+    allow_other_tokenizer: bool = False,
+    quantized: Mapping[str, Sequence[str]] = {},
+) -> list[str]:
     """Fill a run's network with the weights of a MODEL; each rank keeps what it holds.
 
     Args:
         network: materialised, sharded or not; masters stay in their own dtype (fp32).
-        path: the MODEL.
+        source: the MODEL, see `open_fitting`.
         data: what the run trains on; None: unknown.
         allow_other_tokenizer: whether the data's may be another tokenizer than the MODEL's.
+        quantized: weights that stay quantised and frozen, see `hold_quantized`.
 
     Returns:
         Lines for the user: what was loaded, and what to look at.
 
     Raises:
-        UserError: the MODEL cannot be read, or does not fit the run's backbone or data; names the keys that differ.
+        UserError: the MODEL cannot be read, or does not fit the run's data.
     """
-    source = open_fitting(network.config, path)
-    lines = [str(source.path), *source.notes]
-    if source.quantization is not None:
+    path = source.path
+    lines = [str(path), *source.notes]
+    if source.quantization is not None and quantized:
+        lines.append(f"its quantised weights (modules: {len(quantized)}) stay so, multiplied as they are served")
+        if source.quantization.kv_scales:
+            lines.append("its keys and values are not quantised here, as FP8 ones have no gradient")
+    elif source.quantization is not None:
         lines.append("its weights are quantised; the run starts from the numbers they mean")
     if source.config.num_nextn_predict_layers and network.mtp is None:
         lines.append("its MTP block is left out: model.backbone.num_nextn_predict_layers is 0")
@@ -63,7 +84,8 @@ def start_from(
             f"the data are those that {path} was trained on: the same rows come in the same order again; another "
             "data.init_args.seed changes the order"
         )
-    load_weights(network, source)
+    load_weights(network, source, leave=quantized)
+    load_quantized(network, source, quantized)
     return lines
 
 

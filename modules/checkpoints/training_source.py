@@ -68,7 +68,7 @@ class TrainingSource:
         if problem := folder.damage(path):
             raise UserError(f"{path} is damaged: {problem}; take another checkpoint of the run, or copy it again")
         self.path = path
-        run = _read_run(path / folder.RUN_CONFIG)
+        run = read_run(path / folder.RUN_CONFIG)
         self.config = _backbone(run, path / folder.RUN_CONFIG)
         self.facts: dict[str, Any] = {"manifest": _read_manifest(path), "run": run}
         self.notes: list[str] = []
@@ -191,7 +191,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_run(file: Path) -> dict[str, Any]:
+def read_run(file: Path) -> dict[str, Any]:
+    """Return the resolved configuration of a run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         run = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -29,11 +29,16 @@ from modules.backbone.model import Network
 from modules.backbone.mtp import MTPBlock
 from modules.ops.native import COMPILE, MOST_ROWS, LinearArguments, Rounding, describe_linear, quantization
 from modules.ops.native.library import load_library
+from modules.precision.adapter import Adapter
 from modules.precision.linear import FormattedModule, GroupedLinear, Linear
 
 SOURCE = Path(__file__).parent / "decoding.c"
 _MOST_POSITIONS = 128
 """New positions of a row up to which this pass is used; longer ones are worth the portable scan in chunks."""
+
+
+Kept = list["ctypes.Array[LinearArguments]"]
+"""Descriptions that others point to."""
 
 
 class LayerArguments(ctypes.Structure):
@@ -106,8 +111,10 @@ class NativeLayers:
         kept_scales = [_inverse_kv_scales(layer) for layer in layers]
         # Kept as they are now, so that weights that were moved cannot lie where these lay.
         self._tensors = [tensor.detach() for tensor in (*outer, *inner)], products, kept_scales
+        self._adapters: Kept = []
+        """What `linear.adapter` of decoding.c points to."""
         described = [
-            _describe(layer, self.config, self.embedding, scales)
+            _describe(layer, self.config, self.embedding, scales, self._adapters)
             for layer, scales in zip(layers, kept_scales, strict=True)
         ]
         self.arguments = (LayerArguments * len(layers))(*described)
@@ -120,7 +127,7 @@ class NativeLayers:
         for name, weight in zip(("embedding", "final", "enorm", "hnorm"), outer, strict=False):
             setattr(self.given, name, weight.data_ptr())
         if len(around) > 1:
-            self.given.join = _describe_product(cast(Linear, around[-1]), self.embedding)
+            self.given.join = _describe_product(cast(Linear, around[-1]), self.embedding, self._adapters)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._enough = (0, 0, 0)
         self._held: list[Tensor] = []
@@ -151,10 +158,15 @@ class NativeLayers:
             and all(part.product.operands is not None for part in formatted)
             and all(part.weight.dtype == part.compute_dtype for part in formatted)
             and all(
+                part.adapter.A.dtype == part.adapter.B.dtype == part.compute_dtype
+                for part in parts
+                if isinstance(part, Linear | GroupedLinear) and part.adapter is not None
+            )
+            and all(
                 type(parameter) is nn.Parameter
                 and parameter.device.type == "cpu"
                 and parameter.is_contiguous()
-                and (parameter.dtype == torch.float32 or isinstance(part, FormattedModule))
+                and (parameter.dtype == torch.float32 or isinstance(part, FormattedModule | Adapter))
                 for part in parts
                 for parameter in part.parameters(recurse=False)
             )
@@ -266,14 +278,23 @@ def _inverse_kv_scales(layer: Layer) -> list[Tensor]:
     return [torch.tensor([1 / scale]) for scale in scales or ()]
 
 
-def _describe_product(module: Linear | GroupedLinear, source: FormattedModule) -> LinearArguments:
-    """Return a module as the C code knows it, with the results of `source` as its inputs."""
+def _describe_product(module: Linear | GroupedLinear, source: FormattedModule, adapters: Kept) -> LinearArguments:
+    """Return a module as the C code knows it, with the results of `source` as its inputs; `adapters` keeps its own."""
     assert module.product.operands is not None
-    return describe_linear(module.weight, module.product.operands, source.compute_dtype)
+    described = describe_linear(module.weight, module.product.operands, source.compute_dtype)
+    if module.adapter is not None:
+        down = describe_linear(module.adapter.A, source=source.compute_dtype)
+        adapters.append((LinearArguments * 2)(down, describe_linear(module.adapter.B)))
+        described.adapter, described.scale = ctypes.addressof(adapters[-1]), module.adapter.scale
+    return described
 
 
 def _describe(
-    layer: Layer, config: BackboneConfig, stream: FormattedModule, kept_scales: list[Tensor]
+    layer: Layer,
+    config: BackboneConfig,
+    stream: FormattedModule,
+    kept_scales: list[Tensor],
+    adapters: Kept,
 ) -> LayerArguments:
     """Return a layer as the C code knows it; the order of products, tables and sizes is the one in decoding.c."""
     mixer = layer.mixer
@@ -306,7 +327,7 @@ def _describe(
     )
     for place, (module, source) in enumerate(products):
         if module is not None:
-            arguments.products[place] = _describe_product(module, source)
+            arguments.products[place] = _describe_product(module, source, adapters)
     for place, scale in enumerate(kept_scales):
         arguments.kept[place] = Rounding.to("fp8", scale)
     for place, table in enumerate(tables):

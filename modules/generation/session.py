@@ -1,8 +1,8 @@
 """A conversation in the cache: each turn computes only what is new.
 
 An SSM state cannot be cut back to an earlier position as keys and values can. So besides where it stands, a session
-keeps one snapshot, taken before its last reply: if the text of a conversation changed behind it (a template that drops
-the thoughts of earlier turns), only what follows is computed again.
+keeps one snapshot, taken where the conversation will change once it goes on (a template that drops the thoughts of
+earlier turns, or moves a note to the newest one), so that only what follows is computed again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,16 +54,16 @@ class Session:
         """Tokens of the newest conversation that were not in the cache."""
 
     @torch.no_grad()
-    def reply(self, tokens: list[int], max_new_tokens: int) -> Iterator[str]:
+    def reply(self, tokens: list[int], max_new_tokens: int, lasting: int | None = None) -> Iterator[str]:
         """Yield a reply in pieces; whoever stops asking for pieces ends it.
 
         Args:
             tokens: the whole conversation, longer than what the one before began with.
             max_new_tokens: tokens of the reply at most, >= 1.
+            lasting: how many of the tokens, >= 1, the conversation will begin with when it goes on; None: all.
         """
         self.tokens, self.text = list(tokens), ""
-        decoder = self._continue(tokens, len(tokens) + max_new_tokens)
-        self._snapshot = list(tokens), decoder.cache.snapshot()
+        decoder = self._continue(tokens, len(tokens) + max_new_tokens, len(tokens) if lasting is None else lasting)
         stream = TextStream(self._decode, tokens)
         random = self._decoding.sampling.stream((next(self._turns),))
         row = Row(limit=max_new_tokens, eos_ids=self._eos_ids, random=random, text=stream)
@@ -77,8 +77,11 @@ class Session:
             self.text = stream.text
             yield piece
 
-    def _continue(self, tokens: list[int], capacity: int) -> PlainDecoder:
-        """Bring the cache to the end of `tokens`, from the farthest point that it can start from."""
+    def _continue(self, tokens: list[int], capacity: int, lasting: int) -> PlainDecoder:
+        """Bring the cache to the end of `tokens`, from the farthest point that it can start from.
+
+        The snapshot is taken on the way, behind the `lasting` first ones; what begins behind it keeps an earlier one.
+        """
         decoder = self._decoder
         start = 0
         if decoder is not None and capacity <= decoder.cache.capacity:
@@ -92,7 +95,13 @@ class Session:
             capacity = max(2 * capacity, LEAST_CAPACITY)
             decoder = self._decoder = PlainDecoder(self._network, 1, capacity, self._decoding)
         self.computed = len(tokens) - start
-        decoder.prefill([tokens[start:]])
+        if start < lasting:
+            decoder.prefill([tokens[start:lasting]])
+            start = lasting
+        if start == lasting:
+            self._snapshot = tokens[:lasting], decoder.cache.snapshot()
+        if start < len(tokens):
+            decoder.prefill([tokens[start:]])
         self._seen = list(tokens)
         return decoder
 

@@ -76,7 +76,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into those with weight decay and those without (norms, biases, `A_log`, `D`, `dt_bias`).
+    """Split what trains into parameters with weight decay and those without (norms, biases, `A_log`, `D`, `dt_bias`).
 
     Args:
         network: the network.
@@ -86,6 +86,6 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
         Two parameter groups.
     """
     decayed, free = [], []
-    for parameter in network.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
         (free if parameter.ndim < 2 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -19,6 +19,7 @@ from modules.ops.chunked_head import (
     chunked_loss,
     token_log_probabilities,
 )
+from modules.precision.adapter import Adapter
 from modules.precision.formats import COMPUTE_DTYPE, Format
 from modules.precision.scheme import PlainProduct, Product
 
@@ -58,10 +59,13 @@ class Linear(FormattedModule):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., I] of any floating dtype to [..., O] in the compute dtype."""
-        return self.product.linear(x.to(self.compute_dtype), self.weight)
+        x = x.to(self.compute_dtype)
+        out = self.product.linear(x, self.weight)
+        return out if self.adapter is None else self.adapter(x, out)
 
 
 class GroupedLinear(FormattedModule):
@@ -78,10 +82,13 @@ class GroupedLinear(FormattedModule):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
         self.active_share = top_k / experts
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Map rows [R, I] sorted by expert, with end rows `offsets` int32 [E], to [R, O] in the compute dtype."""
-        return self.product.grouped_linear(x.to(self.compute_dtype), self.weight, offsets)
+        x = x.to(self.compute_dtype)
+        out = self.product.grouped_linear(x, self.weight, offsets)
+        return out if self.adapter is None else self.adapter(x, out, offsets)
 
 
 class Embedding(FormattedModule):

@@ -3,7 +3,8 @@
 The scale of the inputs is the checkpoint's, found by calibration, so what lies beyond the largest input it was found
 for saturates, as it does in the engines; block scales of NVFP4 inputs are found anew in each call. Weight-only layers
 take bf16 inputs. Products are those of the emulated backend: numbers times block scales, exact in bf16, multiplied with
-fp32 sums, and the scales of both tensors applied once, behind the sum. There is no gradient.
+fp32 sums, and the scales of both tensors applied once, behind the sum. The weight is frozen; adapters beside it are
+trained with the gradient of the inputs, that of the dequantised weight, straight through the rounding of the inputs.
 
 NVIDIA GPUs from compute capability 8.9 on multiply FP8 themselves: a plain linear with sizes that are multiples of 16
 then keeps its codes and takes torch's `scaled_mm`, whose terms are the same. This project has run it on a CPU alone.
@@ -12,12 +13,15 @@ from the same memory for a few rows at a time: two bytes a weight, whatever the 
 Shapes: R rows, E experts, I in-features, O out-features.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from modules.ops import native
 from modules.ops.experts import multiply_rows, row_experts
@@ -42,7 +46,7 @@ class QuantizedProduct:
 
     def __init__(self, format: WeightFormat, scales: Tensor, input_scales: Tensor | None) -> None:
         self._format: WeightFormat = format
-        self._scales = scales
+        self._weight_scales = self._scales = scales
         self._inverse_scale: Tensor | None = None  # S of all inputs, or [E]
         if input_scales is not None:
             self._scales = scales * input_scales
@@ -54,19 +58,32 @@ class QuantizedProduct:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `Product`."""
-        rows = self._round(x.reshape(-1, x.shape[-1]), self._inverse_scale)
+        return _StraightThrough.apply(x, weight, None, self)
+
+    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """See `Product`."""
+        return _StraightThrough.apply(x, weight, offsets, self)
+
+    def results(self, x: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
+        """Return what `linear` or, with end rows, `grouped_linear` does, without autograd; no view."""
+        inverse_scale = self._inverse_scale
+        if offsets is not None:
+            if inverse_scale is not None and inverse_scale.ndim:
+                inverse_scale = inverse_scale[row_experts(len(x), offsets)]
+            return multiply_rows(self._round(x, inverse_scale), weight.transpose(1, 2), offsets, self._scales)
+        rows = self._round(x.reshape(-1, x.shape[-1]), inverse_scale)
         if weight.dtype == torch.float8_e4m3fn and len(rows) and len(weight) % _MULTIPLE == 0:
             out = self._multiply_codes(rows, weight)
         else:
             out = multiply(rows, weight.bfloat16().T, self._factor)
-        return out.view(*x.shape[:-1], len(weight))
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """See `Product`."""
-        inverse_scale = self._inverse_scale
-        if inverse_scale is not None and inverse_scale.ndim:
-            inverse_scale = inverse_scale[row_experts(len(x), offsets)]
-        return multiply_rows(self._round(x, inverse_scale), weight.transpose(1, 2), offsets, self._scales)
+    def input_gradient(self, grad: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
+        """Return the gradient of the inputs for bf16 `grad` of the results: its product with the dequantised weight."""
+        if offsets is not None:
+            return multiply_rows(grad.contiguous(), weight, offsets, self._weight_scales)
+        rows = multiply(grad.flatten(0, -2), weight.bfloat16(), self._weight_scales[0])
+        return rows.view(*grad.shape[:-1], weight.shape[1])
 
     def _multiply_codes(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Map rounded rows [R, I] by codes [O, I] to bf16 [R, O]."""
@@ -75,12 +92,28 @@ class QuantizedProduct:
 
     def _round(self, x: Tensor, inverse_scale: Tensor | None) -> Tensor:
         """Return inputs [R, I] times S, rounded: bf16, exact; as they are in a weight-only layer."""
-        assert not (x.requires_grad and torch.is_grad_enabled()), "layers with quantised weights have no gradient"
         if inverse_scale is None:
             return x
         if self._format == "fp8":
             return fp8.gemm_operand(x, inverse_scale)[0]
         return nvfp4.gemm_operand(x, nvfp4.Options(inverse_scale=inverse_scale))[0]
+
+
+class _StraightThrough(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor | None, product: QuantizedProduct) -> Tensor:
+        assert not weight.requires_grad, "quantised weights are frozen"
+        ctx.save_for_backward(weight, offsets)
+        ctx.product = product
+        return product.results(x, weight, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        grad: Tensor,
+    ) -> tuple[Tensor, None, None, None]:
+        return ctx.product.input_gradient(grad, *ctx.saved_tensors), None, None, None
 
 
 @torch.no_grad()
@@ -92,23 +125,43 @@ def install(module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight]) 
         weights: one for a `Linear`, one for each expert of a `GroupedLinear`, alike in format and in whether inputs are
             quantised; taken one after the other.
     """
-    shape, device = module.weight.shape, module.weight.device
-    values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    values = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=module.weight.device)
+    fill(module, weights, values, range(len(values)))
+    operands = module.product.operands
+    assert operands is not None
+    if operands.format == "fp8" and _multiplies_fp8(values):
+        values = values.to(torch.float8_e4m3fn)  # the codes
+    module.weight = nn.Parameter(values, requires_grad=False)
+
+
+@torch.no_grad()
+def fill(
+    module: Linear | GroupedLinear, weights: Iterable[QuantizedWeight], values: Tensor, rows: Sequence[int]
+) -> None:
+    """Write the bf16 `gemm_values` of a quantised weight, and give the module their format and product.
+
+    Args:
+        module: on its device, sharded along dimension 0 or not.
+        weights: see `install`; each rank reads all, for their scales.
+        values: bf16, what this rank holds of the module's weight.
+        rows: indices along dimension 0 that it holds.
+    """
     kinds: set[tuple[WeightFormat, bool]] = set()
     scales: list[Tensor] = []
     input_scales: list[Tensor] = []
-    for place, weight in zip(values.view(-1, *shape[-2:]), weights, strict=True):
-        place.copy_(gemm_values(weight))
+    for number, weight in enumerate(weights):
+        if module.weight.ndim == 2:
+            values.copy_(gemm_values(weight)[rows[0] : rows[-1] + 1] if rows else values)
+        elif number in rows:
+            values[rows.index(number)] = gemm_values(weight)
         kinds.add((weight.format, weight.input_scale is None))
         scales.append(weight.scale)
         input_scales += [] if weight.input_scale is None else [weight.input_scale]
     assert len(kinds) == 1, kinds
-    chosen = next(iter(kinds))[0]
+    assert len(scales) == module.weight.shape[:-2].numel(), len(scales)
+    chosen, device = next(iter(kinds))[0], values.device
     inputs = torch.stack(input_scales).to(device) if input_scales else None
     module.format, module.product = chosen, QuantizedProduct(chosen, torch.stack(scales).to(device), inputs)
-    if chosen == "fp8" and inputs is not None and _multiplies_fp8(values):
-        values = values.to(torch.float8_e4m3fn)  # the codes
-    module.weight = nn.Parameter(values, requires_grad=False)
 
 
 def _multiplies_fp8(weight: Tensor) -> bool:

@@ -5,7 +5,6 @@ Every module with a format must be matched, and every rule of the user must matc
 error would otherwise change numbers silently.
 """
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import nn
 
 from modules.errors import UserError
+from modules.precision.adapter import seed_of
 from modules.precision.backends import BackendName, choose
 from modules.precision.formats import COMPUTE_DTYPE, QUANTIZED, Format
 from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
@@ -239,9 +239,8 @@ class FormatSchedule:
 
     def reseed(self, *numbers: int) -> None:
         """Begin the random numbers anew, with a seed made of these (the run's, the rank's, the micro-batch's)."""
-        digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
         for arithmetic in self._arithmetics:
-            arithmetic.reseed(int.from_bytes(digest[:8], "little") >> 1)
+            arithmetic.reseed(seed_of(*numbers))
 
 
 def quantized_schemes(network: nn.Module) -> dict[str, Scheme]:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from modules.precision.linear import FormattedModule, Head
+from modules.precision.adapter import Adapter
+from modules.precision.linear import FormattedModule, GroupedLinear, Head, Linear
 from modules.precision.recipe import Assignment, quantized_schemes
 from modules.precision.scheme import Products
 
 _NUMBERS = ("modules", "FLOPs")
+_ADAPTER_NUMBERS = ("modules", "weights", "adapters", "share")
 _NOTE = (
     "FLOPs: of all products with weights; norms, routers, convolutions, A_log, D and dt_bias",
     "compute in fp32, and weights are kept in fp32",
@@ -46,7 +48,7 @@ def precision_groups(table: Sequence[Assignment], network: nn.Module, mtp_depths
     for row in table:
         scheme = schemes.get(row.name)
         products = Products.all_in(row.format) if scheme is None else scheme.products
-        name, backend = re.sub(r"\.\d+", ".*", row.name), "torch" if scheme is None else scheme.backend.name
+        name, backend = without_numbers(row.name), "torch" if scheme is None else scheme.backend.name
         groups.setdefault(Group(name, row.pattern, products, backend), []).append(work[row.name])
     return groups
 
@@ -67,6 +69,37 @@ def precision_lines(
     """
     groups = precision_groups(table, network, mtp_depths)
     return [*(_by_module(groups) if by_module else _by_pattern(groups)), *_NOTE, *refusal_lines(network)]
+
+
+def without_numbers(name: str) -> str:
+    """Return the name of a module with numbers replaced by `*`."""
+    return re.sub(r"\.\d+", ".*", name)
+
+
+def adapter_lines(network: nn.Module) -> list[str]:
+    """Return a table of the adapted layers, and what share of the network's weights they and their adapters are."""
+    rows: dict[str, list[Linear | GroupedLinear]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, Linear | GroupedLinear) and module.adapter is not None:
+            rows.setdefault(without_numbers(name), []).append(module)
+    adapted = sum(module.weight.numel() for modules in rows.values() for module in modules)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in network.parameters()) - trained
+    table = []
+    for name, modules in rows.items():
+        weights = sum(module.weight.numel() for module in modules)
+        own = sum(parameter.numel() for module in modules for parameter in _adapter(module).parameters())
+        table.append((name, str(len(modules)), f"{weights:,}", f"{own:,}", f"{own / weights:.1%}"))
+    return [
+        *_align([("adapted layers", *_ADAPTER_NUMBERS), *table]),
+        f"adapted: layers with {adapted / whole:.1%} of the network's {whole:,} weights, all frozen",
+        f"trained: {trained:,} weights of adapters, {trained / whole:.1%} of as many",
+    ]
+
+
+def _adapter(module: Linear | GroupedLinear) -> Adapter:
+    assert module.adapter is not None
+    return module.adapter
 
 
 def _by_pattern(groups: Mapping[Group, Sequence[float]]) -> list[str]:
@@ -107,7 +140,7 @@ def _numbers(shares: Sequence[float]) -> tuple[str, str]:
 
 def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [name in _NUMBERS for name in rows[0]]
+    right = [name in (*_NUMBERS, *_ADAPTER_NUMBERS) for name in rows[0]]
     return [
         "  ".join(
             cell.rjust(width) if number else cell.ljust(width)

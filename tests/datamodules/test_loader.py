@@ -8,7 +8,8 @@ import torch
 from datamodules.loader import RankShare, ValidationLoader, Windows, build_batch
 from datamodules.text.corpus import Corpus, RowReader
 from datamodules.text.mixture import Mixture, MixturePhase
-from modules.batch import IGNORED_LABEL, Window
+from datamodules.text.rows import ConversationRow
+from modules.batch import IGNORED_LABEL, ConversationBatch, Window, shifted_labels, target_positions
 from modules.ops.documents import document_boundaries
 
 STEPS = 12
@@ -130,3 +131,37 @@ def test_a_worker_ends_with_a_killed_trainer():
         assert worker.wait(timeout=50) == 1
     finally:
         worker.kill()
+
+
+def test_labels_of_conversations_are_where_the_target_is_learnt(conversations_folder: Path):
+    reader = Corpus(str(conversations_folder)).rows("train")
+    rows = [reader.read(n) for n in range(len(reader))]
+    batch = build_batch(rows, missing=1)
+    assert isinstance(batch, ConversationBatch)
+    assert batch.loss_weights.dtype == torch.float32
+    assert batch.boundaries.tolist() == document_boundaries(batch.document_ids).tolist()
+    weights_seen = set()
+    for number, row in enumerate(rows):
+        assert isinstance(row, ConversationRow)
+        start = 0
+        for length, weight in zip(row.lengths.tolist(), row.weights.tolist(), strict=True):
+            for t in range(start, start + length):
+                is_learnt = t + 1 < start + length and row.mask[t + 1]
+                assert batch.labels[number, t] == (row.tokens[t + 1] if is_learnt else IGNORED_LABEL)
+                assert batch.loss_weights[number, t] == (weight if is_learnt else 0)
+            start += length
+            weights_seen.add(weight)
+        assert (batch.labels[number, start:] == IGNORED_LABEL).all()
+        assert (batch.loss_weights[number, start:] == 0).all()
+        # what a second depth predicts is learnt too, and in the same conversation
+        second = shifted_labels(batch.labels, batch.document_ids, 1)[number]
+        for t in (second != IGNORED_LABEL).nonzero().flatten().tolist():
+            assert row.mask[t + 2]
+            assert row.tokens[t + 2] == second[t]
+            assert batch.document_ids[number, t] == batch.document_ids[number, t + 2]
+    assert weights_seen == {0.5, 1.0}
+    assert (batch.labels[-1] == IGNORED_LABEL).all()
+    assert (batch.loss_weights[-1] == 0).all()
+    positions = target_positions(batch.labels, batch.document_ids, 0)
+    assert positions is not None
+    assert positions.tolist() == (batch.labels.flatten() != IGNORED_LABEL).nonzero().flatten().tolist()

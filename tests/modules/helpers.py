@@ -17,7 +17,15 @@ from datamodules.base import StageData
 from modules.backbone.config import BackboneConfig
 from modules.backbone.initialization import initialize
 from modules.backbone.model import Network
-from modules.batch import PackedBatch, Progress, Window, count_targets, next_token_labels
+from modules.batch import (
+    IGNORED_LABEL,
+    ConversationBatch,
+    PackedBatch,
+    Progress,
+    Window,
+    count_targets,
+    next_token_labels,
+)
 from modules.optim.adamw import OptimizerConfig
 from modules.optim.schedule import ScheduleConfig
 from modules.precision import e2m1, nvfp4
@@ -142,6 +150,14 @@ def packed_batch(ids: Tensor, vocab_size: int, seed: int = 0, masked: float = 0.
     return PackedBatch(tokens=tokens, labels=labels, document_ids=ids)
 
 
+def conversations(ids: Tensor, seed: int = 0, masked: float = 0.5) -> ConversationBatch:
+    """Random tokens in the given documents, a share of them without loss; each conversation has a weight of its own."""
+    batch = packed_batch(ids, 64, seed, masked)
+    drawn = 0.5 + torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    weights = drawn.gather(1, ids.long()) * (batch.labels != IGNORED_LABEL)
+    return ConversationBatch(**vars(batch), loss_weights=weights)
+
+
 def counts_of(batch: PackedBatch, depths: int) -> Tensor:
     """int64 [1 + M]: the targets of a batch."""
     return count_targets(batch.labels, batch.document_ids, depths)
@@ -258,10 +274,10 @@ def fit(module: Pretraining, data: ListData, **trainer_changes) -> lightning.Tra
     return trainer
 
 
-def build(module: Pretraining, vocab_size: int = 64) -> Network:
+def build(module: Pretraining, vocab_size: int = 64, data: type[ListData] = ListData) -> Network:
     """Run `configure_model` as a trainer does, without training."""
     module.trainer = make_trainer()
-    module.trainer.datamodule = ListData([], vocab_size=vocab_size)
+    module.trainer.datamodule = data([], vocab_size=vocab_size)
     module.configure_model()
     return module.built_network
 

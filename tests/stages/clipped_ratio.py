@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modules.base import MicroBatchLoss, StageModule
-from modules.batch import IGNORED_LABEL
+from modules.batch import IGNORED_LABEL, PackedBatch
 from tests.stages.data import Annotated
 
 
@@ -24,8 +24,8 @@ class ClippedRatio(StageModule):
         super().__init__(**stage)
         self.clip, self.entropy_factor = clip, entropy_factor
 
-    def mock_batch(self, rows: int, length: int) -> Annotated:
-        return Annotated.of(super().mock_batch(rows, length))
+    def add_fields(self, batch: PackedBatch) -> Annotated:
+        return Annotated.of(batch)
 
     def count(self, batch: Annotated) -> dict[str, Tensor]:
         return {"tokens": (batch.labels != IGNORED_LABEL).sum()}

@@ -9,6 +9,7 @@ from torch import Tensor
 from modules.backbone.initialization import initialize
 from modules.backbone.model import Network
 from modules.base import MicroBatchLoss, StageModule
+from modules.batch import PackedBatch
 from modules.objectives.per_token import against, reverse_kl
 from tests.stages.data import Annotated
 
@@ -33,8 +34,8 @@ class Distillation(StageModule):
             initialize(teacher, self.teacher_seed)
             self._teacher.append(teacher.requires_grad_(False).eval())
 
-    def mock_batch(self, rows: int, length: int) -> Annotated:
-        return Annotated.of(super().mock_batch(rows, length))
+    def add_fields(self, batch: PackedBatch) -> Annotated:
+        return Annotated.of(batch)
 
     def count(self, batch: Annotated) -> dict[str, Tensor]:
         return {"weight": batch.weights[batch.labels >= 0].sum()}

@@ -45,6 +45,8 @@ class LinearArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("out_features", "in_features", "bf16", "cast")),
         ("inputs", Rounding),
         ("factors", ctypes.c_void_p),
+        ("adapter", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
     )
 
 

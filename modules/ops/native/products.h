@@ -26,13 +26,16 @@ typedef struct {
     const float *encode; /* S, [E] */
 } rounding;
 
-typedef struct {
+typedef struct linear linear;
+struct linear {
     const void *weight;   /* [O, I], experts: [E, O, I]; of a quantised one the numbers times their block scales */
     i64 out, in, bf16;    /* bf16: weight, inputs and results are bf16, else fp32 */
     i64 cast;             /* inputs come in fp32, to be rounded to bf16 */
     rounding inputs;      /* behind that */
     const float *factors; /* [E], what results are multiplied by before they are rounded; NULL: nothing */
-} linear;
+    const linear *adapter; /* A and B: scale x B A x is added to the rounded results, and rounded again; NULL: nothing */
+    float scale;
+};
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
 
@@ -210,6 +213,27 @@ static void round_rows(const float **x, int rows, const linear *l, i64 expert, f
     if (l->inputs.round) l->inputs.round(rounded, rows * in, l->inputs.format, l->inputs.encode[expert], 1, rounded);
 }
 
+static void multiply_rows(const float *const *inputs, float *const *y, i64 rows, const linear *l, i64 expert,
+                          i64 most_threads);
+
+/* Adds what the adapter of a product adds to its results y. */
+static void add_low_rank(const float *const *inputs, float *const *y, i64 rows, const linear *l, i64 expert,
+                         i64 most_threads) {
+    const linear *down = &l->adapter[0], *up = &l->adapter[1];
+    i64 rank = down->out, out = up->out;
+    float *memory = malloc((size_t)rows * (rank + out) * sizeof(float)), *added = memory + rows * rank;
+    const float *narrow[rows];
+    float *to[rows], *wide[rows];
+    for (i64 r = 0; r < rows; r++) narrow[r] = to[r] = memory + r * rank, wide[r] = added + r * out;
+    multiply_rows(inputs, to, rows, down, expert, most_threads);
+    multiply_rows(narrow, wide, rows, up, expert, most_threads);
+    for (i64 r = 0; r < rows; r++) {
+        for (i64 i = 0; i < out; i++) y[r][i] += l->scale * wide[r][i];
+        round_all(y[r], out, l->bf16);
+    }
+    free(memory);
+}
+
 /* y[r] = W x[r] of one expert for rows given by pointers, rounded to bf16 where that is the format. */
 static void multiply_rows(const float *const *inputs, float *const *y, i64 rows, const linear *l, i64 expert,
                           i64 most_threads) {
@@ -261,6 +285,7 @@ static void multiply_rows(const float *const *inputs, float *const *y, i64 rows,
         start += part;
     }
     free(rounded);
+    if (l->adapter) add_low_rank(inputs, y, rows, l, expert, most_threads);
 }
 
 /* y [rows, O] = x [rows, I] W^T. */

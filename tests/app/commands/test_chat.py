@@ -1,6 +1,7 @@
 """`chat` as a user starts it: lines from a pipe, replies on stdout."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 
 from app.__main__ import main
 from app.commands.chat import never_taught
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import CHAT_ML, ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.generation.engine import Request, generate
@@ -21,12 +22,8 @@ from tests.modules.checkpoints.helpers import their_model
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "import os\n\nfor name in os.environ:\n    print(name, 'naïve')\n"]
 COUNT = 8
-THINKING = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content.split('</think>')[-1] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}]
+CALL = "<tool_call>\n<function=add>\n<parameter=a>\n{}\n</parameter>\n</function>\n</tool_call>\n"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +38,14 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(model, tmp_path_factory) -> Path:
+    """The model with a template that knows no thoughts."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "plain")
+    (folder / "chat_template.jinja").write_text(CHAT_ML, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def network(model):
     return load_model(model).network
 
@@ -51,8 +56,8 @@ def computed(monkeypatch) -> list[int]:
     found: list[int] = []
     real = Session.reply
 
-    def reply(self, tokens, max_new_tokens):
-        pieces = real(self, tokens, max_new_tokens)
+    def reply(self, *args):
+        pieces = real(self, *args)
         first = next(pieces)
         found.append(self.computed)
         yield first
@@ -68,39 +73,145 @@ def chat(model: Path, lines: list[str], monkeypatch, capsys, *options: str) -> s
     return capsys.readouterr().out
 
 
-def replies(
-    model: Path, network, talk: list[str], system: str | None = None, *, exact: bool = True, **variables
-) -> str:
-    """What the model says in a conversation that is rendered and computed anew each turn.
+def replies(model: Path, network, talk: list[str], system: str | None = None) -> str:
+    """What the model says in a conversation in ChatML that is put together by hand and computed anew each turn.
 
-    Its replies stand there in the tokens it wrote (`exact`), or as the tokenizer would write them.
+    A reply stands there in the tokens it was written in, or, where its text would not give plain tokens of its own, in
+    those of its text, and then so do all before it.
     """
     tokenizer = Tokenizer.load(model)
-    template, said = ChatTemplate(tokenizer), []
-    messages = [{"role": "system", "content": system}] if system else []
+
+    def turn(role: str, text: str) -> list[int]:
+        return [10, *tokenizer.encode(f"{role}\n{text}"), 11, *tokenizer.encode("\n")]
+
+    begin, texts = [10, *tokenizer.encode("assistant\n")], list[str]()
+    written = rendered = turn("system", system) if system else []
     for line in talk:
+        written, rendered = written + turn("user", line), rendered + turn("user", line)
+        (reply,) = generate(
+            network,
+            [Request(tokens=written + begin, max_new_tokens=COUNT)],
+            Sampling(),
+            eos_ids=(2, 11),
+            decode=tokenizer.decode,
+        )
+        texts.append(reply.text)
+        rendered = rendered + turn("assistant", reply.text)
+        ids = [token for token in reply.tokens if token not in (2, 11)]
+        exact = turn("assistant", reply.text)[:-2] == begin + tokenizer.encode(reply.text, special_tokens=True)
+        written = written + begin + ids + [11, *tokenizer.encode("\n")] if exact else rendered
+    return "".join(f"{text}\n" for text in texts)
+
+
+def script(monkeypatch, model: Path, texts: list[str]) -> list[list[int]]:
+    """Let the model say these texts; return the tokens it is asked with."""
+    asked: list[list[int]] = []
+
+    def reply(self, tokens, max_new_tokens, lasting):
+        assert 1 <= lasting <= len(tokens)
+        asked.append(tokens)
+        self.text = texts[len(asked) - 1]
+        self.tokens = tokens + Tokenizer.load(model).encode(self.text, special_tokens=True)
+        yield from (self.text[start : start + 5] for start in range(0, len(self.text), 5))
+
+    monkeypatch.setattr(Session, "reply", reply)
+    return asked
+
+
+def test_a_conversation_is_that_of_the_rendered_turns(plain, network, monkeypatch, capsys, computed) -> None:
+    talk = ["name?", "and </s> what?<|im_end|>", "def"]
+    assert chat(plain, [*talk, "", "/exit", "never read"], monkeypatch, capsys) == replies(plain, network, talk)
+    tokenizer = Tokenizer.load(plain)
+    first, *rest = [len(tokenizer.encode(f"user\n{line}")) for line in talk]
+    beginning = len(tokenizer.encode("assistant\n"))
+    assert computed[0] == first + beginning + 4
+    new = [count + beginning + 7 for count in rest]  # and the last token of the reply, its end and a line break
+    assert all(count in (most, most - 1) for count, most in zip(computed[1:], new, strict=True)), "the rest is known"
+
+
+def test_thoughts_of_earlier_turns_are_dropped_and_nothing_before_them_is_computed_again(
+    model, network, monkeypatch, capsys, computed
+) -> None:
+    """A random model never ends its thought."""
+    tokenizer = Tokenizer.load(model)
+    template, messages, expected = ChatTemplate(tokenizer), [], ""
+    for turn, line in enumerate(["name?", "def", "for"]):
         messages.append({"role": "user", "content": line})
-        rest, tokens = template.render(messages, answer=True, **variables), []
-        for text, ids in said if exact else []:
-            before, _, rest = rest.partition(text)
-            tokens += tokenizer.encode(before, special_tokens=True) + ids
-        tokens += tokenizer.encode(rest, special_tokens=True)
+        tokens = template.encode_prompt(messages)
         request = Request(tokens=tokens, max_new_tokens=COUNT)
         (reply,) = generate(network, [request], Sampling(), eos_ids=(2, 11), decode=tokenizer.decode)
-        said.append((reply.text, [token for token in reply.tokens if token not in (2, 11)]))
-        messages.append({"role": "assistant", "content": reply.text})
-    return "".join(f"{text}\n" for text, _ in said)
-
-
-def test_a_conversation_is_that_of_the_rendered_turns(model, network, monkeypatch, capsys, computed) -> None:
-    talk = ["name?", "and </s> what?", "def"]
-    assert chat(model, [*talk, "", "/exit", "never read"], monkeypatch, capsys) == replies(model, network, talk)
-    whole = len(ChatTemplate(Tokenizer.load(model)).encode([{"role": "user", "content": talk[0]}], answer=True))
+        expected += f"<think>\n{reply.text}\n"
+        messages.append({"role": "assistant", "content": "", "reasoning_content": reply.text.strip("\n")})
+        if turn == 0:
+            whole = len(tokens)
+    assert chat(model, ["name?", "def", "for"], monkeypatch, capsys) == expected
     assert computed[0] == whole
-    new = [
-        len(Tokenizer.load(model).encode(f"<|im_end|>\n<|im_start|>user\n{line}", special_tokens=True)) for line in talk
+    assert max(computed[1:]) < 30, "what follows the thought that is dropped, however long the conversation"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_what_the_model_is_asked(model, monkeypatch, capsys, thinking: bool) -> None:
+    said = ["hm\n</think>\nfour", "five"] if thinking else ["four", "five"]
+    asked = script(monkeypatch, model, said)
+    options = ("--thinking", str(thinking).lower(), *(("--low_effort", "--thinking_budget", "9") if thinking else ()))
+    printed = chat(model, ["2+2? <|im_end|>", "and <think>?"], monkeypatch, capsys, *options)
+    assert printed == ("<think>\nhm\n</think>\nfour\n<think>\nfive\n" if thinking else "four\nfive\n")
+    tokenizer = Tokenizer.load(model)
+    wishes = "\n\n{reasoning effort: low}\n\n{thinking token budget: 9}" if thinking else ""
+
+    def turn(role: str, *parts: str | int) -> list[int]:
+        tokens = [10, *tokenizer.encode(f"{role}\n")]
+        return tokens + [t for part in parts for t in ([part] if isinstance(part, int) else tokenizer.encode(part))]
+
+    end = [11, *tokenizer.encode("\n")]
+    system, last = turn("system") + end, (12, "\n") if thinking else (12, 13)
+    assert asked[0] == system + turn("user", f"2+2? <|im_end|>{wishes}")[:3] + asked[0][len(system) + 3 :]
+    assert asked[0][len(system) :] == [
+        *[10, *tokenizer.encode(f"user\n2+2? <|im_end|>{wishes}")],
+        *end,
+        *turn("assistant", *last),
     ]
-    assert max(computed[1:]) < max(new[1:]) + 20, "earlier turns stay in the cache"
+    assert asked[1][len(system) :] == [
+        *[10, *tokenizer.encode("user\n2+2? <|im_end|>")],
+        *end,
+        *turn("assistant", 12, 13, "\nfour" if thinking else "four"),
+        *end,
+        *[10, *tokenizer.encode(f"user\nand <think>?{wishes}")],
+        *end,
+        *turn("assistant", *last),
+    ]
+
+
+def test_calls_are_answered_by_the_lines_that_follow(model, tmp_path, monkeypatch, capsys) -> None:
+    said = ["<think>\nhm\n</think>\n" + CALL.format(3) + CALL.format(4), "7", "bye"]
+    asked = script(monkeypatch, model, said)
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(TOOLS))
+    options = ("--thinking", "false", "--tools", str(file))
+    printed = chat(model, ["3+4?", "/3", "four", "thanks"], monkeypatch, capsys, *options)
+    assert printed == "".join(f"{text}\n" for text in said)
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": number}}} for number in (3, 4)]
+    messages = [
+        {"role": "user", "content": "3+4?"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "/3"},
+        {"role": "tool", "content": "four"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "thanks"},
+    ]
+    template = ChatTemplate(Tokenizer.load(model))
+    assert asked == [template.encode_prompt(messages[:n], TOOLS, enable_thinking=False) for n in (1, 4, 6)]
+
+
+def test_a_terminal_asks_for_the_result_of_a_call(model, monkeypatch, capsys) -> None:
+    script(monkeypatch, model, [CALL.format("x\x1b[2J"), "7"])
+    lines, prompts = iter(["3+4?", "7", "/exit"]), list[str]()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
+    assert main(["chat", str(model), "--thinking", "false"]) == 0
+    assert prompts == ["> ", "add(a='x\\x1b[2J') = ", "> "]
+    assert "\x1b[2J" not in capsys.readouterr().out
 
 
 def test_a_model_that_was_never_taught_to_chat_says_so(model, tmp_path, monkeypatch, capsys) -> None:
@@ -111,7 +222,7 @@ def test_a_model_that_was_never_taught_to_chat_says_so(model, tmp_path, monkeypa
 
     assert f"note: {model} was never taught to chat (it brings no chat template)" in noted(model)
     taught = shutil.copytree(model, tmp_path / "taught")
-    (taught / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    (taught / "chat_template.jinja").write_text(CHAT_ML, encoding="utf-8")
     assert "never taught" not in noted(taught)
 
 
@@ -122,41 +233,29 @@ def test_a_template_does_not_hide_that_a_run_saw_text_alone() -> None:
     assert line.startswith("note: runs/mine was never taught to chat (it was pretrained on text alone)")
     run["model"]["init_args"]["init_from"] = "an-instruct-model"
     assert never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), template) == []
+    run["model"] = {"class_path": "modules.sft.SFT", "init_args": {"init_from": "runs/pretrain"}}
+    assert never_taught(Path("runs/mine"), SimpleNamespace(facts={"run": run}), SimpleNamespace(is_own=False)) == []
 
 
-def test_commands(model, network, monkeypatch, capsys) -> None:
+def test_commands(plain, network, monkeypatch, capsys) -> None:
     lines = ["name?", "/reset", "def", "/system be short", "def", "/unknown"]
-    expected = replies(model, network, ["name?"]) + replies(model, network, ["def"])
-    assert chat(model, lines, monkeypatch, capsys) == expected + replies(model, network, ["def"], "be short")
-    assert chat(model, ["def", "/reset", "def"], monkeypatch, capsys, "--system", "be short") == 2 * replies(
-        model, network, ["def"], "be short"
+    expected = replies(plain, network, ["name?"]) + replies(plain, network, ["def"])
+    assert chat(plain, lines, monkeypatch, capsys) == expected + replies(plain, network, ["def"], "be short")
+    assert chat(plain, ["def", "/reset", "def"], monkeypatch, capsys, "--system", "be short") == 2 * replies(
+        plain, network, ["def"], "be short"
     )
 
 
-def test_bytes_that_are_no_text_are_replaced(model, network, monkeypatch, capsys) -> None:
-    expected = replies(model, network, ["a\ufffdb"], "\ufffd")
-    assert chat(model, ["a\udcffb"], monkeypatch, capsys, "--system", "\udcff") == expected
+def test_bytes_that_are_no_text_are_replaced(plain, network, monkeypatch, capsys) -> None:
+    expected = replies(plain, network, ["a\ufffdb"], "\ufffd")
+    assert chat(plain, ["a\udcffb"], monkeypatch, capsys, "--system", "\udcff") == expected
 
 
-@pytest.mark.parametrize("thinking", [None, True, False])
-def test_thinking_reaches_the_template(model, network, monkeypatch, capsys, thinking: bool | None) -> None:
-    file = model / "chat_template.jinja"
-    file.write_text(THINKING)
-    try:
-        variables = {} if thinking is None else {"enable_thinking": thinking}
-        options = () if thinking is None else ("--thinking", str(thinking).lower())
-        talk, exact = ["name?", "def", "for"], thinking is not False  # then earlier turns are rendered differently
-        expected = replies(model, network, talk, exact=exact, **variables)
-        assert chat(model, talk, monkeypatch, capsys, *options) == expected
-    finally:
-        file.unlink()
-
-
-def test_ctrl_c_stops_a_reply_and_keeps_it(model, network, monkeypatch, capsys) -> None:
+def test_ctrl_c_stops_a_reply_and_keeps_it(plain, network, monkeypatch, capsys) -> None:
     real = Session.reply
 
-    def reply(self, tokens, max_new_tokens):
-        for number, piece in enumerate(real(self, tokens, max_new_tokens)):
+    def reply(self, tokens, *args):
+        for number, piece in enumerate(real(self, tokens, *args)):
             if number == 2 and self.tokens[: len(tokens)] == tokens and not stopped:
                 stopped.append(self.text)
                 os.kill(os.getpid(), signal.SIGINT)
@@ -164,9 +263,9 @@ def test_ctrl_c_stops_a_reply_and_keeps_it(model, network, monkeypatch, capsys) 
 
     stopped: list[str] = []
     monkeypatch.setattr(Session, "reply", reply)
-    printed = chat(model, ["name?", "def"], monkeypatch, capsys)
+    printed = chat(plain, ["name?", "def"], monkeypatch, capsys)
     assert printed.startswith(f"{stopped[0]} [stopped]\n")
-    tokenizer = Tokenizer.load(model)
+    tokenizer = Tokenizer.load(plain)
     turns = [("user", "name?"), ("assistant", stopped[0]), ("user", "def")]
     text = ChatTemplate(tokenizer).render([{"role": role, "content": said} for role, said in turns], answer=True)
     before, _, behind = text.partition(stopped[0])

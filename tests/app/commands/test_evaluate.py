@@ -30,7 +30,7 @@ def results(evaluate, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     tasks, output, samples = write_tasks(folder / "tasks"), folder / "results.json", folder / "samples.jsonl"
     names = ",".join(f"tiny_{name}" for name in TASKS)
-    result = evaluate("--tasks", names, "--tasks_path", tasks, "--output", output, "--samples", samples)
+    result = evaluate("--tasks", names, "--tasks_path", tasks, "--output", output, "--details", samples)
     assert result.code == 0, result.output
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     return json.loads(output.read_text(encoding="utf-8")), rows, result.output
@@ -132,7 +132,7 @@ def test_limit_examples_and_chat_template(evaluate, tmp_path) -> None:
         "--limit",
         "2",
     )
-    result = evaluate("--tasks", "tiny_*", "--tasks_path", tasks, "--samples", samples, *options)
+    result = evaluate("--tasks", "tiny_*", "--tasks_path", tasks, "--details", samples, *options)
     assert result.code == 0, result.output
     assert "tiny_written: 2 of 3 samples" in result.output
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]

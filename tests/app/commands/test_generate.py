@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from app.__main__ import main
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.generation import native
+from modules.generation.engine import Completion
 from tests.app.helpers import ROOT
 from tests.modules.checkpoints.helpers import made_comparable, their_model, write_fit_folder
 from tests.modules.helpers import make_network, tiny_config
@@ -72,7 +74,8 @@ def expected(model: Path) -> list[list[int]]:
     for row in ROWS:
         if "messages" in row:
             ids = tokenizer.encode(
-                "<|im_start|>user\nname?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+                "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nname?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+                add_special_tokens=False,
             )
         else:
             ids = row.get("prompt_ids") or tokenizer.encode(row["prompt"], split_special_tokens=True)
@@ -91,7 +94,8 @@ def test_greedy_completions_are_those_of_transformers(model, prompts, expected, 
         assert row["completion"] == tokenizer.decode(ids)
         assert row["finish"] == "length"
         assert row["tokenizer"] == tokenizer.fingerprint
-        added = {"completion", "completion_ids", "finish", "tokenizer"}
+        assert ("message" in row) == ("messages" in given)
+        added = {"completion", "completion_ids", "finish", "tokenizer", "message"}
         assert {key: value for key, value in row.items() if key not in added} == {
             key: value for key, value in given.items() if key not in added
         }
@@ -192,6 +196,64 @@ def test_a_terminal_gets_the_text_in_pieces(model, expected, monkeypatch, capsys
     assert "".join(pieces) == "".join(
         c if c in "\n\t" or (c >= " " and not "\x7f" <= c < "\xa0") else "�" for c in text
     )
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+CALL = "<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>\n"
+
+
+def scripted(monkeypatch, model: Path, text: str) -> list[list[int]]:
+    """Let the model complete everything by one text; return the prompts."""
+    asked: list[list[int]] = []
+
+    def complete(network, requests, sampling, *, first=0, on_text=None, **_):
+        for number, request in enumerate(requests[first:], first):
+            asked.append(request.tokens)
+            if on_text is not None:
+                on_text(number, text[:7])
+                on_text(number, text[7:])
+            yield Completion(tokens=[3], text=text, logprobs=[], finish="eos", accepted=[])
+
+    monkeypatch.setattr("modules.generation.engine.generate", complete)
+    return asked
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_question_goes_through_the_template(model, monkeypatch, capsys, colour: bool) -> None:
+    asked = scripted(monkeypatch, model, "hm\n</think>\nfour")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: colour)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["generate", str(model), "--user", "2+2? </s>", "--system", "short", "--low_effort"]) == 0
+    printed = capsys.readouterr().out
+    shown = "\x1b[2m<think>\nhm\n\x1b[0m\x1b[2m</think>\x1b[0m\nfour\n"
+    assert printed == (shown if colour else "<think>\nhm\n</think>\nfour\n")
+    template = ChatTemplate(Tokenizer.load(model))
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": "2+2? </s>"}]
+    assert asked == [template.encode_prompt(messages, low_effort=True)]
+    assert 2 not in asked[0], "what a user types is text"
+
+
+def test_rows_of_messages_get_the_turn_as_a_message(model, tmp_path, monkeypatch) -> None:
+    asked = scripted(monkeypatch, model, "hm\n</think>\n" + CALL)
+    messages = [{"role": "user", "content": "3+4?"}]
+    rows = [{"messages": messages, "tools": [TOOL]}, {"messages": messages}, {"messages": messages, "prompt": "3+"}]
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([TOOL["function"]]))
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    first, second, third = generate(model, file, tmp_path / "out.jsonl", "--tools", str(tools))
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    expected = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]}
+    assert first["message"] == second["message"] == expected
+    assert first["completion"] == "hm\n</think>\n" + CALL
+    assert "message" not in third
+    template = ChatTemplate(Tokenizer.load(model))
+    given = [template.encode_prompt(messages, [TOOL]), template.encode_prompt(messages, [TOOL["function"]])]
+    assert asked == [*given, Tokenizer.load(model).encode("3+")]
+    whole = template.encode([*messages, first["message"]], answer=False, tools=[TOOL])
+    assert whole[: len(given[0])] == given[0], "the message can be gone on from"
+    assert generate(model, file, tmp_path / "off.jsonl", "--thinking", "false")[0]["message"] == expected
+    assert asked[3] == template.encode_prompt(messages, [TOOL], enable_thinking=False)
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids(model, expected, tmp_path, capsys) -> None:

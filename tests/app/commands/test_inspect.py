@@ -1,5 +1,6 @@
 """`inspect` through the program: what it shows is what a training loop gets."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -164,6 +165,30 @@ def test_a_step_is_what_the_training_loop_gets(
     assert f"next token {counts[0]:,}, MTP depth 1 {counts[1]:,}, MTP depth 2 {counts[2]:,}\n" in printed
     assert "no warnings" in printed
     assert f"{output}: 6 of 6 rows, " in printed
+
+
+def test_rows_as_numbers_are_what_the_loss_is_made_of(
+    run_file: Path, corpus: Path, trained: list[PackedBatch], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "rows.jsonl"
+    assert main(["inspect", "--config", str(run_file), "--step", "2", "--output", str(output)]) == 0
+    assert f"{output}: 6 of 6 rows, " in capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    window = trained[ROWS // MICRO : 2 * ROWS // MICRO]
+    for key, name in (("token_ids", "tokens"), ("labels", "labels"), ("document_ids", "document_ids")):
+        assert [row[key] for row in rows] == torch.cat([getattr(batch, name) for batch in window]).tolist()
+    tokenizer = Corpus(str(corpus)).tokenizer
+    targets = sum(label != -100 for row in rows for label in row["labels"])
+    for row in rows:
+        assert row["text"] == tokenizer.decode(row["token_ids"])
+        assert re.fullmatch(r"corpus row [\d,]+, epoch 1", row["origin"])
+        assert [weight > 0 for weight in row["loss_weights"]] == [label != -100 for label in row["labels"]]
+    nats = torch.rand(ROWS, LENGTH)
+    mean = sum(nats[r, t] for r in range(ROWS) for t in range(LENGTH) if rows[r]["labels"][t] != -100) / targets
+    total = (torch.tensor([row["loss_weights"] for row in rows]) * nats).sum()
+    torch.testing.assert_close(total, mean)
+    assert main(["inspect", "--config", str(run_file), "--output", str(output), "--rows", "4,0"]) == 0
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_the_terminal_shows_the_chosen_rows(run_file: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """The command as a user starts it: `python -m app prepare`."""
 
+import glob
 import hashlib
 import json
 import os

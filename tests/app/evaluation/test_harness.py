@@ -8,7 +8,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from app.evaluation.harness import HarnessModel, prefix_id, read_settings
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
 from modules.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 from app.inspection.page import write_page
 from app.inspection.view import BatchView, build_view
 from datamodules.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from tests.app.inspection.helpers import CHAT_START, EOS, NONE, batch, ids, packed, view_of
+from tests.app.inspection.helpers import CHAT_START, EOS, NONE, asked, batch, ids, packed, talks, view_of
 
 VOID = {"meta"}
 
@@ -80,6 +80,17 @@ def test_tokens_masks_and_borders(tmp_path: Path):
     lengths = [a["style"] for tag, a in page.elements if tag == "a" and "style" in a]
     assert lengths == ["flex:3", "flex:2", "flex:1", "flex:6"]
     assert [a["class"] for tag, a in page.elements if tag == "a" and "style" in a] == ["c0", "c1", "pad", "c0"]
+
+
+def test_what_a_model_is_taught_to_write(tmp_path: Path):
+    page = page_of(view_of(talks(asked("why?", "so"), weights=[0.5])), tmp_path)
+    assert [text for kind, text in page.documents["r0d0"] if "m" not in kind.split()] == ["s", "o", "<|im_end|>"]
+    assert ("body", {"class": "conversations"}) in page.elements
+    assert (
+        "conversation 0: positions 0-11, 12 tokens, 3 with loss, weight 0.5, 100.00% of the step's loss"
+        in (page.texts["h3"])
+    )
+    assert ("body", {"class": "documents"}) in page_of(view_of(*packed()), tmp_path).elements
 
 
 LOSSES = [[0.5, 3.0, 0.0, 7.25, 0.0, 0.0], [20.0, float("nan"), 1.5, 0.0, 9.0, 0.0]]

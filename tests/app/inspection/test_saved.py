@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from app.inspection import saved
+from modules.batch import ConversationBatch
 from modules.errors import UserError
-from tests.app.inspection.helpers import packed
+from tests.app.inspection.helpers import asked, packed, talks
 
 
 def content() -> dict[str, Any]:
@@ -47,6 +48,14 @@ def test_the_losses_of_the_tokens_are_read(tmp_path: Path):
     assert all(torch.equal(read, given["token_losses"]) for read, given in zip(losses, batches, strict=True))
     torch.save(content(), tmp_path / "batch.pt")
     assert saved.load(tmp_path / "batch.pt").token_losses is None
+
+
+def test_weights_of_conversations_are_read(tmp_path: Path):
+    given = talks(asked("why?", "so"), asked("q", "a"), weights=[2, 0.5])
+    torch.save(content() | {"micro_batches": [given.tensors()]}, tmp_path / "batch.pt")
+    (read,) = saved.load(tmp_path / "batch.pt").micro_batches
+    assert isinstance(read, ConversationBatch)
+    assert torch.equal(read.loss_weights, given.loss_weights)
 
 
 def change(**fields: object) -> Callable[[], Any]:

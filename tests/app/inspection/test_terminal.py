@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from app.inspection.terminal import Paper, cells, write_rows, write_summary
-from tests.app.inspection.helpers import CHAT_START, EOS, NONE, batch, ids, packed, view_of
+from tests.app.inspection.helpers import CHAT_START, EOS, NONE, asked, batch, ids, packed, talks, view_of
 
 PLAIN = Paper(width=80, colour=False)
 
@@ -86,6 +86,16 @@ def test_masked_stretches_are_marked():
     labels = [NONE] * 9 + [*tokens[10:], NONE]
     view = view_of(batch([tokens], [labels], [[0] * len(tokens)]))
     assert "    ⟦«<|im_start|>»question⟧«<|im_start|>»yes⟦«</s>»⟧" in write_rows(view, view.rows, False, PLAIN)
+
+
+def test_what_a_model_is_taught_to_write_stands_out():
+    view = view_of(talks(asked("why?", "so"), asked("q", "a")))
+    lines = write_rows(view, view.rows, False, PLAIN)
+    assert "    ⟦«<|im_start|>»why?«<|im_end|>»↵" in lines
+    assert "    «<|im_start|>»⟧so«<|im_end|>»⟦↵" in lines
+    assert "⟦⟧ no loss, the rest is what the model is taught to write" in lines[1]
+    colour = "\n".join(write_rows(view, view.rows, False, Paper(width=80, colour=True)))
+    assert re.search(r"\x1b\[(32|92)ms\x1b\[0m\x1b\[(32|92)mo\x1b", colour)
 
 
 def test_colour_changes_no_text():

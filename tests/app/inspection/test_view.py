@@ -1,5 +1,5 @@
 from app.inspection.view import caption, heading, share, summary
-from tests.app.inspection.helpers import EOS, NONE, PAD, batch, ids, packed, view_of
+from tests.app.inspection.helpers import EOS, NONE, PAD, asked, batch, ids, packed, talks, view_of
 
 
 def test_rows_documents_and_padding():
@@ -59,3 +59,19 @@ def test_only_the_end_of_a_row_without_labels_is_padding():
 def test_shares_are_whole_only_where_they_are():
     assert [share(0, 9), share(9, 9), share(1, 9)] == ["0.0%", "100.0%", "11.1%"]
     assert [share(1, 10**6), share(10**6 - 1, 10**6)] == ["under 0.1%", "over 99.9%"]
+
+
+def test_conversations():
+    cut = (asked("q", "answer")[0][:9], asked("q", "answer")[1][:9])
+    view = view_of(talks(asked("why?", "so"), cut, asked("q", "a"), weights=[1, 2, 0.5]))
+    (row,) = view.rows
+    taught = [view.vocabulary.show([token])[0].text for token in row.tokens[row.supervised].tolist()]
+    assert taught == ["s", "o", "<|im_end|>", *"answ", "a", "<|im_end|>"], "the tokens to write, not those before them"
+    assert [(d.complete, d.weight) for d in row.documents] == [(True, 1.0), (False, 2.0), (True, 0.5)]
+    assert abs(sum(document.share for document in row.documents) - 1) < 1e-6
+    assert caption(row.documents[1], 1) == (
+        "conversation 1: positions 12-20, 9 tokens, 4 with loss, weight 2, 44.44% of the step's loss, cut at its end"
+    )
+    assert "3 conversations; 9 of 29 positions with loss; no padding" in heading(row)
+    assert ("conversations", "3 (3.0 a row)") in summary(view)
+    assert ("cut", "1 (33.3%) do not end with the end of a turn: they were cut") in summary(view)

@@ -58,6 +58,26 @@ def test_a_changed_reply_goes_on_from_before_it(network) -> None:
     assert (session.tokens, session.text) == anew(network, other, 2)
 
 
+def test_thoughts_that_are_dropped_cost_no_more_than_what_follows_them(network) -> None:
+    """The prompt ends with a mark that the next turn has not; a tool's answer comes while the thoughts still stand."""
+    session = Session(network, WARM, EOS, decode)
+    first, mark = [3, 4, 5, 6, 8], [60, 61]
+    list(session.reply([*first, *mark], 12, len(first)))
+    assert (session.tokens, session.text) == anew(network, [*first, *mark], 0)
+    tool = [*session.tokens, 11, 20, *mark]
+    list(session.reply(tool, 12, len(first)))
+    assert session.computed < len(tool) - len(first)
+    assert (session.tokens, session.text) == anew(network, tool, 1)
+    dropped = [*first, 62, 50, 51, 11, 21, 22, *mark]
+    list(session.reply(dropped, 12, len(dropped) - 2))
+    assert session.computed == len(dropped) - len(first)
+    assert (session.tokens, session.text) == anew(network, dropped, 2)
+    again = [*dropped[:-2], 62, 52, 11, 23, *mark]
+    list(session.reply(again, 12, len(again) - 2))
+    assert session.computed == 6
+    assert (session.tokens, session.text) == anew(network, again, 3)
+
+
 def test_a_reply_may_be_broken_off(network) -> None:
     session = Session(network, WARM, (), decode)
     pieces = session.reply([3, 4, 5, 6], 12)

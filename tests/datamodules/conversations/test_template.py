@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from datamodules.chat_template import CHAT_ML, ChatTemplate
+from datamodules.conversations.template import CHAT_ML, ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
 
