@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from app.models import check_same_tokenizer, open_tokenizer
 from app.rows_file import text_of
+from datamodules.conversations.masks import encode
+from datamodules.conversations.messages import Conversation, ConversationError, read_messages, read_tools
 from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.batch import Message
@@ -94,7 +96,11 @@ class Reader:
         if "prompt" in row:
             return self.tokenizer.encode_prompt(text_of(row, "prompt", where))
         if "messages" in row:
-            return self._open_turn(row, where)
+            messages, tools = self._turns(row, where)
+            try:
+                return self.template.encode_prompt(messages, tools, **self._variables)
+            except ConversationError as error:
+                raise error.at(where) from None
         raise UserError(f"{where}: the row has no prompt (prompt, prompt_ids or messages); add one")
 
     @property
@@ -126,32 +132,19 @@ class Reader:
 
     def _conversation(self, row: dict[str, Any], where: str) -> Tokens:
         """Return a conversation whose last turn, the assistant's with its end mark, is the completion."""
-        messages = row["messages"]
-        whole = self._render(messages, where, answer=False)
-        if messages[-1].get("role") != "assistant":
+        messages, tools = self._turns(row, where)
+        if messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: messages must end with the assistant's turn: it is what is scored")
-        prompt = self._render(messages[:-1], where, answer=True)
-        if whole[: len(prompt)] != prompt:
-            raise UserError(
-                f"{where}: the chat template renders the turns before the answer differently with and without it; "
-                "give prompt and completion instead of messages"
-            )
-        return Tokens(whole, len(prompt))
+        given = len(messages) - 1
+        encoded = encode(Conversation(messages=messages, tools=tools, prompt_turns=given, place=where), self.template)
+        (written,) = encoded.mask.nonzero()
+        return Tokens(encoded.tokens[: written[-1] + 1].tolist(), int(written[0]))
 
-    def _open_turn(self, row: dict[str, Any], where: str) -> list[int]:
-        messages, tools = row["messages"], row.get("tools", self._tools)
-        _check_messages(messages, where)
+    def _turns(self, row: dict[str, Any], where: str) -> tuple[list[Message], list[dict[str, Any]]]:
         try:
-            return self.template.encode_prompt(messages, tools or None, **self._variables)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-
-    def _render(self, messages: list[Message], where: str, *, answer: bool) -> list[int]:
-        _check_messages(messages, where)
-        try:
-            return self.template.encode(messages, answer=answer)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            return read_messages(row["messages"]), read_tools(row["tools"]) if "tools" in row else list(self._tools)
+        except ConversationError as error:
+            raise error.at(where) from None
 
     def _ids(self, row: dict[str, Any], key: str, where: str) -> list[int]:
         ids, size = row[key], self._source.config.vocab_size
@@ -163,13 +156,6 @@ class Reader:
                 f"take the model that wrote them, or remove {key} where the row has the text"
             )
         return ids
-
-
-def _check_messages(messages: object, where: str) -> None:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f'{where}: messages must be a list of turns like {{"role": ..., "content": ...}}')
-    if not messages:
-        raise UserError(f"{where}: messages must hold at least one turn")
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int] | None:

@@ -156,7 +156,7 @@ class Conversation:
         text = self._session.text
         message = turn.read(text)
         self._messages.append(message)
-        self.calls = list(message.get("tool_calls", []))
+        self.calls = list(message.get("tool_calls", [])) if self._tools else []
         self._rendered = rendered + self._tokenizer.encode(text, special_tokens=True)
         self._written = self._session.tokens
 

@@ -11,18 +11,20 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from datamodules.conversations.docstrings import docstring_conversations
 from datamodules.conversations.source import ConversationOptions, ConversationPolicies
-from datamodules.conversations.template import TEMPLATE_FILE
+from datamodules.conversations.template import TEMPLATE_FILE, ChatTemplate
 from datamodules.corpora import CorpusData, CorpusRef, Phase, check_positive, check_prepared
 from datamodules.environments.draws import normalised, overlap
+from datamodules.environments.evaluation import HeldOutProblems, held_out_problems
 from datamodules.environments.pool import Pool
 from datamodules.text.files import write_blocks
 from datamodules.text.preparation import Preparation, check_options, describe, prepare_corpus
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import Tokenizer, special_names
 from modules.batch import Message, Problem, Progress
 from modules.errors import UserError
 
@@ -128,6 +130,18 @@ class SFTData(CorpusData):
         super().__init__(
             sources, phases, sequence_length, global_batch_size, micro_batch_size, validation_rows, workers, seed
         )
+        for name, source in sources.items():
+            source.check(name)
+        given = [source.weight is not None for source in sources.values()]
+        if any(given) and not all(given):
+            raise UserError(
+                f"data.sources: give all of them a weight, or none: {list(sources)[given.index(False)]} has none"
+            )
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._validation_fraction = validation_fraction
+        self._policies = ConversationPolicies(conversation=policies or ConversationOptions())
+        self.environments = environments or {}
         if (total_tokens is None) == (epochs is None):
             raise UserError("data.total_tokens: give the length of the run by it or by data.epochs, one of both")
         self._epochs = epochs
@@ -137,16 +151,6 @@ class SFTData(CorpusData):
         if epochs is not None:
             check_positive(epochs=epochs)
             self.total = UNKNOWN if self.missing else self._length_of_epochs(epochs)
-        for name, source in sources.items():
-            source.check(name)
-        given = [source.weight is not None for source in sources.values()]
-        if any(given) and not all(given):
-            raise UserError(f"data.sources: give all of them a weight, or none: {list(sources)[given.index(False)]}")
-        self._sources = sources
-        self._tokenizer = tokenizer
-        self._validation_fraction = validation_fraction
-        self._policies = ConversationPolicies(conversation=policies or ConversationOptions())
-        self.environments = environments or {}
 
     def prepare_data(self) -> None:
         """Prepare what is missing (on rank zero), and check that what is there was prepared as the run file says.
@@ -190,7 +194,9 @@ class SFTData(CorpusData):
                 "the tokenizer and chat template of a MODEL; name the one that the run starts from"
             )
         with Pool(self.environments, processes=len(os.sched_getaffinity(0))) as pool:
-            held_out = [problem for name in self.environments for problem in _held_out_problems(pool, name)]
+            held_out = [
+                problem for name in self.environments for problem in held_out_problems(pool, name, _HELD_OUT_PROBLEMS)
+            ]
         policies = replace(self._policies, held_out=frozenset(normalised(problem.text) for problem in held_out))
         for name in missing:
             source = self._sources[name]
@@ -199,6 +205,16 @@ class SFTData(CorpusData):
                 _make(source)
             corpus, _ = prepare_corpus(replace(self._preparation(source), policies=policies))
             print(describe(corpus), flush=True)
+
+    def evaluation(self) -> HeldOutProblems | None:
+        """Return the held-out problems of the environments, None without any; see `EvaluatedEnvironments`."""
+        return self._evaluation if self.environments else None
+
+    @cached_property
+    def _evaluation(self) -> HeldOutProblems:
+        tokenizer = self._corpus.tokenizer
+        template = ChatTemplate(tokenizer, self._policies.conversation.special_tokens_in_content)
+        return HeldOutProblems(Pool(self.environments), template, tokenizer)
 
     def default_weights(self) -> dict[str, float]:
         """Return the weights of the sources in a run without phases."""
@@ -211,6 +227,17 @@ class SFTData(CorpusData):
         if self.missing and self._tokenizer is not None:
             return Tokenizer.load(_tokenizer_folder(Path(self._tokenizer))).vocab_size
         return self._corpus.vocab_size
+
+    def chat_tokens(self) -> dict[str, int]:
+        """Return the ids of the special tokens that the chat template writes, by name."""
+        return ChatTemplate(self._corpus.tokenizer).written_tokens()
+
+    def reserved_tokens(self) -> list[int]:
+        """Return the ids of the special tokens without a use: neither in the template nor with a role."""
+        tokenizer, used = self._corpus.tokenizer, self.chat_tokens().values()
+        roles = special_names(tokenizer.folder).values()
+        names = {index: token.content for index, token in tokenizer.added_tokens().items()}
+        return [index for index in sorted(tokenizer.special_ids) if index not in used and names[index] not in roles]
 
     def _rows(self, name: str) -> int:
         return self.corpora[name].metadata["train"]["rows"]
@@ -245,16 +272,11 @@ def _make(source: ConversationSource) -> None:
     with Pool({source.path: source.environment}, processes=len(os.sched_getaffinity(0))) as pool:
         drawn = pool.rows(source.path, _SEED, range(source.count))
         _write_rows(source, (_row(problem, solution) for problem, solution in drawn))
-        problems = _held_out_problems(pool, source.path)
+        problems = held_out_problems(pool, source.path, _HELD_OUT_PROBLEMS)
     with open(_made_file(source), encoding="utf-8") as file:
         shared = overlap((json.loads(line)["messages"] for line in file), problems)
     print(f"overlap with {len(problems)} held-out problems: {shared}", flush=True)
     assert not shared, "training problems are drawn from the other side"
-
-
-def _held_out_problems(pool: Pool, name: str) -> list[Problem]:
-    number = min(_HELD_OUT_PROBLEMS, pool.available(name, held_out=True) or _HELD_OUT_PROBLEMS)
-    return pool.problems(name, _SEED, range(number), held_out=True)
 
 
 def _tokenizer_folder(model: Path) -> Path:

@@ -291,7 +291,8 @@ class StageModule(LightningModule):
                     layer.compile()
         self.lay_out(network)
         if source is not None:
-            self.initial_weights = fill_from(network, source, self.data, self.allow_other_tokenizer, quantized)
+            data = self.data if self.resume_from is None else None  # a run that goes on has been checked
+            self.initial_weights = fill_from(network, source, data, self.allow_other_tokenizer, quantized)
             initialize_adapters(network, self.seed)
         elif self.init_from is not None:
             self.initial_weights = start_from(network, self.init_from, self.data, self.allow_other_tokenizer)

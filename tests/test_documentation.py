@@ -43,9 +43,12 @@ def shrink(file: Path) -> None:
     model["backbone"] |= BACKBONE
     model["schedule"] |= {"warmup_tokens": STEP, "decay_tokens": 2 * STEP}
     data |= {"total_tokens": 8 * STEP, "validation_rows": 4}
-    for group in ("validation", "checkpoint", "console"):
+    for source in data.get("sources", {}).values():
+        source["count"] = 40
+    for group in run.keys() & {"validation", "checkpoint", "console", "environments"}:
         run[group]["every_n_steps"] = 4
-    run["samples"]["max_new_tokens"] = 8
+    for group in run.keys() & {"samples", "environments"}:
+        run[group]["max_new_tokens"] = 8
     file.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
 
 
@@ -56,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copy(ROOT / "Makefile", folder)
-    for name in ("pretrain.yaml", "pretrain_nvfp4.yaml"):
+    for name in ("pretrain.yaml", "pretrain_nvfp4.yaml", "sft.yaml"):
         shrink(folder / "configs" / name)
     run_app(program, folder, "prepare", "examples/corpus", "--output", "data/stdlib")
     run_app(program, folder, "fit", "--config", "configs/pretrain.yaml")

@@ -26,12 +26,12 @@ def environments(names: str, *, model: Model | None = None, problems: int = 20, 
     """
     if problems < 1:
         raise UserError(f"--problems: {problems} must be at least 1")
-    from app.evaluation.environments import find_environments, of_model
+    from app.evaluation.environments import find_environments
     from datamodules.environments.pool import Pool
     from datamodules.environments.self_test import self_test
     from modules.checkpoints.source import open_model
 
-    definitions = find_environments(names, {} if model is None else of_model(open_model(model).path))
+    definitions = find_environments(names, {} if model is None else open_model(model).facts.get("run", {}))
     failed = 0
     with Pool(definitions) as pool:
         for name in definitions:

@@ -77,7 +77,7 @@ def evaluate(
         dtype: Format of the matrix products: auto is that of each weight in the checkpoint, and runs a quantised model
             as it is served, its inputs quantised too; fp32 and bf16 run it with dequantised weights.
         device: Where to compute; auto takes a GPU if there is one.
-        seed: Seed of sampled completions and of the choice of examples.
+        seed: Seed of sampled completions and of the choice of examples; problems of environments are always the same.
         output: JSON file to write: figures, tasks, settings and versions; - is standard output.
         details: JSONL file to write: a row for each sample, with what the model was asked and answered; - is standard
             output.
@@ -209,11 +209,11 @@ def _environments(
     output: Path | None,
     details: Path | None,
 ) -> None:
-    from app.evaluation.environments import evaluate_environments, find_environments, of_model
+    from app.evaluation.environments import evaluate_environments, find_environments
     from app.models import choose_device, load_network, note_decoding, open_source, open_tokenizer
 
     where, source = choose_device(device), open_source(model)
-    run = of_model(source.path)
+    run = source.facts.get("run", {})
     definitions = find_environments(names, run)
     in_run = run.get("environments") or {}
     samples = asked["samples"] or 1

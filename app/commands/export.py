@@ -17,6 +17,7 @@ def export(
         "fp8-compressed-tensors",
         "mixed-modelopt",
         "mixed-compressed-tensors",
+        "peft",
     ] = "hf",
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
@@ -26,6 +27,9 @@ def export(
     Weights are safetensors under the names of the open Nemotron-H checkpoints, the MTP block's included. Reading the
     folder again gives the same bits. It appears under its name when it is complete.
 
+    A MODEL of adapters (model.init_args.lora) is written merged with its base, or by --format peft as it is, for peft's
+    PeftModel.from_pretrained over transformers' model of the base.
+
     A quantised MODEL keeps its codes and scales in the formats other than hf: these are layouts of files. The command
     quantize makes such a model.
 
@@ -34,7 +38,8 @@ def export(
         output: Folder to write; must not exist, or be empty.
         format: hf, the layout of transformers, with plain weights (a quantised MODEL's as the numbers they mean). Or,
             of a quantised MODEL: nvfp4, fp8, or mixed (both), as it is quantised, in the layout of Model Optimizer
-            (vLLM, SGLang, TensorRT-LLM) or of compressed-tensors (vLLM, transformers).
+            (vLLM, SGLang, TensorRT-LLM) or of compressed-tensors (vLLM, transformers). Or, of adapters: peft, without
+            their base.
         dtype: Of all that is not quantised. auto keeps each tensor's dtype (fp32 for a checkpoint of fit, and for what
             was quantised); fp32 widens all; bf16 rounds all but the router biases, which stay fp32 as in the open
             checkpoints.
@@ -49,14 +54,24 @@ def export(
         python -m app export runs/pretrain --output tiny-hf
     """
     from app.models import open_tokenizer, say_notes
+    from modules.checkpoints.adapted import AdaptedSource
     from modules.checkpoints.export import convert
     from modules.checkpoints.export import export as write
     from modules.checkpoints.layouts.detect import fitting_layout
+    from modules.checkpoints.peft import export_adapters
     from modules.checkpoints.safetensors import show_size
     from modules.checkpoints.source import open_model
+    from modules.errors import UserError
 
     limit = parse_size(max_shard_size)
     source = open_model(model)
+    if format == "peft":
+        if not isinstance(source, AdaptedSource):
+            raise UserError(f"--format peft: {source.path} is a whole model, no adapters; take --format hf")
+        for line in export_adapters(source, output):
+            print(f"note: {line}", flush=True)
+        print(f"{output}: {len(source.layers)} adapted layers; their base is {source.base.path}")
+        return
     if source.tokenizer_folder is not None:
         open_tokenizer(source)  # nobody could use a damaged one
     layout = fitting_layout(format, source.quantization, source.path)

@@ -6,6 +6,7 @@ of the 120B run can be looked at on a laptop that has the corpus.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,12 @@ from app.options import InputFile, OutputFile, for_people
 from modules.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from app.cli import RunCLI
     from app.inspection.saved import SavedBatch
-    from app.inspection.view import Row
-    from datamodules.pretraining import PretrainingData
+    from app.inspection.view import BatchView, Row
+    from datamodules.corpora import CorpusData
     from datamodules.tokenizer import Tokenizer
     from modules.batch import PackedBatch
 
@@ -69,9 +72,7 @@ def inspect(
     from app.inspection import saved, terminal
     from app.inspection.checks import warnings
     from app.inspection.page import write_page
-    from app.inspection.view import build_view
     from datamodules.text.files import write_file
-    from datamodules.tokenizer import Tokenizer
 
     run = parse_run(list(arguments))
     loader = StepLoader(run)
@@ -83,11 +84,9 @@ def inspect(
         found = saved.load(batch)
         micro_batches, origins, losses = found.micro_batches, loader.origins_of(found), found.token_losses
         title = saved_title(found, batch)
-    tokenizer = Tokenizer.load(loader.data.tokenizer_folder)
-    view = build_view(
-        micro_batches, tokenizer, loader.module.backbone_config.vocab_size, origins, loader.module.mtp_depths, losses
-    )
-    troubles, paper = warnings(view), terminal.Paper.of_stdout()
+    view = loader.view(micro_batches, origins, losses)
+    errors, paper = loader.mask_errors(view), terminal.Paper.of_stdout()
+    troubles = [*errors, *warnings(view)]
     as_numbers = output is not None and output.suffix == JSONL
     default = len(view.rows) if as_numbers else SHOWN_ROWS if output is not None else SHOWN_ROWS_TERMINAL
     chosen = [view.rows[row] for row in choose_rows(rows, len(view.rows), default)]
@@ -96,13 +95,16 @@ def inspect(
         lines += terminal.write_rows(view, chosen, full, paper)
     else:
         if as_numbers:
-            content = "".join(json_lines(chosen, tokenizer)).encode()
+            content = "".join(json_lines(chosen, loader.tokenizer)).encode()
             write_file(output, content)
             size = len(content)
         else:
             size = write_page(output, view, chosen, title, troubles)
         lines += ["", f"{output}: {len(chosen):,} of {len(view.rows):,} rows, {size / 1e6:.2f} MB"]
     print("\n".join(lines), file=for_people(output))
+    if errors:
+        more = f" (and {len(errors) - 1:,} more)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}; prepare these conversations again")
 
 
 def json_lines(rows: "Sequence[Row]", tokenizer: "Tokenizer") -> Iterator[str]:
@@ -130,16 +132,18 @@ class StepLoader:
     """
 
     def __init__(self, run: "RunCLI") -> None:
+        from datamodules.tokenizer import Tokenizer
         from modules.base import StageModule
 
         module = run.instantiate("model")
         if not isinstance(module, StageModule):
             raise UserError(f"model.class_path: {run.config.model.class_path} is none of the stages in modules/")
         self.module: StageModule = module
-        self.data: PretrainingData = run.instantiate("data")
+        self.data: CorpusData = run.instantiate("data")
         self.data.workers = 0  # the batches do not depend on them, and one step is read faster without
         self.data.prepare_data()
         self.data.setup("fit")
+        self.tokenizer = Tokenizer.load(self.data.tokenizer_folder)
         self.steps = self.data.total.steps
         """Optimiser steps of the run."""
         if (most := run.config.trainer.max_steps) >= 0:
@@ -174,6 +178,49 @@ class StepLoader:
             known = {row.numpy().tobytes(): origin for row, origin in zip(rows, self.origins(saved.step), strict=True)}
         rows = [row for batch in saved.micro_batches for row in batch.tokens]
         return [known.get(row.numpy().tobytes(), "") for row in rows]
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """Token that ends an assistant's turn; None: the rows hold no conversations."""
+        from datamodules.conversations.template import ChatTemplate
+
+        return ChatTemplate(self.tokenizer).turn_end() if self.data.kind == "conversations" else None
+
+    def view(
+        self, micro_batches: "Sequence[PackedBatch]", origins: Sequence[str], losses: "Sequence[Tensor] | None"
+    ) -> "BatchView":
+        """Return the view of a window; see `build_view`."""
+        from app.inspection.view import build_view
+
+        return build_view(
+            micro_batches,
+            self.tokenizer,
+            self.module.backbone_config.vocab_size,
+            origins,
+            self.module.mtp_depths,
+            losses,
+            self._loss_weights(micro_batches),
+            [] if self.turn_end is None else [self.turn_end],
+        )
+
+    def _loss_weights(self, micro_batches: "Sequence[PackedBatch]") -> "list[Tensor] | None":
+        """Return with which weight the nats of each position enter the loss of the step, fp32 [B, T] each."""
+        from modules.language_modeling import LanguageModeling
+
+        if not isinstance(self.module, LanguageModeling):
+            return None
+        counts = [self.module.count(batch) for batch in micro_batches]
+        totals = {name: sum(count[name] for count in counts) for name in counts[0]}
+        return [self.module.loss_weights(batch, totals)[0] for batch in micro_batches]
+
+    def mask_errors(self, view: "BatchView") -> list[str]:
+        """Return a line for each conversation with a mask that cannot be meant."""
+        from app.inspection.checks import mask_errors
+
+        if self.turn_end is None:
+            return []
+        masks = {corpus.metadata["options"]["mask"] for corpus in self.data.corpora.values()}
+        return mask_errors(view, self.turn_end, generated=masks == {"generated"})
 
 
 def saved_title(saved: "SavedBatch", file: Path) -> list[str]:

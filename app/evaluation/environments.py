@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from app.evaluation.attempts import Estimate, details, figures, most_frequent, table
 from app.evaluation.report import environment
 from app.options import STDOUT, for_people
-from app.run_folder import read_config
 from app.run_keys import MISSING, find, read_yaml
 from datamodules.conversations.template import ChatTemplate
 from datamodules.environments.evaluation import HeldOutProblems
@@ -23,7 +21,6 @@ from datamodules.text.files import write_blocks, write_file
 from datamodules.tokenizer import Tokenizer
 from modules.backbone.model import Network
 from modules.batch import Prompt, Reply
-from modules.checkpoints import folder
 from modules.errors import UserError
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
@@ -31,11 +28,6 @@ from modules.generation.sampling import Sampling
 DEFINED = "data.init_args.environments"
 FAMILY = "reasoning_gym/"
 SUFFIXES = (".yaml", ".yml")
-
-
-def of_model(model: Path) -> dict[str, Any]:
-    """Return the run file that a checkpoint of `fit` holds, nothing where the MODEL has none."""
-    return yaml.safe_load(read_config(model)) if (model / folder.RUN_CONFIG).is_file() else {}
 
 
 def find_environments(names: str, run: Mapping[str, Any]) -> dict[str, Definition]:
@@ -117,7 +109,7 @@ def evaluate_environments(
     people = for_people(STDOUT if STDOUT in (output, samples_output) else None)
     print(", ".join(f"{name}: {value}" for name, value in settings.items() if name != "environments"), file=people)
     with Pool(definitions) as pool:
-        held_out = HeldOutProblems(pool, ChatTemplate(tokenizer), tokenizer, settings["seed"])
+        held_out = HeldOutProblems(pool, ChatTemplate(tokenizer), tokenizer)
 
         @torch.inference_mode()
         def complete(prompts: Sequence[Prompt]) -> list[Reply]:

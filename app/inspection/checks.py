@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from app.inspection.view import BatchView, Row, is_next
+from app.inspection.view import BatchView, Document, Row, is_next
+from datamodules.conversations.control import THOUGHT
+from datamodules.conversations.masks import check_mask
+from datamodules.conversations.messages import ConversationError
 from modules.batch import IGNORED_LABEL
 
 SHOWN = 5
@@ -22,6 +26,39 @@ def warnings(view: BatchView) -> list[str]:
         for what, position in _check_row(row, view):
             found.setdefault(what, []).append((row.number, position))
     return [f"{what}: {_places(places)}" for what, places in found.items()]
+
+
+def mask_errors(view: BatchView, turn_end: int, generated: bool) -> list[str]:
+    """Return one line for each conversation whose mask cannot be meant.
+
+    These are the checks of preparation, so that what they find was broken, or made by other means, since.
+
+    Args:
+        view: the batch, of conversations.
+        turn_end: token that ends a turn.
+        generated: whether all rows were prepared to teach what a model has to write, and nothing a template inserts.
+    """
+    found: list[str] = []
+    for row in view.rows:
+        for number, document in enumerate(row.documents):
+            if not document.padding and (reason := _mask_error(row, document, view, turn_end, generated)):
+                place = f"row {row.number}" + (f" ({row.origin})" if row.origin else "")
+                found.append(f"{place}, conversation {number} from position {document.start}: {reason}")
+    return found
+
+
+def _mask_error(row: Row, document: Document, view: BatchView, turn_end: int, generated: bool) -> str | None:
+    """Return what is wrong with the mask of a conversation, if anything."""
+    tokens, learnt = (column[document.start : document.end].numpy() for column in (row.tokens, row.supervised))
+    if learnt[-1] and not document.complete:  # cut in the middle of a turn, as the policy for over-long ones says
+        tokens, learnt = np.append(tokens, turn_end), np.append(learnt, True)
+    try:
+        check_mask(tokens, learnt, turn_end, [view.vocabulary.text(index) for index in tokens.tolist()])
+    except ConversationError as error:
+        return error.reason
+    opening, closing = map(view.vocabulary.special_id, THOUGHT)
+    inserted = (tokens[:-1] == opening) & (tokens[1:] == closing) & learnt[:-1]
+    return "the mask holds an empty thought, which a template inserts" if generated and inserted.any() else None
 
 
 def _check_row(row: Row, view: BatchView) -> Iterator[tuple[str, int | None]]:
@@ -56,7 +93,7 @@ def _check_documents(row: Row, view: BatchView) -> Iterator[tuple[str, int | Non
         if document.id in seen:
             yield "document id comes back after another document's", document.start
         seen.add(document.id)
-        if chat and document.with_loss >= document.length - 1:
+        if chat and not view.conversations and document.with_loss >= document.length - 1:
             yield "conversation with loss on every token, prompts included", document.start
         if not chat and (ends := _first(tokens[:-1] == vocabulary.eos_id)) is not None and not document.padding:
             yield "end token inside a document: texts without a border between them", document.start + ends

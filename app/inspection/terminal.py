@@ -5,8 +5,11 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
 
 from app.inspection.tokens import Token
 from app.inspection.view import (
@@ -28,6 +31,8 @@ SHOWN_DOCUMENTS = 3
 """Documents of a row that are shown unless all are asked for."""
 HEAD_TOKENS, TAIL_TOKENS = 80, 40
 """Tokens at the beginning and end of a document's text that are shown unless all are asked for."""
+CONTEXT_TOKENS = 24
+"""Tokens at both ends of a stretch of a conversation that has no loss, in their place."""
 WORST = 10
 """Largest losses that are listed, where they are known."""
 TABLE_ENDS = 2
@@ -107,20 +112,39 @@ class _RowWriter:
         lines = ["", self.paper.paint(title, BOLD) + first.removeprefix(title), *rest]
         for number, document in enumerate(shown):
             lines += ["", "  " + self.paper.paint(caption(document, number), BLUE)]
-            lines += [] if document.padding else [*self._text(document), *self._table(document)]
+            lines += [] if document.padding else self._text(document)
+            lines += [] if document.padding or not (self.full or document.weight is None) else self._table(document)
         if left := documents[len(shown) :]:
             positions = sum(document.length for document in left)
             lines += ["", f"  and {len(left)} more with {positions:,} positions (--full true shows all)"]
         return lines
 
     def _text(self, document: Document) -> list[str]:
-        """Return the text of a document, its middle left out unless all is asked for."""
-        positions = range(document.start, document.end)
-        left_out = document.length - HEAD_TOKENS - TAIL_TOKENS
-        if self.full or left_out <= 0:
-            return self._flow(positions)
-        gap = "  " + self.paper.paint(f"... {left_out:,} tokens ...", DIM)
-        return [*self._flow(positions[:HEAD_TOKENS]), gap, *self._flow(positions[-TAIL_TOKENS:])]
+        """Return the text of a document, middles left out unless all is asked for: its own, or those of its turns."""
+        if self.full:
+            return self._flow(range(document.start, document.end))
+        lines, shown = list[str](), document.start
+        for start, end, tail in self._middles(document):
+            gap = f"... {end - start:,} tokens{' without loss' if tail == CONTEXT_TOKENS else ''} ..."
+            lines += [*self._flow(range(shown, start)), "  " + self.paper.paint(gap, DIM)]
+            shown = end
+        return lines + self._flow(range(shown, document.end))
+
+    def _middles(self, document: Document) -> Iterator[tuple[int, int, int]]:
+        """Yield what is left out as (start, end, tokens shown behind it).
+
+        Of a text that is its middle; of a conversation the middles of stretches of equal loss, of those that are only
+        read more.
+        """
+        edges = [document.start, document.end]
+        if document.weight is not None:
+            part = self.row.supervised[document.start : document.end].int()
+            edges[1:1] = (document.start + 1 + torch.nonzero(part.diff()).flatten()).tolist()
+        for start, end in pairwise(edges):
+            only_read = document.weight is not None and not self.row.supervised[start]
+            head, tail = (CONTEXT_TOKENS, CONTEXT_TOKENS) if only_read else (HEAD_TOKENS, TAIL_TOKENS)
+            if end - start > head + tail:
+                yield start + head, end - tail, tail
 
     def _flow(self, positions: range) -> list[str]:
         """Return the running text of tokens, wrapped, with its own line breaks."""

@@ -60,16 +60,20 @@ class Vocabulary:
         self._special = tokenizer.special_ids
         self._whole: dict[int, Token | None] = {}
         self.eos_id, self.pad_id = tokenizer.eos_id, tokenizer.pad_id
-        self.chat_start_id = next((i for i in self._special if self._contents[i] == CHAT_START.encode()), None)
+        self.chat_start_id = self.special_id(CHAT_START)
         """Id of `CHAT_START`, or None in a vocabulary without it."""
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of a special token, or None in a vocabulary without it."""
+        return next((index for index in self._special if self._contents[index] == name.encode()), None)
 
     def knows(self, index: int) -> bool:
         """Return whether the tokenizer uses an id."""
         return 0 <= index < len(self._contents) and self._contents[index] != b""
 
-    def is_blank(self, index: int) -> bool:
-        """Return whether a token stands for blanks and line breaks alone."""
-        return self.knows(index) and self._contents[index].isspace()
+    def text(self, index: int) -> str:
+        """Return what a token stands for, as it is; empty for an id that the tokenizer does not use."""
+        return self._contents[index].decode(errors="replace") if self.knows(index) else ""
 
     def show(self, ids: Sequence[int]) -> list[Token]:
         """Return how the tokens of a stretch of text are shown, one for each id."""

@@ -221,7 +221,7 @@ def _documents(
         filler = end == len(ids) and not with_loss and bool((tokens[start:end] == vocabulary.pad_id).all())
         part = slice(start, end)
         words = tokens[part].tolist()
-        while own_weights is not None and len(words) > 1 and vocabulary.is_blank(words[-1]):
+        while own_weights is not None and len(words) > 1 and vocabulary.text(words[-1]).isspace():
             words.pop()  # what a template puts behind the end of a turn
         documents.append(
             Document(

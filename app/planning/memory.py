@@ -34,6 +34,7 @@ from modules.ops.kernels import computing_on
 from modules.optim.clipping import clip_gradients
 from modules.precision.formats import COMPUTE_DTYPE
 from modules.precision.linear import FormattedModule
+from modules.precision.lora import adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class StepMemory:
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """Gradients of all parameters, summed over devices."""
+    """Gradients of what trains, summed over devices."""
     optimizer: int
     """State of the optimiser."""
     batch: int
@@ -138,7 +139,7 @@ def measure_step(
             document_ids=torch.empty(ids.shape, dtype=torch.int32),
             boundaries=boundaries,
         )
-        return _measure(module, network, repeats, batch, micro_batches, strategy, live)
+        return _measure(module, network, repeats, module.add_fields(batch), micro_batches, strategy, live)
 
 
 @contextmanager
@@ -167,11 +168,13 @@ def _measure(
     for unit in units:
         unit.reshard()
     parameters = [*map(local_part, _repeated(network, repeats, nn.Module.parameters))]
-    update = _measure_update(module, parameters, live)
+    trained = [parameter for parameter in _repeated(network, repeats, nn.Module.parameters) if parameter.requires_grad]
+    update = _measure_update(module, [*map(local_part, trained)], live)
     summed_each = micro_batches > 1 and (strategy is None or strategy.gradient_sync == "every")
     if summed_each:
         for parameter in network.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
     passes = _Passes(network, repeats, batch.tokens.shape, live)
     module.network = network
     totals = {name: value.float() for name, value in module.count(batch).items()}
@@ -188,6 +191,7 @@ def _measure(
         del loss
         backward = passes.end()
         layers = len(network.backbone.layers)
+        backward += [Stretch(0, 0)] * (layers + 1 - len(backward))
         kept, most = _add_up([*(forward[place] for place in repeats), *forward[layers:]])
         forward_peak, level = max(forward_peak, level + most), level + kept
         change, most = _add_up([backward[0], *(backward[layers - place] for place in reversed(repeats))])
@@ -254,7 +258,8 @@ class _Passes:
 
     def _leave_layer(self, _: nn.Module, args: object, output: tuple[Tensor, object]) -> None:
         self._cut()
-        output[0].register_hook(self._cut)
+        if output[0].requires_grad:  # not before the first adapter
+            output[0].register_hook(self._cut)
 
     def _leave_head(self, *_: object) -> None:
         self._cut()
@@ -271,7 +276,7 @@ def _add_up(stretches: Iterable[Stretch]) -> tuple[int, int]:
 
 
 def _measure_update(module: StageModule, parameters: Sequence[Tensor], live: LiveBytes) -> dict[str, int]:
-    """Clip gradients and take a step of the optimiser on tensors like `parameters`."""
+    """Clip gradients and take a step of the optimiser on tensors like `parameters`, which train."""
     stored = nn.ParameterList(torch.empty_like(parameter) for parameter in parameters)
     module.network = cast(Network, stored)
     optimizer: Any = module.configure_optimizers()
@@ -298,10 +303,9 @@ def shorten(layers: Sequence[Layer]) -> tuple[list[int], list[int]]:
     Loops are cut out of the sequence of layers as long as each kind of layer that has certain neighbours is left.
     """
     formats = [[part.format for part in layer.modules() if isinstance(part, FormattedModule)] for layer in layers]
-    kinds = [(layer.letter, *names) for layer, names in zip(layers, formats, strict=True)]
-    sizes = [
-        (layer.letter, *(COMPUTE_DTYPE[name] for name in names)) for layer, names in zip(layers, formats, strict=True)
-    ]
+    looks = [(layer.letter, *(name for name, _ in adapters(layer))) for layer in layers]
+    kinds = [(*look, *names) for look, names in zip(looks, formats, strict=True)]
+    sizes = [(*look, *(COMPUTE_DTYPE[name] for name in names)) for look, names in zip(looks, formats, strict=True)]
 
     def labels_of(numbers: Sequence[int]) -> list[tuple]:
         around = [None, None, *(sizes[number] for number in numbers), None, None]

@@ -80,6 +80,7 @@ def memory_lines(
         f"{devices:,} {device}, micro-batches of {rows} x {sequence_length:,} positions, {micro_batches:,} in a step; "
         f"activation checkpointing {'on' if module.activation_checkpointing else 'off'}",
         *_columns([*columns], [*columns.values()]),
+        *(["weights that do not train lie in the dtype they are multiplied in"] if module.lora is not None else []),
         *_gradient_lines(strategy, micro_batches, devices),
         *_padding_lines(module, columns[THIS_RUN], devices),
         "",
@@ -102,7 +103,8 @@ def _gradient_lines(strategy: ShardedStrategy, micro_batches: int, devices: int)
 
 def _padding_lines(module: StageModule, measured: StepMemory, devices: int) -> list[str]:
     """Say so where much of what is sharded is padding: FSDP2 cuts along dimension 0, into equal parts."""
-    parameters = sum(parameter.numel() * parameter.element_size() for parameter in module.build_network().parameters())
+    trained = filter(lambda parameter: parameter.requires_grad, module.build_network().parameters())
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     share = 1 - parameters / (measured.gradients * devices)
     if share < _MUCH_PADDING:
         return []

@@ -4,15 +4,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from app.planning.text import align
-from modules.backbone.config import MIXERS, BackboneConfig
+from modules.backbone.config import MIXERS
 from modules.backbone.latent_moe import LatentMoE
 from modules.backbone.model import Network
+from modules.precision.adapter import Adapter
 from modules.precision.linear import GroupedLinear
+from modules.precision.lora import adapters
 
 PARTS = (
     *("Mamba-2", "attention", "MLP"),
     *("MoE routed experts", "MoE shared expert", "MoE latent projections", "MoE router"),
-    *("norms", "embedding", "head", "MTP"),
+    *("norms", "embedding", "head", "adapters", "MTP"),
 )
 """In the order to print."""
 
@@ -53,7 +55,8 @@ def count_parts(network: Network) -> dict[str, Count]:
     counts: dict[str, Count] = {}
     for name, parameter in network.named_parameters():
         part, owner, size = _part(name, network), network.get_submodule(name.rpartition(".")[0]), parameter.numel()
-        active = owner.active if isinstance(owner, GroupedLinear) else size
+        layer = network.get_submodule(name.partition(".adapter.")[0]) if isinstance(owner, Adapter) else owner
+        active = round(size * layer.active_share) if isinstance(layer, GroupedLinear) else size
         counts[part] = counts.get(part, Count()) + Count(parameters=size, active=active)
     for name, buffer in network.named_buffers():
         counts[_part(name, network)] += Count(biases=buffer.numel())
@@ -65,6 +68,8 @@ def _part(name: str, network: Network) -> str:
     match name.split("."):
         case ["mtp", *_]:
             return "MTP"
+        case [*_, "adapter", _]:
+            return "adapters"
         case ["lm_head", *_]:
             return "head"
         case ["backbone", "embeddings", *_]:
@@ -76,12 +81,14 @@ def _part(name: str, network: Network) -> str:
             return "norms"
 
 
-def _copies(config: BackboneConfig) -> Counter[str]:
+def _copies(network: Network) -> Counter[str]:
     """Return how often each part occurs."""
+    config = network.config
     letters = config.hybrid_override_pattern
     copies = Counter({"norms": len(letters) + 1, "embedding": 1, "head": 1, "MTP": config.num_nextn_predict_layers})
     for letter in letters:
         copies.update(set(LatentMoE.PARTS.values()) if letter == "E" else [MIXERS[letter]])
+    copies["adapters"] = len(list(adapters(network.backbone)))
     return copies
 
 
@@ -93,7 +100,7 @@ def parameter_lines(network: Network, mtp_depths: int) -> list[str]:
         mtp_depths: depths M the MTP block is applied at.
     """
     counts = count_parts(network)
-    copies = _copies(network.config)
+    copies = _copies(network)
     rows = [("part", "copies", "parameters", "active per token")]
     rows += [(part, str(copies[part]), f"{c.parameters:,}", f"{c.active:,}") for part, c in counts.items()]
     backbone = sum((count for part, count in counts.items() if part != "MTP"), Count())

@@ -146,6 +146,10 @@ class Block:
         """Return a name as it stands in settled text where the template wrote it, control token or not."""
         return self.name(public) if public in self.ids else public
 
+    def holds_control(self, text: str) -> bool:
+        """Return whether the template wrote a control token in settled text."""
+        return self._written.search(text) is not None
+
     def shared(self, first: str, second: str) -> int:
         """Return the length of the common beginning of two settled texts, whole control tokens only."""
         size = common_length(first, second)

@@ -88,7 +88,7 @@ def _encode(conversation: Conversation, template: ChatTemplate, mask: Mask) -> E
         if mask == "generated":
             _check_thought(conversation, block, whole.text[first:last])
     tokens = np.array(encoding.ids, dtype=np.int32)
-    _check(tokens, learnt, block.ids[end], [whole.text[slice(*place)] for place in encoding.offsets])
+    check_mask(tokens, learnt, block.ids[end], [whole.text[slice(*place)] for place in encoding.offsets])
     return Encoded(tokens, learnt)
 
 
@@ -142,7 +142,7 @@ def _compared(conversation: Conversation, template: ChatTemplate, whole: Renderi
         if message["role"] == "assistant" and number >= conversation.prompt_turns:
             start = _turn_start(conversation, template, whole, header, number) + len(header)
             at = whole.text.find(end, start)
-            if at < 0 or at >= _next_text(conversation, template, whole, number):
+            if at < 0 or at >= _content_start(conversation, template, whole, number + 1):
                 raise _untold(number, "its end")
             blanks = re.compile(r"\s*").match(whole.text, at + len(end))
             assert blanks is not None
@@ -153,34 +153,35 @@ def _compared(conversation: Conversation, template: ChatTemplate, whole: Renderi
 def _turn_start(conversation: Conversation, template: ChatTemplate, whole: Rendering, header: str, number: int) -> int:
     """Return where an assistant's turn begins in the whole rendering.
 
-    That is where the rendering of the turns before it ends; or, where later turns change those before (earlier
-    thoughts are dropped), where the whole parts from the rendering in which the last user's turn follows them.
+    That is where the rendering of the turns before it ends; or, where that is no beginning of the whole (later turns
+    change earlier ones: thoughts are dropped), at the last header before the place where another content of this turn
+    makes another text. Headers of control tokens cannot stand in what anybody says.
     """
     messages = conversation.messages
     last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    before = messages[:number]
+    before, left_out = messages[:number], LAST_USER_ONLY if number < last else ()
     try:
-        text = _render(conversation, template, whole.block, before, LAST_USER_ONLY if number < last else ()).text
+        text = _render(conversation, template, whole.block, before, left_out).text
         if whole.text.startswith(text + header):
             return len(text)
     except ConversationError:  # a template may refuse a part of a conversation
         pass
-    if number < last:
-        text = _render(conversation, template, whole.block, [*before, messages[last]]).text
-        parting = common_length(whole.text, text)
-        start = whole.text.rfind(header, 0, parting + len(header))
-        if header and start >= 0 and parting - start < len(header):
-            return start
-    raise _untold(number, "its beginning")
+    start = whole.text.rfind(header, 0, _content_start(conversation, template, whole, number))
+    if start < 0 or not whole.block.holds_control(header):
+        raise _untold(number, "its beginning")
+    return start
 
 
-def _next_text(conversation: Conversation, template: ChatTemplate, whole: Rendering, number: int) -> int:
-    """Return where the content of the turn behind a turn begins: where a rendering with another content parts."""
+def _content_start(conversation: Conversation, template: ChatTemplate, whole: Rendering, number: int) -> int:
+    """Return a place in a turn's content, as early as can be told: where a rendering with another content parts.
+
+    Of the turn behind the last one: where the text ends.
+    """
     messages = list(conversation.messages)
-    if number + 1 == len(messages):
+    if number == len(messages):
         return len(whole.text)
-    content = messages[number + 1]["content"]
-    messages[number + 1] = {**messages[number + 1], "content": "b" if content.lstrip().startswith("a") else "a"}
+    message = messages[number]
+    messages[number] = {**message, "content": "b" if message["content"].lstrip().startswith("a") else "a"}
     return common_length(whole.text, _render(conversation, template, whole.block, messages).text)
 
 
@@ -200,11 +201,21 @@ def _check_thought(conversation: Conversation, block: Block, written: str) -> No
         raise ConversationError("mask with an inserted thought", "the mask holds an empty thought that no turn has")
 
 
-def _check(tokens: np.ndarray, learnt: np.ndarray, end: int, texts: Sequence[str]) -> None:
-    """Check that a mask is one that can be learnt from."""
+def check_mask(tokens: np.ndarray, learnt: np.ndarray, end: int, texts: Sequence[str]) -> None:
+    """Check that a mask is one that can be learnt from.
+
+    Args:
+        tokens: int [n], of one conversation.
+        learnt: bool [n], whether a token is learnt; the first of all cannot be.
+        end: token that ends a turn.
+        texts: of each token; only blanks may be learnt behind the end of a turn.
+
+    Raises:
+        ConversationError: the mask is empty, whole, lacks the end of a turn or goes beyond it.
+    """
     if not learnt.any():
         raise ConversationError("empty mask", "the mask is empty: nothing would be learnt")
-    if learnt.all():
+    if learnt[1:].all():
         raise ConversationError("whole mask", "the mask is whole: prompts would be learnt too")
     ends = np.flatnonzero(tokens == end)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], learnt, [False]])))

@@ -114,9 +114,11 @@ def read_messages(turns: object, *, for_training: bool = False) -> list[Message]
         ConversationError: they are malformed.
     """
     if not isinstance(turns, list):
-        raise ConversationError("wrong type", f"the turns must be a list, not {_type(turns)}")
+        raise ConversationError(
+            "wrong type", f'messages must be a list of turns like {{"role": ..., "content": ...}}, not {_type(turns)}'
+        )
     if not turns:
-        raise ConversationError("empty conversation", "the conversation has no turns")
+        raise ConversationError("empty conversation", "messages must hold at least one turn")
     messages = [_read_turn(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
     if sum(message["role"] == "system" for message in messages) > 1:
         raise ConversationError("two system turns", "the conversation has more than one system turn; join them")

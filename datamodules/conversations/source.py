@@ -13,27 +13,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.conversations.masks import encode
+from datamodules.conversations.masks import Mask, encode
 from datamodules.conversations.messages import Conversation, ConversationError, read_conversation
+from datamodules.conversations.policies import OverLong, ReasoningModes, in_mode, shorten
 from datamodules.conversations.template import TEMPLATE_FILE, ChatTemplate
 from datamodules.environments.draws import asked_in
+from datamodules.text.mixture import hash64
 from datamodules.text.policies import Document, Policies, Tally
 from datamodules.text.rows import Tokenized
 from datamodules.tokenizer import Tokenizer
 from modules.errors import UserError
+
+_MODES: dict[str, str] = {
+    "thinking_off": "shown with thinking off",
+    "low_effort": "shown with low effort",
+    "truncated_thoughts": "thoughts ended at a random budget",
+}
+"""What is counted of each reasoning mode."""
+_SHORTENED = {"turn": "longer than a row, ended after a turn", "cut": "longer than a row, cut"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationOptions:
     """How conversations become rows."""
 
-    mask: Literal["generated", "template"] = "generated"
+    mask: Mask = "generated"
     """Which tokens are learnt: what the model will have to write (generated), or what the template marks (template)."""
     template: str | None = None
     """Jinja file of the chat template; null takes the tokenizer's own, else ours."""
     special_tokens_in_content: bool = False
     """Whether names of special tokens in a message become control tokens, as in transformers; else they are text."""
-    over_long: Literal["drop", "turn", "cut"] = "drop"
+    over_long: OverLong = "drop"
     """A conversation longer than a row: left out, ended after the last turn that fits, or cut where the row ends."""
     on_error: Literal["stop", "skip"] = "stop"
     """A malformed conversation: stop with its file and line, or leave it out and count it."""
@@ -46,9 +56,17 @@ class ConversationOptions:
 
     def __post_init__(self) -> None:
         """Check the shares."""
-        for key in ("thinking_off", "low_effort", "truncated_thoughts"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"{key}: {getattr(self, key)} is no share, give 0 to 1")
+        shares = {key: getattr(self, key) for key in _MODES}
+        for key, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"{key}: {share} is no share, give 0 to 1")
+        if sum(shares.values()) > 1:
+            raise UserError(f"thinking_off: {' + '.join(shares)} are more than 1: a conversation has one of them")
+
+    @property
+    def modes(self) -> ReasoningModes:
+        """The shares of the reasoning modes."""
+        return ReasoningModes(**{key: getattr(self, key) for key in _MODES})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +143,19 @@ class ConversationPolicies(Policies):
         self, document: Document, template: ChatTemplate, capacity: int, seed: int, tally: Tally
     ) -> Iterator[Tokenized]:
         options = self.conversation
+        size = len(document.text.encode())
         conversation = Conversation(**json.loads(document.text) | {"place": document.name})
-        encoded = encode(conversation, template, options.mask)
-        if len(encoded.tokens) > capacity:
-            return tally.skip("longer than a row, dropped", document.name, len(document.text.encode()))
+        number = hash64(document.text)
+        if (mode := options.modes.draw(seed, number)) is not None:
+            usual, conversation = conversation, in_mode(conversation, mode, template, seed, number)
+            if conversation is not usual:
+                tally.change(_MODES[mode], document.name, size)
+        whole = encode(conversation, template, options.mask)
+        encoded = shorten(whole, capacity, options.over_long)
+        if encoded is None:
+            return tally.skip("longer than a row", document.name, size)
+        if encoded is not whole:
+            tally.change(_SHORTENED[options.over_long], document.name, size)
         yield Tokenized(tokens=encoded.tokens, mask=encoded.mask, weight=conversation.weight)
 
     def _leave_out(self, error: ConversationError, size: int, tally: Tally) -> None:

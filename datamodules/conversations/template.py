@@ -162,6 +162,11 @@ class ChatTemplate:
             lengths.append(lengths[-1] + len(piece))
         return Rendering("".join(pieces), list(zip(lengths[1::2], lengths[2::2], strict=False)), block)
 
+    def written_tokens(self) -> dict[str, int]:
+        """Return the ids of the control tokens that the template writes, by name."""
+        by_role = [name for role, name in self._special.items() if role in self.variables]
+        return {name: index for name, index in self._control.ids.items() if name in self.source or name in by_role}
+
     def turn_end(self) -> int | None:
         """Return the control token that the template puts behind an assistant's text, None if there is none."""
         return self._turn_end

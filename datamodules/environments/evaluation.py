@@ -2,31 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from datamodules.conversations.replies import THINK, read_reply, thinks
+from datamodules.conversations.template import ChatTemplate
 from datamodules.environments.pool import Pool
 from datamodules.tokenizer import Tokenizer
 from modules.batch import Attempt, Judgement, Message, Problem, Prompt, Reply
 
 MAX_TURNS = 8
 """Turns of a model in a dialogue: one that calls tools for ever must end, too."""
+SEED = 0
+"""Of the held-out problems: points of a curve, and models, are compared on the same ones."""
 CUT = Judgement(reward=0.0, reason="cut before its end")
 """Of a reply that reached its longest: an answer cut short can look like another one."""
 
 
-class Template(Protocol):
-    """What is needed of a chat template."""
+def held_out_problems(pool: Pool, name: str, number: int) -> list[Problem]:
+    """Return the first held-out problems of an environment, the same in every run; of a list no more than there are.
 
-    def encode_prompt(
-        self, messages: Sequence[Message], tools: Sequence[dict] | None = None, **variables: object
-    ) -> list[int]:
-        """Return a conversation, and the beginning of the model's next turn, as token ids."""
-        ...
-
-    def turn_end(self) -> int | None:
-        """Return the token that ends a turn of the model."""
-        ...
+    Raises:
+        UserError: there is none.
+    """
+    most = pool.available(name, held_out=True)
+    return pool.problems(name, SEED, range(min(number, most or number)), held_out=True)
 
 
 @dataclass
@@ -50,11 +48,10 @@ class HeldOutProblems:
         pool: the environments.
         template: chat template of the model.
         tokenizer: its tokenizer.
-        seed: which of the held-out problems are taken.
     """
 
-    def __init__(self, pool: Pool, template: Template, tokenizer: Tokenizer, seed: int = 0) -> None:
-        self._pool, self._template, self._tokenizer, self._seed = pool, template, tokenizer, seed
+    def __init__(self, pool: Pool, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._pool, self._template, self._tokenizer = pool, template, tokenizer
         end = template.turn_end()
         self.end_ids = [tokenizer.eos_id] if end is None else [end, tokenizer.eos_id]
         self._problems: dict[tuple[str, int], list[Problem]] = {}
@@ -66,9 +63,7 @@ class HeldOutProblems:
             UserError: there is none.
         """
         if (name, number) not in self._problems:
-            most = self._pool.available(name, held_out=True)
-            numbers = range(number if not most else min(number, most))
-            self._problems[name, number] = self._pool.problems(name, self._seed, numbers, held_out=True)
+            self._problems[name, number] = held_out_problems(self._pool, name, number)
         return self._problems[name, number]
 
     def run(

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from datamodules.environments.answers import final_answer
+from datamodules.environments.worked import worked_answer
 from modules.batch import Judgement, Message, Problem
 from modules.errors import UserError
 
@@ -44,6 +45,15 @@ ONE_ANSWER = frozenset(
     }
 )
 """Families with one right answer whose scorers pay for others too: they are compared with the reference."""
+MADE_ONCE = frozenset(
+    {
+        *("arc_agi", "caesar_cipher", "codeio", "emoji_mystery", "figlet_font", "group_anagrams", "letter_counting"),
+        *("letter_jumble", "sentence_reordering", "spell_backward", "word_ladder", "word_sequence_reversal"),
+        "word_sorting",
+    }
+)
+"""Families that read files when they are made (2 to 350 ms), and take nothing from their seed before a row is asked
+for: they are made once, not for each problem."""
 FORMS = {
     "game_of_life": re.compile(r"\[.*\]", re.DOTALL),
     "prime_factorization": re.compile(r"\d+(\s*\u00d7\s*\d+)*"),
@@ -85,7 +95,7 @@ class ReasoningGym:
             self._entry(0)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"parameters: {family} does not take {self.parameters} ({error})") from error
-        self._entry = lru_cache(maxsize=4096)(self._entry)
+        self._entry = lru_cache(maxsize=8)(self._entry)  # a data set may hold a word list
 
     def problem(self, seed: int, number: int) -> Problem:
         """Return the problem of a number; its facts say how to make it again."""
@@ -107,8 +117,16 @@ class ReasoningGym:
         return Judgement(reward=float(reason is None), reason=reason or "right")
 
     def solution(self, problem: Problem) -> Message:
-        """Return a worked answer."""
-        return {"role": "assistant", "content": f"Answer: {problem.answer}"}
+        """Return a worked answer; in every second one the steps are thoughts.
+
+        So a model learns to take its steps whether it is asked to think or not.
+        """
+        _, entry, gold = self._made_again(problem)
+        answer = worked_answer(self.family, entry["question"], gold)
+        steps, _, result = answer.rpartition("\n")
+        if not steps or hashlib.sha256(problem.text.encode()).digest()[-1] % 2:
+            return {"role": "assistant", "content": answer}
+        return {"role": "assistant", "reasoning_content": steps, "content": result}
 
     def _refusal(self, answer: str, reference: str) -> str | None:
         """Return why an answer is wrong whatever the scorer says, None if that cannot be told."""
@@ -132,12 +150,22 @@ class ReasoningGym:
         assert found[1]["question"] == problem.text, f"{self.family} made another problem of the same seed"
         return found
 
+    @cached_property
+    def _made_once(self) -> Any:
+        from reasoning_gym.factory import create_dataset
+
+        return create_dataset(self.family, seed=0, size=1, **self.parameters)
+
     def _entry(self, index: int) -> tuple[Any, dict[str, Any], str]:
         """Return the scorer, the row of reasoning-gym and the reference answer of a problem."""
         from reasoning_gym.factory import create_dataset
 
         with _seeded(index):
-            rows = create_dataset(self.family, seed=index, size=1, **self.parameters)
+            if self.family in MADE_ONCE:
+                rows = copy.copy(self._made_once)
+                rows.seed = index
+            else:
+                rows = create_dataset(self.family, seed=index, size=1, **self.parameters)
             entry = rows[0]
         answer = ANSWERS[self.family](entry["metadata"]) if self.family in ANSWERS else entry["answer"]
         return rows, entry, str(answer).strip()

@@ -7,6 +7,7 @@ above. The result comes last, on a line that begins with `Answer:`.
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
 
 MARK = "Answer:"
 """Begins the line with the result."""
@@ -60,38 +61,20 @@ def _columns(x: int, y: int) -> str:
     return " ".join(columns)
 
 
-def _products(question: str, _: str) -> str:
-    """`... multiplication: 47 * 12. ...`: a line for each digit of the second factor, and what is added up so far."""
-    first, second = question.rpartition(": ")[2].partition(".")[0].split(" * ")
-    x, lines, total = abs(int(first)), [], 0
-    for place, digit in enumerate(reversed(second.lstrip("-"))):
-        carry, columns = 0, []
-        for upper in reversed(str(x)):
-            product = int(upper) * int(digit) + carry
-            columns.append(f"{upper}*{digit}{f'+{carry}' if columns else ''}={product}")
-            carry = product // 10
-        lines.append(" ".join(columns))
-        part = x * int(digit) * 10**place
-        if place:
-            lines.append(f"{total}+{part} {_columns(total, part)}")
-        total += part
+def _leg_counting(question: str, _: str) -> str:
+    """`... if you have 8 birds, 2 crabs?`: a line for each animal, from the second on what there are so far."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    total, lines = None, []
+    for group in question.rpartition(" you have ")[2].strip().removesuffix("?").split(", "):
+        count, _, name = group.partition(" ")
+        legs = ANIMALS[name if count == "1" else name.removesuffix("s")]
+        product = int(count) * legs
+        lines.append(f"{group} {count}*{legs}={product}")
+        if total is not None:
+            lines.append(f"{total}+{product} {_columns(total, product)}")
+        total = product + (total or 0)
     return "\n".join(lines)
-
-
-def _letter_counting(question: str, _: str) -> str:
-    """`... the letter "e" appear in the text: "me see"?`: each word, its letters with the count at each hit, the word.
-
-    The word again, since the next one is found behind it in the question.
-    """
-    _, letter, _, text, _ = question.split('"')
-    count, words = 0, []
-    for word in text.split():
-        spelled = ""
-        for character in word.lower():
-            count += character == letter
-            spelled += f" {character}{count if character == letter else ''}"
-        words.append(f"{word}:{spelled} {word}")
-    return " ".join(words)
 
 
 def _spell_backward(question: str, _: str) -> str:
@@ -101,10 +84,17 @@ def _spell_backward(question: str, _: str) -> str:
 
 
 def _number_filtering(question: str, answer: str) -> str:
-    """`Keep all numbers larger than 3 in this list: ['5', '1']`: each number with `yes` or `no`."""
+    """`Keep all numbers larger than 3 in this list: ['5', '1']`: what is kept, then each number beside the limit."""
+    rule, _, listed = question.partition(" in this list: ")
+    limit = rule.rpartition(" ")[2]
     kept = _numbers(answer)
-    listed = question[question.index("[") : question.index("]") + 1]
-    return ", ".join(f"{number} {'yes' if number in kept else 'no'}" for number in _numbers(listed))
+    keeps_larger = rule.startswith("Keep") == ("larger" in rule)
+    lines = [f"keep {'>' if keeps_larger else '<'}"]
+    for number in _numbers(listed.partition("\n")[0]):
+        difference = Decimal(number) - Decimal(limit)
+        sign = "=" if not difference else ">" if difference > 0 else "<"
+        lines.append(f"{number} {sign} {limit} {'yes' if number in kept else 'no'}")
+    return "\n".join(lines)
 
 
 def _numbers(text: str) -> list[str]:
@@ -113,9 +103,8 @@ def _numbers(text: str) -> list[str]:
 
 STEPS: dict[str, Callable[[str, str], str]] = {
     "chain_sum": _chain_sum,
-    "letter_counting": _letter_counting,
+    "leg_counting": _leg_counting,
     "number_filtering": _number_filtering,
-    "products": _products,
     "spell_backward": _spell_backward,
 }
 """Family -> its steps, given question and right answer."""

@@ -49,7 +49,7 @@ def _fill(network: Network, seed: int, parameters: Mapping[str, nn.Parameter]) -
         local, rows = local_part(parameter), local_rows(parameter)
         if isinstance(owner, GroupedLinear) or (isinstance(owner, Adapter) and parameter.ndim == 3):
             for position, expert in enumerate(rows):
-                local[position] = _draw(owner, f"{name}.{expert}", parameter.shape[1:], seed, network.config)
+                local[position] = _draw(owner, name, parameter.shape[1:], seed, network.config, f".{expert}")
         else:
             local.copy_(_draw(owner, name, parameter.shape, seed, network.config)[rows])
 
@@ -72,9 +72,11 @@ def local_rows(parameter: Tensor) -> list[int]:
     return rows.tolist()
 
 
-def _draw(owner: nn.Module, name: str, shape: torch.Size, seed: int, config: BackboneConfig) -> Tensor:
+def _draw(
+    owner: nn.Module, name: str, shape: torch.Size, seed: int, config: BackboneConfig, expert: str = ""
+) -> Tensor:
     """Return initial values fp32 of a tensor (of one expert) on the CPU."""
-    generator = torch.Generator().manual_seed(seed_of(seed, name))
+    generator = torch.Generator().manual_seed(seed_of(seed, name + expert))
     values = torch.empty(shape)
     if isinstance(owner, RMSNorm):
         return values.fill_(1)

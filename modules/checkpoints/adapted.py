@@ -1,8 +1,9 @@
 """Checkpoints of `fit` that hold adapters alone, as a MODEL: their base, and what they add to it.
 
 Such a checkpoint says in its manifest where the base is and what it holds (`fingerprint`): over any other weights the
-adapters would mean nothing. Read as a `ModelFolder` it is the merged model: W + alpha / rank x B A, worked out in fp32
-and rounded once to the dtype of W in the base, of a quantised W added to the numbers it means and left in fp32.
+adapters would mean nothing. Read as a `ModelFolder` it is the merged model: W + alpha / rank x B A, worked out in
+float64 and rounded once, to the dtype of W in the base, or to fp32 where W is quantised and counts as the numbers it
+means.
 """
 
 import zlib
@@ -67,7 +68,7 @@ def fingerprint(source: "ModelFolder") -> str:
         rows = max(SAMPLE // (max(prod(shape[1:]), 1) * dtype.itemsize), 1)
         values = source.read(name, None if whole or not shape else slice(rows))
         checksum = zlib.crc32(f"{name} {list(shape)} {dtype}".encode(), checksum)
-        checksum = zlib.crc32(values.contiguous().view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(values.contiguous().view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
 
 
@@ -80,7 +81,7 @@ def check_base(source: "ModelFolder", base: Base, checkpoint: Path) -> None:
     if fingerprint(source) != base.fingerprint:
         raise UserError(
             f"{source.path} is not the base that the adapters in {checkpoint} were trained over ({base.path}): its "
-            "weights are others; put that one back there"
+            "weights are others; name that one in model.init_args.init_from, or put it back"
         )
 
 
@@ -113,7 +114,8 @@ class AdaptedSource(TrainingSource):
         if self._pair is None or self._pair[0] != layer:
             self._pair = layer, self.read_adapter(layer)
         A, B = (matrix if expert is None else matrix[expert] for matrix in self._pair[1].values())
-        return torch.addmm(weight.float(), B[rows or slice(None)], A, alpha=self.scale).to(weight.dtype)
+        delta = B[rows or slice(None)].double() @ A.double()
+        return delta.mul_(self.scale).add_(weight).to(weight.dtype)
 
     def read_adapter(self, layer: str) -> dict[str, Tensor]:
         """Return A [r, I] and B [O, r] of an adapted layer, or those of its experts stacked, fp32."""
@@ -129,7 +131,7 @@ class AdaptedSource(TrainingSource):
         """Names of the adapted layers."""
         return list(self._layers)
 
-    def _account(self) -> Mapping[str, TensorInfo]:
+    def _account(self) -> dict[str, TensorInfo]:
         """Check that the stored tensors are exactly the adapters of the configuration; the base has the rest."""
         self.lora = _lora(self.facts["run"], self.path / folder.RUN_CONFIG)
         with torch.device("meta"):

@@ -202,7 +202,7 @@ def write_tensors(
     """
     shards = plan_shards(tensors, max_bytes)
     for number, (file, names) in enumerate(shards.items(), 1):
-        written = _write_file(target / file, {name: tensors[name] for name in names}, values)
+        written = write_file(target / file, {name: tensors[name] for name in names}, values)
         report(f"{number}/{len(shards)}  {file}  {len(names):,} tensors, {show_size(written)}")
     if len(shards) == 1:
         return list(shards)
@@ -228,8 +228,8 @@ def show_size(size: float) -> str:
     return f"{size:,.2f} GB"
 
 
-def _write_file(file: Path, tensors: Mapping[str, TensorInfo], values: Iterator[Tensor]) -> int:
-    """Write one safetensors file; return its size in bytes.
+def write_file(file: Path, tensors: Mapping[str, TensorInfo], values: Iterator[Tensor]) -> int:
+    """Write one safetensors file; return its size in bytes. Arguments as in `write_tensors`.
 
     Wider dtypes come first in the file, which keeps every tensor aligned to its dtype; they are written in the order
     given all the same, so that what comes from one source is read at one time.

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SYNTAX = {"class_path", "init_args"}
 """How jsonargparse names a class and its arguments; the key above says what the class is for."""
-CHOSEN = {"data.init_args.sources", "data.init_args.phases[].sources"}
+CHOSEN = {"data.init_args.environments", "data.init_args.sources", "data.init_args.phases[].sources"}
 """Mappings whose keys are names that the writer of the file chose: the first one needs a comment."""
 
 

@@ -85,8 +85,12 @@ def tokenizer_folder(documents: list[str], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def conversations_file(conversations: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("conversations") / "all.jsonl", conversations)
+def conversations_source(conversations: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with several files."""
+    folder = tmp_path_factory.mktemp("conversations")
+    for number in range(10):
+        write_jsonl(folder / f"{number}.jsonl", conversations[15 * number : 15 * number + 15])
+    return folder
 
 
 def write_jsonl(file: Path, rows: list[Any]) -> Path:
@@ -108,8 +112,8 @@ def of_conversations(source: Path, output: Path, tokenizer: Path, **options: Any
 
 @pytest.fixture(scope="session")
 def conversations_folder(
-    conversations_file: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    conversations_source: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("corpora") / "conversations"
-    prepare_corpus(of_conversations(conversations_file, output, tokenizer_folder))
+    prepare_corpus(of_conversations(conversations_source, output, tokenizer_folder))
     return output

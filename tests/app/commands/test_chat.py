@@ -203,13 +203,23 @@ def test_calls_are_answered_by_the_lines_that_follow(model, tmp_path, monkeypatc
     assert asked == [template.encode_prompt(messages[:n], TOOLS, enable_thinking=False) for n in (1, 4, 6)]
 
 
-def test_a_terminal_asks_for_the_result_of_a_call(model, monkeypatch, capsys) -> None:
+def test_without_tools_nobody_is_asked_for_results(model, monkeypatch, capsys) -> None:
+    asked = script(monkeypatch, model, [CALL.format(3), "7"])
+    chat(model, ["3+4?", "what?"], monkeypatch, capsys, "--thinking", "false")
+    text = Tokenizer.load(model).decode(asked[1])
+    assert CALL.format(3) in text
+    assert "<|im_start|>user\nwhat?<|im_end|>" in text
+
+
+def test_a_terminal_asks_for_the_result_of_a_call(model, tmp_path, monkeypatch, capsys) -> None:
     script(monkeypatch, model, [CALL.format("x\x1b[2J"), "7"])
     lines, prompts = iter(["3+4?", "7", "/exit"]), list[str]()
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
-    assert main(["chat", str(model), "--thinking", "false"]) == 0
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(TOOLS))
+    assert main(["chat", str(model), "--thinking", "false", "--tools", str(file)]) == 0
     assert prompts == ["> ", "add(a='x\\x1b[2J') = ", "> "]
     assert "\x1b[2J" not in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from app.__main__ import main
+from datamodules.tokenizer import Tokenizer
 from modules.checkpoints import folder
 from tests.app.commands.helpers import write_run
 from tests.modules.checkpoints.folders import write_hf_folder
@@ -127,6 +128,87 @@ def test_mistakes_cost_one_line_and_exit_code_2(arguments: list[str], message: s
     assert message in err
     assert err.count("\n") <= 3
     assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def write_tokenizer(path: Path) -> Path:
+    Tokenizer.train(["What is it? It is."], 300).save(path)
+    return path
+
+
+def conversation(number: int) -> dict:
+    asked = {"role": "user", "content": f"What is {number} + {number}?"}
+    return {"messages": [asked, {"role": "assistant", "content": f"It is {2 * number}."}]}
+
+
+def write_lines(file: Path, rows: list) -> Path:
+    file.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def test_conversations_are_known_by_their_first_row(tmp_path, capsys):
+    rows = [conversation(number) for number in range(40)]
+    source = write_lines(tmp_path / "rows.jsonl", [rows[0], "", *rows[1:]])
+    own = write_tokenizer(tmp_path / "tokenizer")
+    options = ["--tokenizer", str(own), "--sequence_length", "128", "--workers", "1"]
+    assert main(["prepare", str(source), *options, "--output", str(tmp_path / "talk")]) == 0
+    out = capsys.readouterr().out
+    assert "the rows hold 'messages': taken as conversations (--kind text takes 'text' as text)" in out
+    assert "conversations            40   (" in out
+    assert "supervised" in out
+    assert json.loads((tmp_path / "talk" / "corpus.json").read_text())["kind"] == "conversations"
+
+    assert main(["prepare", str(source), *options, "--output", str(tmp_path / "talk"), "--kind", "conversations"]) == 0
+    assert "is complete already" in capsys.readouterr().out
+    assert main(["prepare", str(source), *options, "--output", str(tmp_path / "text"), "--kind", "text"]) == 2
+    assert "no string under the key 'text'" in capsys.readouterr().err
+
+    both = write_lines(tmp_path / "both.jsonl", [row | {"text": f"text {n}"} for n, row in enumerate(rows)])
+    assert main(["prepare", str(both), *options, "--output", str(tmp_path / "both")]) == 0
+    assert json.loads((tmp_path / "both" / "corpus.json").read_text())["kind"] == "text"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([conversation(1), "{", conversation(2)], [], r"rows.jsonl:2: not JSON; mend it, or set on_error to skip"),
+        (
+            [conversation(1), {"messages": [{"role": "x", "content": ""}]}],
+            [],
+            r"rows.jsonl:2: turn 1 has the unknown role",
+        ),
+        (
+            [conversation(1)] * 3,
+            ["--text_key", "a"],
+            "error: text_key: is an option of text, and the sources hold conv",
+        ),
+        (
+            [{"text": "a"}],
+            ["--mask", "template"],
+            "error: mask: is an option of conversations, and the sources hold text",
+        ),
+        ([conversation(1)], ["--low_effort", "2"], "error: low_effort: 2.0 is no share, give 0 to 1"),
+        ([conversation(1)], ["--over_long", "split"], "over_long"),
+        ([conversation(1)], ["--template", "no.jinja"], "error: template: no.jinja cannot be read"),
+    ],
+)
+def test_mistakes_with_conversations_cost_one_line(rows, options, message, tmp_path, capsys):
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    own = write_tokenizer(tmp_path / "tokenizer")
+    output = str(tmp_path / "out")
+    assert main(["prepare", str(source), "--tokenizer", str(own), "--workers", "1", "--output", output, *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") <= 3
+    assert not (tmp_path / "out" / "corpus.json").exists()
+
+
+def test_conversations_need_a_model(tmp_path, capsys):
+    source = write_lines(tmp_path / "rows.jsonl", [conversation(1)])
+    assert main(["prepare", str(source), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: tokenizer: conversations need one with a chat template; give --tok"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -98,8 +98,8 @@ def test_tokens_are_those_of_transformers_tokenizer(scored, oracle) -> None:
     prompt, completion = (tokenizer(ROWS[1][key])["input_ids"] for key in ("prompt", "completion"))
     assert answers[1]["token_ids"] == prompt + completion
     assert answers[1]["completion_start"] == len(prompt)
-    talk = "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n", "def add(a, b)<|im_end|>\n"
-    asked, said = (tokenizer(text)["input_ids"] for text in talk)
+    asked = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    asked, said = (tokenizer(text)["input_ids"] for text in (asked, "def add(a, b)<|im_end|>"))
     assert answers[3]["token_ids"] == asked + said
     assert answers[3]["completion_start"] == len(asked)
     assert answers[6]["token_ids"] == [*tokenizer("import")["input_ids"], 40, 41, 42]

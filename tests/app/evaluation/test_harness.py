@@ -115,7 +115,7 @@ def test_conversations_are_rendered_as_by_transformers(folder, tokenizer) -> Non
     import transformers
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    theirs.chat_template = ChatTemplate(tokenizer)._source
+    theirs.chat_template = ChatTemplate(tokenizer).source
     mine = ours(folder, tokenizer, template=ChatTemplate(tokenizer))
     rendered = mine.apply_chat_template(TALK[:1])
     assert rendered == theirs.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)

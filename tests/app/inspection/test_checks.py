@@ -2,9 +2,23 @@
 
 import pytest
 
-from app.inspection.checks import warnings
+from app.inspection.checks import mask_errors, warnings
 from modules.batch import PackedBatch
-from tests.app.inspection.helpers import CHAT_END, CHAT_START, EOS, NONE, PAD, batch, ids, packed, view_of
+from tests.app.inspection.helpers import (
+    CHAT_END,
+    CHAT_START,
+    END_THINK,
+    EOS,
+    NONE,
+    PAD,
+    THINK,
+    asked,
+    batch,
+    ids,
+    packed,
+    talks,
+    view_of,
+)
 
 
 def test_sound_batches_have_no_warnings():
@@ -101,3 +115,44 @@ def test_padding_with_loss():
     assert warnings(view_of(batch([[a, EOS, PAD, PAD]], [[EOS, NONE, PAD, NONE]], [[0, 0, 1, 1]]))) == [
         "padding with loss: row 0 from position 2"
     ]
+
+
+def changed(start: int, stop: int, learnt: bool) -> tuple[list[int], list[bool]]:
+    """A conversation of 12 tokens whose answer and its end, 8 to 10, are learnt, but for these."""
+    tokens, mask = asked("why?", "so")
+    return tokens, [*mask[:start], *[learnt] * (stop - start), *mask[stop:]]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (changed(0, 0, True), None),
+        (changed(11, 12, True), None),  # the line break behind the end
+        (changed(0, 12, False), "the mask is empty: nothing would be learnt"),
+        (changed(0, 12, True), "the mask is whole: prompts would be learnt too"),
+        (changed(10, 11, False), "the mask lacks the token that ends the turn at token 8"),
+        (changed(6, 8, True), None),
+        (changed(3, 8, True), "the mask of the turn at token 3 goes beyond its end"),
+        ((asked("why?", "so")[0][:10], asked("why?", "so")[1][:10]), None),  # cut in the middle of the answer
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])
+def test_masks_that_cannot_be_meant(conversation: tuple[list[int], list[bool]], reason: str | None, before: int):
+    view = view_of(talks(*[asked("a", "b")] * before, conversation))
+    place = f"row 0 (corpus row 0), conversation {before} from position {8 * before}"
+    assert mask_errors(view, CHAT_END, True) == ([] if reason is None else [f"{place}: {reason}"])
+
+
+def test_an_empty_thought_is_not_to_be_written():
+    tokens, mask = asked("why?", "so")
+    tokens, mask = [*tokens[:8], THINK, END_THINK, *tokens[8:]], [*mask[:8], True, True, *mask[8:]]
+    view = view_of(talks((tokens, mask)))
+    assert mask_errors(view, CHAT_END, False) == []
+    (line,) = mask_errors(view, CHAT_END, True)
+    assert line.endswith("position 0: the mask holds an empty thought, which a template inserts")
+    given = [*mask[:8], False, False, *mask[10:]]
+    assert mask_errors(view_of(talks((tokens, given))), CHAT_END, True) == []
+
+
+def test_a_conversation_in_a_batch_of_conversations_is_no_warning():
+    assert warnings(view_of(talks(changed(0, 12, True)))) == []

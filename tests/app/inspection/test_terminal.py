@@ -98,6 +98,19 @@ def test_what_a_model_is_taught_to_write_stands_out():
     assert re.search(r"\x1b\[(32|92)ms\x1b\[0m\x1b\[(32|92)mo\x1b", colour)
 
 
+def test_of_a_long_conversation_the_turns_to_learn_stay():
+    answer = "the answer " * 9
+    view = view_of(talks(asked("word " * 40, answer), asked("q", "word " * 60)))
+    lines = write_rows(view, view.rows, False, PLAIN)
+    assert "  ... 156 tokens without loss ..." in lines
+    assert answer.replace(" ", "") in "".join(lines).replace(" ", "")
+    assert "  ... 181 tokens ..." in lines
+    assert not any("position " in line for line in lines), "no table of tokens that are only read"
+    full = write_rows(view, view.rows, True, PLAIN)
+    assert not any("..." in line for line in full)
+    assert sum(re.match(r" +\d+ +\d+  ", line) is not None for line in full) == len(view.rows[0].tokens)
+
+
 def test_colour_changes_no_text():
     view = view_of(*packed())
     colour = Paper(width=80, colour=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.chat_template import ChatTemplate
+from datamodules.conversations.template import ChatTemplate
 from datamodules.environments.evaluation import MAX_TURNS, HeldOutProblems
 from datamodules.environments.pool import Pool
 from datamodules.tokenizer import Tokenizer

@@ -4,9 +4,10 @@ import random
 from itertools import pairwise
 
 import pytest
+from reasoning_gym import create_dataset
 
 from datamodules.environments.pool import Pool
-from datamodules.environments.reasoning_gym import NO_ANSWER, ReasoningGym, families
+from datamodules.environments.reasoning_gym import MADE_ONCE, NO_ANSWER, ReasoningGym, _index, families
 from datamodules.environments.self_test import self_test
 from modules.errors import UserError
 from tests.datamodules.environments.helpers import family
@@ -101,3 +102,29 @@ def test_a_problem_is_the_same_in_another_process():
 def test_wrong_settings_are_named(arguments: tuple, message: str):
     with pytest.raises(UserError, match=message):
         ReasoningGym(*arguments)
+
+
+@pytest.mark.parametrize("name", sorted(MADE_ONCE))
+def test_a_family_that_is_made_once_makes_the_problems_of_one_made_anew(name: str):
+    environment = ReasoningGym(name)
+    for number in range(3):
+        problem = environment.problem(3, number)
+        anew = create_dataset(name, seed=_index(3, number), size=1)[0]
+        assert problem.text == anew["question"]
+        assert environment.judge(problem, problem.answer).reward == 1
+
+
+def test_steps_are_thoughts_in_every_second_solution_and_text_in_the_others():
+    environment = ReasoningGym("chain_sum")
+    thoughts = 0
+    for number in range(200):
+        problem = environment.problem(0, number)
+        solution = environment.solution(problem)
+        steps = solution.get("reasoning_content", "")
+        thoughts += bool(steps)
+        assert "=" in steps + solution["content"]
+        assert solution["content"].endswith(f"Answer: {problem.answer}")
+        assert solution["content"].startswith("Answer:") == bool(steps)
+        assert environment.judge(problem, solution["content"]).reward == 1
+        assert solution == environment.solution(problem)
+    assert 70 < thoughts < 130

@@ -13,12 +13,10 @@ PARAMETERS: list[tuple[str, dict[str, Any]]] = [
     ("chain_sum", {}),
     ("chain_sum", {"max_terms": 2, "max_digits": 2}),
     ("chain_sum", {"allow_negation": True}),
-    ("letter_counting", {}),
-    ("letter_counting", {"min_words": 1, "max_words": 4}),
+    ("leg_counting", {}),
+    ("leg_counting", {"min_animals": 1, "max_animals": 3, "max_instances": 9}),
     ("number_filtering", {}),
     ("number_filtering", {"min_numbers": 1, "max_numbers": 3, "max_decimals": 0}),
-    ("products", {}),
-    ("products", {"max_terms": 2, "max_digits": 2, "allow_negation": True}),
     ("spell_backward", {}),
 ]
 
@@ -72,28 +70,23 @@ def test_columns_are_true_and_hold_the_digits_of_the_sum(family: str, parameters
             "43-7 13-7=6 4-0-1=3\nAnswer: -36",
         ),
         (
-            "letter_counting",
-            'How many times does the letter "e" appear in the text: "Me see Eve"?',
-            "5",
-            "Me: m e1 Me see: s e2 e3 see Eve: e4 v e5 Eve\nAnswer: 5",
+            "leg_counting",
+            "How many legs are there in total if you have 8 butterflys, 4 crabs, 1 praying mantis?\n",
+            "94",
+            "8 butterflys 8*6=48\n4 crabs 4*10=40\n48+40 8+0=8 4+4+0=8\n"
+            "1 praying mantis 1*6=6\n88+6 8+6=14 8+0+1=9\nAnswer: 94",
         ),
         (
             "number_filtering",
             "Keep all numbers larger than 17 in this list: ['52', '-92']\nReturn the new list in the same format.",
             "['52']",
-            "52 yes, -92 no\nAnswer: ['52']",
+            "keep >\n52 > 17 yes\n-92 < 17 no\nAnswer: ['52']",
         ),
         (
             "spell_backward",
             "Spell this word backward (example: sun -> nus): neon",
             "noen",
             "1n2e3o4n\n4n3o2e1n\nAnswer: noen",
-        ),
-        (
-            "products",
-            "Solve the following multiplication: 47 * 12. Give only the result as your final answer.",
-            "564",
-            "7*2=14 4*2+1=9\n7*1=7 4*1+0=4\n94+470 4+0=4 9+7+0=16 0+4+1=5\nAnswer: 564",
         ),
     ],
 )

@@ -234,8 +234,20 @@ def test_a_module_is_served_for_a_while_and_is_then_what_it_was() -> None:
     check()
 
 
-def test_there_is_no_gradient_that_would_be_wrong() -> None:
-    module = Linear(32, 16)
-    install(module, [quantized(16, 32, "nvfp4", 5.0)])
-    with pytest.raises(AssertionError, match="no gradient"):
-        module(inputs(2, 32).float().requires_grad_())
+@pytest.mark.parametrize(("format", "quantizes_inputs"), FORMATS)
+def test_inputs_get_the_gradient_of_the_dequantised_weight(format: WeightFormat, quantizes_inputs: bool) -> None:
+    """Straight through the rounding of the inputs; the weight itself is frozen."""
+    module, weight = Linear(32, 16), quantized(16, 32, format, 5.0 if quantizes_inputs else None)
+    install(module, [weight])
+    x, grad = inputs(6, 32).float().view(2, 3, 32).requires_grad_(), inputs(6, 16).view(2, 3, 16)
+    module(x).backward(grad)
+    assert_close(x.grad.double(), grad.double() @ decoded(weight), ROUNDED_ONCE)
+    assert module.weight.grad is None
+
+    experts, offsets = GroupedLinear(3, 32, 16), torch.tensor([2, 2, 5], dtype=torch.int32)
+    weights = [quantized(16, 32, format, scale if quantizes_inputs else None) for scale in (3.0, 4.0, 5.0)]
+    install(experts, weights)
+    x, grad = inputs(5, 32).float().requires_grad_(), inputs(5, 16)
+    experts(x, offsets).backward(grad)
+    for rows, expert in ((slice(0, 2), 0), (slice(2, 5), 2)):
+        assert_close(x.grad[rows].double(), grad[rows].double() @ decoded(weights[expert]), ROUNDED_ONCE)
