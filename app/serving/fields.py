@@ -208,9 +208,8 @@ def tools(value: Any) -> list[dict[str, Any]]:
     if type(value) is not list or len(value) > MOST_TOOLS:
         raise ValueError(f"must be a list of at most {MOST_TOOLS} tools, not {shown(value)}")
     for place, tool in enumerate(value):
-        function = tool.get("function") if type(tool) is dict else None
-        named = type(function) is dict and type(function.get("name")) is str and function["name"]
-        if not named or tool.get("type") != "function":
+        function = tool.get("function") if type(tool) is dict and tool.get("type") == "function" else None
+        if type(function) is not dict or type(function.get("name")) is not str or not function["name"]:
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
             raise ValueError(f"number {place} must be of the form {form}, not {shown(tool)}")
         if type(function.get("description", "")) not in (str, type(None)):
