@@ -167,13 +167,13 @@ class Tokenizer:
         self._inner.encode_special_tokens = not special_tokens
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a text that a model goes on with: names of special tokens in it are plain text.
+    def encode_prompt(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text that a model goes on with; for the arguments see `encode`.
 
         It begins with BOS where the post-processor of tokenizer.json puts one, as in transformers (which reads
         `add_bos_token` only for tokenizers without that file); nothing is put at its end.
         """
-        return self._prompt_beginning + self.encode(text)
+        return self._prompt_beginning + self.encode(text, special_tokens)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         """Return int32 token ids of each text, special tokens in them taken as plain text."""

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.app.helpers import ROOT, Program
+from tests.app.helpers import ROOT, Program, kill_when
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILE = re.compile(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -26,7 +27,7 @@ STEP = 4 * 512
 BACKBONE = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "mamba_num_heads": 2}
 NEEDS_MORE = ("gpu8",)
 """What a `fit` that needs GPUs names; of such the configuration is checked only."""
-ELSEWHERE = re.compile(r"source \S+activate|\S*pip install|(\S*python -m )?benchmarks\.|docker|torchrun|srun")
+ELSEWHERE = re.compile(r"source \S+activate|\S*pip install|(\S*python -m )?benchmarks\.|docker|torchrun|srun|curl")
 
 
 def commands(page: Path) -> list[str]:
@@ -67,7 +68,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Path:
 
 
 def run_app(program: Program, folder: Path, *args: str) -> None:
-    result = program.run(*args, folder=folder)
+    serving = kill_when(lambda: "serving" in program.output(), number=signal.SIGINT) if args[0] == "serve" else None
+    result = program.run(*args, folder=folder, meanwhile=serving)
     assert result.code == 0, f"{shlex.join(args)}\n{result.output[-3000:]}"
 
 

@@ -33,6 +33,7 @@ def serve(
     max_context: int = 8192,
     max_body: int = 4,
     timeout: float = 600,
+    special_tokens_in_content: bool = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -54,6 +55,8 @@ def serve(
         max_context: Tokens of prompt and completion together at most; longer requests are refused.
         max_body: MiB of a request at most.
         timeout: Seconds from a request to the end of its answer at most.
+        special_tokens_in_content: Whether names of special tokens in messages and prompts are those tokens, as in
+            transformers: who writes a message can then end its turn and write the next one.
         dtype: Format of the matrix products: the checkpoint's own (auto; a quantised model runs as it is served, its
             inputs quantised too), fp32 or bf16 (quantised weights are then dequantised).
         device: Where to compute; auto takes the GPU if there is one.
@@ -76,7 +79,7 @@ def serve(
     with bind(host, port) as listener:
         from app.serving.server import Limits, Server
 
-        served, worker = load(model, name, batch_size, max_waiting, dtype, device)
+        served, worker = load(model, name, batch_size, max_waiting, special_tokens_in_content, dtype, device)
         limits = Limits(max_context=max_context, max_body=max_body * 2**20, seconds=timeout)
         worker.start()
         try:
@@ -92,6 +95,7 @@ def load(
     name: str | None = None,
     batch_size: int = 16,
     max_waiting: int = 256,
+    special_tokens_in_content: bool = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> "tuple[Served, Worker]":
@@ -105,13 +109,14 @@ def load(
     from app.serving.prompts import Prompts
     from app.serving.server import Served
     from app.serving.worker import Worker
+    from app.talk import template_variables
     from datamodules.conversations.template import ChatTemplate
 
     where, source = choose_device(device), open_source(model)
     tokenizer, decode = open_tokenizer(source), open_tokenizer(source).decode  # one for each thread, see `Prompts`
     ends = frozenset(source.generation.eos_token_ids)
     try:
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, special_tokens_in_content)
         turn_end = template.turn_end()
     except UserError as error:
         template = turn_end = None
@@ -121,7 +126,13 @@ def load(
     served = Served(
         name=str(model) if name is None else name,
         created=int(time.time()),
-        prompts=Prompts(tokenizer, template, source.config.vocab_size),
+        prompts=Prompts(
+            tokenizer,
+            template,
+            template_variables(source, None, False, None),
+            source.config.vocab_size,
+            special_tokens_in_content,
+        ),
         texts=TokenTexts(tokenizer, source.config.vocab_size),
         decode=decode,
         ends=ends,

@@ -13,10 +13,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from app.serving.errors import RequestError, shown
+from datamodules.conversations.messages import read_messages
+from modules.batch import Message
 
 Check = Callable[[Any], Any]
 """Returns what a value means; raises ValueError with what would be right."""
 
+MOST_TOOLS = 128
+"""OpenAI's limit."""
 MOST_STOPS, LONGEST_STOP = 16, 1024
 """Stop strings of a request, and characters of one."""
 IGNORED = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store")
@@ -182,6 +186,38 @@ def ids(value: Any) -> list[int]:
     """Check token ids."""
     if type(value) is not list or not all(type(token) is int for token in value):
         raise ValueError(f"must be a list of token ids, not {shown(value)}")
+    return value
+
+
+def messages(value: Any) -> list[Message]:
+    """Check `messages`; OpenAI calls the system `developer`, too.
+
+    Returns:
+        The turns as a chat template takes them: contents as texts, arguments of calls as objects.
+    """
+    if type(value) is list:
+        value = [
+            {**turn, "role": "system"} if type(turn) is dict and turn.get("role") == "developer" else turn
+            for turn in value
+        ]
+    return read_messages(value)
+
+
+def tools(value: Any) -> list[dict[str, Any]]:
+    """Check `tools`: functions in OpenAI's form."""
+    if type(value) is not list or len(value) > MOST_TOOLS:
+        raise ValueError(f"must be a list of at most {MOST_TOOLS} tools, not {shown(value)}")
+    for place, tool in enumerate(value):
+        function = tool.get("function") if type(tool) is dict and tool.get("type") == "function" else None
+        if type(function) is not dict or type(function.get("name")) is not str or not function["name"]:
+            form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+            raise ValueError(f"number {place} must be of the form {form}, not {shown(tool)}")
+        if type(function.get("description", "")) not in (str, type(None)):
+            raise ValueError(f"number {place}: description must be a text")
+        parameters = function.get("parameters") or {}
+        properties = parameters.get("properties", {}) if type(parameters) is dict else None
+        if type(properties) is not dict or not all(type(field) is dict for field in properties.values()):
+            raise ValueError(f"number {place}: parameters must be a JSON schema of an object")
     return value
 
 

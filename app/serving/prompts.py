@@ -7,7 +7,7 @@ encoding, with a tokenizer of its own: mixed up, a message could write a turn.
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app.serving.answers import Prompt
 from app.serving.errors import RequestError
@@ -25,11 +25,21 @@ class Prompts:
     Args:
         tokenizer: the model's, which nobody else uses.
         template: its chat template; None: it has none.
+        variables: what the template is told where a request does not say otherwise.
         vocab_size: V of the network.
+        special_tokens: whether names of special tokens in prompts are those tokens; of messages the template knows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        variables: dict[str, Any],
+        vocab_size: int,
+        special_tokens: bool = False,
+    ) -> None:
         self._tokenizer, self._template, self._vocab_size = tokenizer, template, vocab_size
+        self._variables, self._special_tokens = variables, special_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
     async def completion(self, request: CompletionRequest) -> list[Prompt]:
@@ -69,7 +79,7 @@ class Prompts:
 
     def _encode(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):
-            return Prompt(tokens=self._tokenizer.encode_prompt(prompt), text=prompt)
+            return Prompt(tokens=self._tokenizer.encode_prompt(prompt, self._special_tokens), text=prompt)
         return Prompt(tokens=prompt, text=self._text(prompt))
 
     def _text(self, tokens: list[int]) -> str:
@@ -82,11 +92,12 @@ class Prompts:
     def _render(self, request: ChatRequest) -> Prompt:
         if self._template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
-        given = {"tools": request.tools} if request.tools else {}
         try:
-            text = self._template.render(request.messages, answer=True, **given, **request.variables)
-            tokens = self._tokenizer.encode(text, special_tokens=True)
+            tokens = self._template.encode_prompt(
+                request.messages, request.tools, **self._variables | request.variables
+            )
         except Exception as error:  # a template is a program of the model's, and may stumble over anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(f"messages: {reason}", param="messages") from error
+        text = self._tokenizer.decode(tokens)
         return Prompt(tokens=tokens, text=text, thinking=thinks(text))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.serving import fields
-from app.serving.conversation import messages, tools
 from app.serving.errors import RequestError
 from modules.batch import Message
 from modules.generation.sampling import Sampling
@@ -35,8 +34,8 @@ _COMPLETION = _COMMON | {
     "logprobs": fields.integer(0, MOST_LOGPROBS),
 }
 _CHAT = _COMMON | {
-    "messages": messages,
-    "tools": tools,
+    "messages": fields.messages,
+    "tools": fields.tools,
     "tool_choice": fields.choice("auto", "none"),
     "max_completion_tokens": fields.integer(1, MOST_TOKENS),
     "logprobs": fields.boolean,

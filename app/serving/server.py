@@ -212,13 +212,17 @@ class Server:
             choices, written = [], 0
             async for one in news:
                 if isinstance(one, PromptScores):
-                    answer.take(one)
+                    self._keep(answer, one)
                 else:
                     written += len(one.tokens)
                     choices.append(answer.whole(one))
         choices.sort(key=lambda choice: choice["index"])
         whole = {"object": answer.whole_object, "choices": choices, "usage": usage(asked, prompts, written)}
         return web.json_response(answer.head | whole | answer.extra())
+
+    def _keep(self, answer: Answer, scores: PromptScores) -> None:
+        assert isinstance(answer, CompletionAnswer), "only prompts that are repeated are scored"
+        answer.take(scores)
 
     async def _stream(
         self,
@@ -243,7 +247,7 @@ class Server:
                 await send(head | {"choices": [choice]} | answer.extra())
             async for one in news:
                 if isinstance(one, PromptScores):
-                    answer.take(one)
+                    self._keep(answer, one)
                 else:
                     written += len(one.tokens)
                     await send(head | {"choices": [answer.chunk(one)]})
@@ -253,7 +257,8 @@ class Server:
         except RequestError as error:
             await send(error.body())
         except TimeoutError:
-            request.transport and request.transport.abort()
+            if request.transport is not None:
+                request.transport.abort()
         except ConnectionError:
             pass  # the client has gone
         return response

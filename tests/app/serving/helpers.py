@@ -28,8 +28,9 @@ class Running:
         max_body: int = 2**16,
         seconds: float = 60,
         api_key: str | None = None,
+        special_tokens_in_content: bool = False,
     ) -> None:
-        self.served, self.worker = load(model, NAME, batch_size, max_waiting)
+        self.served, self.worker = load(model, NAME, batch_size, max_waiting, special_tokens_in_content)
         limits = Limits(max_context=max_context, max_body=max_body, seconds=seconds)
         self.server = Server(self.served, self.worker, limits, api_key)
         self.listener = bind("127.0.0.1", 0)

@@ -63,7 +63,7 @@ def test_turns_are_as_a_template_takes_them() -> None:
         {"role": "user", "content": "ab", "name": "x"},
         {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
-        {"role": "assistant", "content": "c", "reasoning_content": "d"},
+        {"role": "assistant", "content": "c", "reasoning_content": "d", "tool_calls": []},
     ]
 
 
@@ -121,19 +121,17 @@ CHAT = COMMON | {
         [{"role": "user", "content": [5]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         [{"role": "user", "content": [{"type": "text", "text": None}]}],
-        [{"role": "user", "content": "a", "name": 5}],
-        [{"role": "user", "content": "a", "weight": 1}],
         [{"role": "user", "content": "a", "tool_calls": [CALL]}],
         [{"role": "assistant", "content": None}],
         [{"role": "assistant", "tool_calls": []}],
         [{"role": "assistant", "tool_calls": {}}],
         [{"role": "assistant", "tool_calls": [5]}],
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "", "arguments": "{}"}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}],
         [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}],
         [{"role": "assistant", "content": "a", "reasoning_content": 5}],
-        [{"role": "tool", "content": "a", "tool_call_id": 5}],
+        [{"role": "tool", "content": "a"}],
+        [{"role": "developer", "content": "a"}, {"role": "system", "content": "a"}, USER],
     ],
     "tools": [5, {}, "f", [5], [{}], [{"type": "function"}], [TOOL | {"type": "x"}], [TOOL] * 129]
     + [[{"type": "function", "function": {"name": "f", "parameters": wrong}}] for wrong in (5, {"properties": 5})]
