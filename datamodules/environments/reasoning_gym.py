@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from datamodules.environments.answers import final_answer
-from datamodules.environments.worked import worked_answer
+from datamodules.environments.worked import MARK, worked_answer
 from modules.batch import Judgement, Message, Problem
 from modules.errors import UserError
 
@@ -123,10 +123,10 @@ class ReasoningGym:
         """
         _, entry, gold = self._made_again(problem)
         answer = worked_answer(self.family, entry["question"], gold)
-        steps, _, result = answer.rpartition("\n")
+        steps, _, result = answer.partition(MARK)
         if not steps or hashlib.sha256(problem.text.encode()).digest()[-1] % 2:
             return {"role": "assistant", "content": answer}
-        return {"role": "assistant", "reasoning_content": steps, "content": result}
+        return {"role": "assistant", "reasoning_content": steps.rstrip("\n"), "content": MARK + result}
 
     def _refusal(self, answer: str, reference: str) -> str | None:
         """Return why an answer is wrong whatever the scorer says, None if that cannot be told."""
