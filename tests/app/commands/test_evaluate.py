@@ -140,7 +140,7 @@ def test_limit_examples_and_chat_template(evaluate, tmp_path) -> None:
     prompt = rows[0]["arguments"][0][0]
     assert prompt.startswith("<|im_start|>system\nWrite code.<|im_end|>\n<|im_start|>user\n")
     assert prompt.count("<|im_start|>assistant\n") == 2
-    assert prompt.endswith("<|im_start|>user\nimport os\nimport<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.endswith("<|im_start|>user\nimport os\nimport<|im_end|>\n<|im_start|>assistant\n<think>\n")
 
 
 def test_mistakes_cost_one_line(evaluate, tmp_path) -> None:
