@@ -99,3 +99,36 @@ def test_super_has_the_published_run():
         assert sum(phase.sources.values()) == pytest.approx(100)
     drawn = {source for phase in data.phases for source in phase.sources}
     assert drawn == set(data.sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "average", "rows", "length", "tokens"),
+    [("super_stage1", "tokens", 64, 2**18, 80e9), ("super_stage2", "conversations", 32, 2**19, None)],
+)
+def test_fine_tuning_of_super_is_the_published_one(name: str, average: str, rows: int, length: int, tokens) -> None:
+    run = parse(CONFIGS / "sft" / f"{name}.yaml")
+    module, data = run.instantiate("model"), run.instantiate("data")
+    assert (module.loss_average, module.mtp_depths, module.mtp_loss_factor) == (average, 2, 0.3)
+    assert (data.global_batch_size, data.sequence_length) == (rows, length)
+    optimizer = module.optimizer_config
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (1e-5, (0.9, 0.95), 0.1)
+    assert module.schedule.factor(data.total.tokens, data.total.tokens) == 1, "constant to the end"
+    policies = run.config.data.init_args.policies
+    assert (policies.thinking_off, policies.low_effort) == (0.03, 0.02)
+    if tokens is not None:
+        assert data.total.tokens == pytest.approx(tokens, rel=1e-3)
+        assert module.schedule.warmup_tokens == 30_000 * length
+
+
+def test_budget_control_has_the_published_length_and_share_of_cut_thoughts():
+    run = parse(CONFIGS / "sft" / "super_budget.yaml")
+    assert run.instantiate("data").total.steps == 350
+    assert run.config.data.init_args.policies.truncated_thoughts == 0.12
+
+
+def test_adapters_of_nano_are_those_of_the_public_recipe():
+    run = parse(CONFIGS / "sft" / "nano_lora.yaml")
+    module, data = run.instantiate("model"), run.instantiate("data")
+    assert (module.lora.rank, module.lora.alpha, module.lora.dropout) == (32, 32, 0)
+    assert (data.total.steps, data.global_batch_size, data.sequence_length) == (1000, 128, 2048)
+    assert module.optimizer_config.learning_rate == 1e-4
