@@ -6,7 +6,7 @@ the processes, in which conversations are prepared.
 
 import random
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -41,7 +41,8 @@ class ReasoningModes:
     def draw(self, seed: int, number: int) -> Mode | None:
         """Return the mode of a conversation, None for the usual one."""
         drawn = _random("mode", seed, number).random()
-        for mode, share in vars(self).items():
+        for mode in get_args(Mode):
+            share = getattr(self, mode)
             if drawn < share:
                 return mode
             drawn -= share

@@ -183,7 +183,8 @@ class ChatTemplate:
         if block not in self._begun:
             messages: list[Message] = [{"role": "user", "content": "a"}]
             prompts = set[str]()
-            for variables in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            wishes: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
+            for variables in wishes:
                 before = self.trace(messages, block, answer=False, **variables).text
                 begun = self.trace(messages, block, answer=True, **variables).text
                 if begun.startswith(before):
@@ -207,7 +208,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marked = render_jinja_template(
+            rendered: Any = render_jinja_template(  # annotated as a text; it returns texts and what is marked in them
                 conversations=[self._with_wishes(turns, variables)],
                 tools=tools or None,
                 chat_template=self.source,
@@ -218,6 +219,7 @@ class ChatTemplate:
         except (TemplateError, TypeError) as error:
             reason = f"chat template: it cannot render this conversation ({error})"
             raise ConversationError("refused by the chat template", reason) from error
+        texts, marked = rendered
         return texts[0], marked[0] if self.has_marks else []
 
     def _with_wishes(self, turns: list[Message], variables: Mapping[str, Any]) -> list[Message]:
