@@ -36,6 +36,9 @@ from modules.precision.formats import COMPUTE_DTYPE
 from modules.precision.linear import FormattedModule
 from modules.precision.lora import adapters
 
+LONGEST_RUN = 16_384
+"""Positions of the longest row that a step is run on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
@@ -115,6 +118,20 @@ def measure_step(
     Returns:
         What the first of the devices holds.
     """
+    return _trace(module, documents, micro_batches, strategy, devices, kind, whole, results).memory()
+
+
+def _trace(
+    module: StageModule,
+    documents: list[list[int]],
+    micro_batches: int,
+    strategy: ShardedStrategy | None,
+    devices: int,
+    kind: str,
+    whole: bool = False,
+    results: dict[object, tuple] | None = None,
+) -> "_Trace":
+    """Run the step of `measure_step`."""
     module = copy.deepcopy(module)
     ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
     boundaries = document_boundaries(ids)
@@ -142,6 +159,42 @@ def measure_step(
         return _measure(module, network, repeats, module.add_fields(batch), micro_batches, strategy, live)
 
 
+def measure_rows(
+    module: StageModule,
+    rows: int,
+    length: int,
+    micro_batches: int = 1,
+    strategy: ShardedStrategy | None = None,
+    devices: int = 1,
+    kind: str = "cpu",
+    results: dict[int, dict] | None = None,
+) -> StepMemory:
+    """Count the memory of a step on rows of one document, see `measure_step`; long rows are not run.
+
+    What each stretch of a step adds, and holds at most, grows by as much with each position once there are many chunks
+    of head and scan: those of a long row follow from two shorter ones.
+
+    Args:
+        module: as there.
+        rows: of a micro-batch.
+        length: positions in a row.
+        micro_batches: as there.
+        strategy: as there.
+        devices: as there.
+        kind: as there.
+        results: those of `measure_step` for each length.
+    """
+    results = {} if results is None else results
+
+    def traced(length: int) -> _Trace:
+        known = results.setdefault(length, {})
+        return _trace(module, [[length]] * rows, micro_batches, strategy, devices, kind, results=known)
+
+    if length <= LONGEST_RUN:
+        return traced(length).memory()
+    return traced(LONGEST_RUN // 2).grown(traced(LONGEST_RUN), length / (LONGEST_RUN // 2) - 1).memory()
+
+
 @contextmanager
 def _ranks_without_values(devices: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
@@ -159,8 +212,8 @@ def _measure(
     micro_batches: int,
     strategy: ShardedStrategy | None,
     live: LiveBytes,
-) -> StepMemory:
-    """Measure a step of `network` as if its layers were those with the numbers `repeats`."""
+) -> "_Trace":
+    """Run a step of `network` as if its layers were those with the numbers `repeats`."""
     units = [unit for unit in network.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -178,8 +231,7 @@ def _measure(
     passes = _Passes(network, repeats, batch.tokens.shape, live)
     module.network = network
     totals = {name: value.float() for name, value in module.count(batch).items()}
-    level, kept = update["gradients"] if summed_each else 0, 0
-    forward_peak = backward_peak = 0
+    stretches: list[list[Stretch]] = []
     runs = 1 if summed_each else min(micro_batches, 3)  # without gradients, adding to them, summing them over devices
     for number in range(1, runs + 1):
         if strategy is not None:
@@ -192,20 +244,50 @@ def _measure(
         backward = passes.end()
         layers = len(network.backbone.layers)
         backward += [Stretch(0, 0)] * (layers + 1 - len(backward))
-        kept, most = _add_up([*(forward[place] for place in repeats), *forward[layers:]])
-        forward_peak, level = max(forward_peak, level + most), level + kept
-        change, most = _add_up([backward[0], *(backward[layers - place] for place in reversed(repeats))])
-        backward_peak, level = max(backward_peak, level + most), level + change
-    return StepMemory(
-        weights=_bytes(parameters) + _bytes(_repeated(network, repeats, nn.Module.buffers)),
-        batch=_bytes(batch.tensors().values()) * micro_batches,
-        kept=kept,
-        forward_peak=forward_peak,
-        backward_peak=backward_peak,
-        loss_peak=passes.loss_peak,
-        gathered_peak=live.watched_peak,
+        stretches.append([*(forward[place] for place in repeats), *forward[layers:]])
+        stretches.append([backward[0], *(backward[layers - place] for place in reversed(repeats))])
+    sizes = {
+        "weights": _bytes(parameters) + _bytes(_repeated(network, repeats, nn.Module.buffers)),
+        "batch": _bytes(batch.tensors().values()) * micro_batches,
+        "loss_peak": passes.loss_peak,
+        "gathered_peak": live.watched_peak,
         **update,
-    )
+    }
+    return _Trace(stretches, sizes, update["gradients"] if summed_each else 0)
+
+
+class _Trace(NamedTuple):
+    """What was counted in a step."""
+
+    stretches: list[list[Stretch]]
+    """Of the forward and the backward pass in turn."""
+    sizes: dict[str, int]
+    """What else `StepMemory` tells."""
+    before: int
+    """Bytes of the gradients that there are before the first pass."""
+
+    def grown(self, longer: "_Trace", times: float) -> "_Trace":
+        """Return the trace of rows that are longer than these by `times` what those of `longer` are."""
+
+        def grow(least: int, most: int) -> int:
+            return round(least + times * (most - least))
+
+        def grow_stretch(least: Stretch, most: Stretch) -> Stretch:
+            return Stretch(grow(least.change, most.change), grow(least.peak, most.peak))
+
+        stretches = [[*map(grow_stretch, *both)] for both in zip(self.stretches, longer.stretches, strict=True)]
+        sizes = {name: grow(size, longer.sizes[name]) for name, size in self.sizes.items()}
+        return _Trace(stretches, sizes, self.before)
+
+    def memory(self) -> StepMemory:
+        """Return what a step holds at most."""
+        level, kept, forward_peak, backward_peak = self.before, 0, 0, 0
+        for forward, backward in zip(self.stretches[::2], self.stretches[1::2], strict=True):
+            kept, most = _add_up(forward)
+            forward_peak, level = max(forward_peak, level + most), level + kept
+            change, most = _add_up(backward)
+            backward_peak, level = max(backward_peak, level + most), level + change
+        return StepMemory(kept=kept, forward_peak=forward_peak, backward_peak=backward_peak, **self.sizes)
 
 
 class _Passes:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from app.planning.memory import StepMemory, measure_step
+from app.planning.memory import StepMemory, measure_rows
 from app.planning.text import align, byte_unit
 from app.strategies import ShardedStrategy
 from modules.base import StageModule
@@ -49,10 +49,10 @@ def measure_columns(
         devices: in all.
         kind: what the devices are, cpu or cuda.
     """
-    documents = [[sequence_length]] * rows
     other = copy.deepcopy(module)
     other.activation_checkpointing = not module.activation_checkpointing
-    measure = partial(measure_step, documents=documents, micro_batches=micro_batches, kind=kind, results={})
+    shape = {"rows": rows, "length": sequence_length, "micro_batches": micro_batches}
+    measure = partial(measure_rows, **shape, kind=kind, results={})
     columns = {
         THIS_RUN: measure(module, strategy=strategy, devices=devices),
         f"checkpointing {'off' if module.activation_checkpointing else 'on'}": measure(

@@ -10,7 +10,7 @@ import torch
 from app.cli import RunCLI
 from app.planning.arithmetic import flop_lines
 from app.planning.devices import Device, choose_device, kinds
-from app.planning.memory import measure_step
+from app.planning.memory import measure_rows
 from app.planning.memory_table import THIS_RUN, measure_columns, memory_lines
 from app.planning.parameters import Count, count_parts, parameter_lines
 from app.planning.schedule import run_lines
@@ -252,9 +252,10 @@ class Report:
             mends += [f"{name}: true fits: {fit.needed / GIB:,.1f} GiB of each device"] if fit.fits else []
         if device.kind == "cuda":
             found = fitting_devices(
-                lambda count: measure_step(
+                lambda count: measure_rows(
                     self._module,
-                    [[data.sequence_length]] * data.micro_batch_size,
+                    data.micro_batch_size,
+                    data.sequence_length,
                     data.global_batch_size // (data.micro_batch_size * count),
                     self._strategy,
                     count,

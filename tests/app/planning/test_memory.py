@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from app.planning.memory import StepMemory, measure_step, shorten
+from app.planning import memory
+from app.planning.memory import StepMemory, measure_rows, measure_step, shorten
 from app.strategies import ShardedStrategy
 from modules.backbone.initialization import initialize
 from modules.optim.clipping import clip_gradients
@@ -116,6 +117,16 @@ def assert_same_peaks(planned: StepMemory, counted: list[int]) -> None:
 def test_a_step_holds_what_mem_tracker_counts(case: str) -> None:
     module, documents = stage(case)
     assert_same_peaks(measure_step(module, documents), peaks(module, documents))
+
+
+@pytest.mark.parametrize("case", ["bf16", "documents_checkpointed"])
+def test_a_long_row_follows_from_shorter_ones(case: str, monkeypatch) -> None:
+    module, _ = stage(case)
+    whole = measure_rows(module, 1, 16_000)
+    monkeypatch.setattr(memory, "LONGEST_RUN", 8192)
+    grown = measure_rows(module, 1, 16_000)
+    for name, size in vars(grown).items():
+        assert size == pytest.approx(getattr(whole, name), rel=0.02), name
 
 
 @pytest.mark.parametrize("case", ["bf16", "documents_checkpointed"])
