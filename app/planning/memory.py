@@ -36,7 +36,7 @@ from modules.precision.formats import COMPUTE_DTYPE
 from modules.precision.linear import FormattedModule
 from modules.precision.lora import adapters
 
-LONGEST_RUN = 16_384
+LONGEST_RUN = 65_536
 """Positions of the longest row that a step is run on."""
 
 
