@@ -254,7 +254,7 @@ def test_versions_and_help_of_a_command(program: Program):
 def test_help_of_fit_names_the_classes_of_the_project_and_their_keys(program: Program):
     result = program.run("fit", "--help")
     text = " ".join(result.output.split())
-    assert "ours: modules.pretraining.Pretraining." in text
+    assert "ours: modules.pretraining.Pretraining, modules.sft.SFT." in text
     for key, meaning in (
         ("--model.init_args.optimizer.learning_rate LEARNING_RATE", "Peak learning rate; > 0. (required, type: float)"),
         ("--model.init_args.backbone.hidden_size HIDDEN_SIZE", "Width D of the residual stream."),

@@ -53,7 +53,8 @@ def test_starting_from_a_model_of_another_tokenizer_must_be_asked_for(program, r
     folder, options, other = run
     more = ["--name=started", f"--model.init_args.init_from={folder / 'run'}", "--trainer.max_steps=1"]
     line = refusal(program, "fit", *options, *more, f"--data.init_args.path={other}")
-    problem = f"data.init_args.path: {other} has another tokenizer than {folder / 'run'}, "
+    checkpoint = folder / "run" / "checkpoints" / "step=00000002"
+    problem = f"data.init_args.path: {other} has another tokenizer than {checkpoint}, "
     assert line.startswith(f"error: {problem}")
     assert line.endswith(", or set model.init_args.allow_other_tokenizer to true")
     allowed = "--model.init_args.allow_other_tokenizer=true"
