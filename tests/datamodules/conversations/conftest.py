@@ -16,7 +16,7 @@ THEIRS = Path(sys.prefix) / "peers/trl/chat_templates"
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def our_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small tokenizer of ours, without a template."""
     folder = tmp_path_factory.mktemp("tokenizers") / "ours"
     generator = random.Random(3)
@@ -26,17 +26,17 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def folder_of(tokenizer_folder: Path) -> Callable[[str | None], Path]:
+def folder_of(our_tokenizer: Path) -> Callable[[str | None], Path]:
     """Return the tokenizer's folder with one of trl's templates, by its name; None: without a template."""
 
     def folder_of(name: str | None) -> Path:
         if name is None:
-            return tokenizer_folder
+            return our_tokenizer
         if not THEIRS.is_dir():
             pytest.skip("trl is not installed")
-        folder = tokenizer_folder.parent / name
+        folder = our_tokenizer.parent / name
         if not folder.exists():
-            shutil.copytree(tokenizer_folder, folder)
+            shutil.copytree(our_tokenizer, folder)
             shutil.copy(THEIRS / f"{name}.jinja", folder / "chat_template.jinja")
         return folder
 

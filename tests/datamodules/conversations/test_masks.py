@@ -150,27 +150,27 @@ TOO_FAR = (
         ("{{ raise_exception('no') }}", "generated", "refused by the chat template"),
     ],
 )
-def test_a_mask_that_cannot_be_meant_is_an_error(source, mask, kind, tokenizer_folder, tmp_path) -> None:
-    template = with_template(tokenizer_folder, source, tmp_path)
+def test_a_mask_that_cannot_be_meant_is_an_error(source, mask, kind, our_tokenizer, tmp_path) -> None:
+    template = with_template(our_tokenizer, source, tmp_path)
     talk = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     with pytest.raises(ConversationError, match=r"^file\.jsonl:3: ") as error:
         encode(talk, template, mask)
     assert error.value.kind == kind
 
 
-def test_marks_may_leave_the_end_to_generated(tokenizer_folder, tmp_path) -> None:
+def test_marks_may_leave_the_end_to_generated(our_tokenizer, tmp_path) -> None:
     source = MARKS.replace("X", "<|im_end|>\n").replace(
         "{% generation %}", "{% if message.role == 'assistant' %}{% generation %}"
     )
     source = source.replace("{% endgeneration %}", "{% endgeneration %}{% else %}{{ message.content }}{% endif %}")
-    template = with_template(tokenizer_folder, source, tmp_path)
+    template = with_template(our_tokenizer, source, tmp_path)
     talk = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     assert learnt(encode(talk, template), template) == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_an_end_that_only_the_last_turn_has_is_not_guessed(tokenizer_folder, tmp_path) -> None:
+def test_an_end_that_only_the_last_turn_has_is_not_guessed(our_tokenizer, tmp_path) -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}</s>{% endif %}\n{% endfor %}"
-    template = with_template(tokenizer_folder, source, tmp_path)
+    template = with_template(our_tokenizer, source, tmp_path)
     talk = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     with pytest.raises(ConversationError, match="does not tell"):
         encode(talk, template)
