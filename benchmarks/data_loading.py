@@ -81,8 +81,8 @@ def save_rows(data: PretrainingData, folder: Path) -> Any:
 
     def rows() -> Iterator[dict[str, np.ndarray]]:
         for row in drawn:
-            tokens, lengths = reader.read(row)
-            yield {"tokens": tokens, "lengths": lengths}
+            read = reader.read(row)
+            yield {"tokens": read.tokens, "lengths": read.lengths}
 
     integers = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"tokens": integers, "lengths": integers})
