@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from app.serving.errors import RequestError, shown
-from datamodules.conversations.messages import read_messages
+from datamodules.conversations.messages import NO_VARIABLES, read_messages
 from modules.batch import Message
 
 Check = Callable[[Any], Any]
@@ -226,7 +226,7 @@ def variables(value: Any) -> dict[str, bool | int | float | str]:
     if type(value) is not dict:
         raise ValueError(f"must be an object such as {{'enable_thinking': false}}, not {shown(value)}")
     for name, one in value.items():
-        if not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt", "answer", "self"):
+        if not name.isidentifier() or name in NO_VARIABLES:
             raise ValueError(f"{shown(name)} is no variable to set")
         finite = type(one) is float and math.isfinite(one)
         if type(one) not in (bool, int, str) and not finite:

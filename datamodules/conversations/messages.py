@@ -31,6 +31,12 @@ SHAREGPT_ROLES = {
 CALLS = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of an assistant's thoughts, as transformers reads them: the first counts."""
+NO_VARIABLES = frozenset(
+    ("messages", "tools", "conversations", "chat_template", "add_generation_prompt", "answer", "block", "self")
+)
+"""What a chat template is told by the conversation, or by us; `chat_template_kwargs` cannot say it again."""
+MOST_WEIGHT = 1e30
+"""Weights from 1 / this to this: float32 holds them and the sums of as many as anybody has."""
 
 
 class ConversationError(UserError):
@@ -152,11 +158,14 @@ def _read(row: object, place: str) -> Conversation:
         raise ConversationError("wrong type", f"a row must be an object, not {_type(row)}")
     turns, prompt_turns = _turns(row)
     weight = 1.0 if row.get("weight") is None else row["weight"]
-    if type(weight) not in (int, float) or not 0 < weight < float("inf"):
-        raise ConversationError("wrong type", f"weight must be a number above 0, not {weight!r}")
+    if type(weight) not in (int, float) or not 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT:
+        given = f"{weight!r}"
+        raise ConversationError("wrong type", f"weight must be a number above 0, up to {MOST_WEIGHT}, not {given:.40}")
     variables = row.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise ConversationError("wrong type", f"chat_template_kwargs must be an object, not {_type(variables)}")
+    for name in NO_VARIABLES.intersection(variables):
+        raise ConversationError("wrong type", f"chat_template_kwargs: {name} is no variable to set; take it out")
     messages = read_messages(turns, for_training=True)
     if all(message["role"] != "assistant" for message in messages[prompt_turns:]):
         raise ConversationError("no assistant turn", "the completion has no assistant's turn: nothing would be learnt")
@@ -230,7 +239,7 @@ def _read_turn(turn: object, name: str) -> Message:
             raise ConversationError("wrong type", f"{name}: reasoning_content must be a text, not {_type(thoughts)}")
         message["reasoning_content"] = thoughts
     if message.get("tool_calls") is not None:
-        if role != "assistant":
+        if role != "assistant" and message["tool_calls"]:  # tables give every turn a list
             raise ConversationError("wrong type", f"{name}: only an assistant's turn may have tool_calls")
         message["tool_calls"] = _read_calls(message["tool_calls"], name)
     if "content" in message:

@@ -108,6 +108,8 @@ class ConversationPolicies(Policies):
             conversation = read_conversation(record, name)
             text = json.dumps(asdict(conversation) | {"place": ""}, ensure_ascii=False)
             text.encode()
+        except RecursionError:
+            return self._leave_out(_too_deep(name), size, tally)
         except ConversationError as error:
             return self._leave_out(error, size, tally)
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no UTF-8 can hold
@@ -138,6 +140,8 @@ class ConversationPolicies(Policies):
                 yield from self._tokenize(document, template, capacity, seed, tally)
             except ConversationError as error:
                 self._leave_out(error, len(document.text.encode()), tally)
+            except RecursionError:
+                self._leave_out(_too_deep(document.name), len(document.text.encode()), tally)
 
     def _tokenize(
         self, document: Document, template: ChatTemplate, capacity: int, seed: int, tally: Tally
@@ -179,6 +183,10 @@ def conversation_key(row: dict[str, Any]) -> str | None:
     """Return the key by which a row looks like a conversation, None if it does not."""
     keys = ("messages", "conversations", *(("prompt",) if "completion" in row else ()))
     return next((key for key in keys if key in row), None)
+
+
+def _too_deep(name: str) -> ConversationError:
+    return ConversationError("nested too deeply", "arguments or tools are nested too deeply", name)
 
 
 def _digest(text: str) -> str:

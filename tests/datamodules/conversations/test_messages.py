@@ -74,6 +74,7 @@ def test_calls_of_sharegpt() -> None:
         [ASK, CALL, RESULT],
         [SAY, ASK, ASK, {"role": "system", "content": "s"}, SAY, SAY],
         [ASK, CALL, {"role": "tool", "content": "no id"}, SAY],
+        [ASK | {"tool_calls": []}, SAY | {"tool_calls": []}],
     ],
 )
 def test_orders_that_are_fine(turns: list) -> None:
@@ -119,8 +120,13 @@ def test_orders_that_are_fine(turns: list) -> None:
         ({"messages": [ASK | {"tool_calls": [{"name": "f"}]}, SAY]}, "wrong type", "only an assistant's turn"),
         ({"messages": [ASK, SAY], "tools": "["}, "wrong type", "tools: it is no JSON"),
         ({"messages": [ASK, SAY], "tools": [{"type": "function"}]}, "wrong type", "tool 1 must be"),
-        ({"messages": [ASK, SAY], "weight": 0}, "wrong type", "weight must be a number above 0, not 0"),
+        ({"messages": [ASK, SAY], "weight": 0}, "wrong type", "weight must be a number above 0, up to 1e+30, not 0"),
+        ({"messages": [ASK, SAY], "weight": 1e39}, "wrong type", "up to 1e+30, not 1e+39"),
+        ({"messages": [ASK, SAY], "weight": 1e-50}, "wrong type", "weight must be"),
+        ({"messages": [ASK, SAY], "weight": 10**400}, "wrong type", "weight must be"),
         ({"messages": [ASK, SAY], "chat_template_kwargs": [1]}, "wrong type", "chat_template_kwargs must be"),
+        ({"messages": [ASK, SAY], "chat_template_kwargs": {"tools": []}}, "wrong type", "tools is no variable"),
+        ({"messages": [ASK, SAY], "chat_template_kwargs": {"block": 1}}, "wrong type", "block is no variable"),
         ({"prompt": "a"}, "missing content", "completion is missing"),
         ({"text": "a"}, "no conversation", "this one has text"),
         ([], "wrong type", "a row must be an object, not a list"),

@@ -15,10 +15,11 @@ from litdata import StreamingDataset
 
 from datamodules.conversations.masks import encode
 from datamodules.conversations.messages import read_conversation
-from datamodules.conversations.source import ConversationOptions
+from datamodules.conversations.source import ConversationOptions, ConversationPolicies
 from datamodules.conversations.template import TEMPLATE_FILE, ChatTemplate
 from datamodules.text import shards
 from datamodules.text.corpus import Corpus
+from datamodules.text.policies import Document, Tally
 from datamodules.text.preparation import check_options, describe, prepare_corpus
 from datamodules.text.rows import ConversationRow
 from datamodules.tokenizer import Tokenizer
@@ -205,9 +206,22 @@ MALFORMED: dict[str, Any] = {
         ]
     },
     "no conversation": {"text": "plain"},
+    "nested too deeply": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+    f'"tools": [{{"name": "f", "x": {"[" * 900}{"]" * 900}}}]}}',
     "broken text": '{"messages": [{"role": "user", "content": "\\\\ud800"}, {"role": "assistant", "content": "b"}]}'
     .replace("\\\\", "\\"),
 }  # fmt: skip
+
+
+def test_no_depth_of_nesting_is_a_crash(tokenizer_folder):
+    policies, tally = ConversationPolicies(conversation=ConversationOptions(on_error="skip")), Tally()
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    for depth in range(250, 600, 2):
+        nested = json.loads("[" * depth + "]" * depth)
+        row = {"messages": [{"role": "assistant", "content": "b"}], "tools": [{"name": "f", "x": nested}]}
+        if (text := policies.text_of(row, "f:1", 1, tally)) is not None:
+            list(policies.tokenize([Document(name="f:1", text=text, ends=True)], tokenizer, 9999, 0, tally))
+    assert list(tally.skipped) == ["nested too deeply"]
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
