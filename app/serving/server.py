@@ -117,7 +117,7 @@ class Server:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self._api_key is None or request.path == "/health":
             return
-        if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+        if not hmac.compare_digest(given.encode(errors="surrogateescape"), self._api_key.encode()):
             raise RequestError(
                 "the API key is missing or wrong: send it as Authorization: Bearer KEY",
                 status=401,
@@ -233,7 +233,6 @@ class Server:
         news: AsyncIterator[PromptScores | Written],
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
 
         async def send(content: dict[str, Any] | str) -> None:
             data = content if isinstance(content, str) else json.dumps(content)
@@ -243,6 +242,7 @@ class Server:
         head = answer.head | {"object": answer.stream_object} | ({"usage": None} if asked.include_usage else {})
         written = 0
         try:
+            await response.prepare(request)
             for choice in answer.begin():
                 await send(head | {"choices": [choice]} | answer.extra())
             async for one in news:

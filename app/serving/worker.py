@@ -125,7 +125,8 @@ class Worker(threading.Thread):
     @property
     def waiting(self) -> int:
         """Rows that wait."""
-        return sum(len(ask.rows) for ask in self._waiting)
+        with self._changed:
+            return sum(len(ask.rows) for ask in self._waiting)
 
     @property
     def running(self) -> int:
@@ -180,7 +181,11 @@ class Worker(threading.Thread):
             if len(self._batch.rows) + len(self._waiting[0].rows) > self.batch_size:
                 return
             ask = self._waiting.popleft()
-            self._prefill = ask, Prefill(self._network, ask.tokens, ask.room, ask.scored)
+            try:
+                self._prefill = ask, Prefill(self._network, ask.tokens, ask.room, ask.scored)
+            except Exception:
+                self._running.append(ask)  # those hear of it
+                raise
 
     def _advance(self, ask: Ask, prefill: Prefill) -> None:
         """Take a piece of a prompt; at its end its rows join the others."""

@@ -35,6 +35,8 @@ class _Dialogue:
     said: str = ""
     """The model's last turn as text, thoughts included."""
     ended: bool = True
+    judgement: Judgement | None = None
+    """What it is worth, where the answer need not be looked at."""
 
     @property
     def messages(self) -> list[Message]:
@@ -98,6 +100,7 @@ class HeldOutProblems:
 
     def _add(self, row: _Dialogue, prompt: list[int], reply: Reply) -> None:
         tokens, row.ended = reply
+        row.judgement = None if row.ended else CUT
         while tokens and tokens[-1] in self.end_ids:
             tokens = tokens[:-1]
         text, opened = self._tokenizer.decode(tokens), thinks(self._tokenizer.decode(prompt[-8:]))
@@ -111,18 +114,21 @@ class HeldOutProblems:
             return []
         follow = self._pool.respond(name, [(row.problem, row.messages) for row in rows])
         for row, turns in zip(rows, follow, strict=True):
-            row.turns += turns
-        return [row for row, turns in zip(rows, follow, strict=True) if turns]
+            if isinstance(turns, Judgement):
+                row.judgement = turns
+            else:
+                row.turns += turns
+        return [row for row, turns in zip(rows, follow, strict=True) if turns and row.judgement is None]
 
     def _judged(self, name: str, rows: list[_Dialogue], samples: int) -> list[list[Attempt]]:
-        whole = [row for row in rows if row.ended]
+        whole = [row for row in rows if row.judgement is None]
         found = iter(self._pool.judge(name, [(row.problem, row.said) for row in whole]))
         attempts = [
             Attempt(
                 problem=row.problem,
                 dialogue=row.turns,
                 reply=row.said,
-                judgement=next(found) if row.ended else CUT,
+                judgement=row.judgement or next(found),
                 ended=row.ended,
             )
             for row in rows

@@ -4,6 +4,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+from datamodules.conversations.messages import ConversationError, read_messages
 from datamodules.environments.answers import CHECKERS, final_answer
 from modules.batch import Judgement, Problem
 from modules.errors import UserError
@@ -47,8 +48,18 @@ class Jsonl:
         return found
 
     def problem(self, seed: int, number: int) -> Problem:
-        """Return a problem of the file, one after the other; `draw` mixes them by seed and knows the held-out ones."""
-        return self.problems[(seed + number) % len(self.problems)]
+        """Return a problem of the file, one after the other; `draw` mixes them by seed and knows the held-out ones.
+
+        Raises:
+            UserError: its reference is not what the checker looks for, so that nothing could be right.
+        """
+        problem = self.problems[(seed + number) % len(self.problems)]
+        if not self._check(problem.answer.strip(), problem.answer):
+            name = self._check.__name__
+            raise UserError(
+                f"path: {self.path} has the reference {problem.answer!r:.80}, to which {name} calls nothing equal"
+            )
+        return problem
 
     def judge(self, problem: Problem, reply: str) -> Judgement:
         """Compare the final answer with the reference."""
@@ -60,8 +71,8 @@ class Jsonl:
 def _read(line: str, place: str) -> Problem:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: no JSON ({error.msg})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{place}: no JSON ({error})") from None
     row = row if isinstance(row, dict) else {}
     prompt, messages, reference = row.get("prompt"), row.get("messages"), row.get("reference")
     if isinstance(reference, int | float) and not isinstance(reference, bool):
@@ -70,7 +81,9 @@ def _read(line: str, place: str) -> Problem:
         raise UserError(f"{place}: needs `reference`, a text that is not empty")
     if isinstance(prompt, str) and messages is None:
         messages = [{"role": "user", "content": prompt}]
-    turns = messages if isinstance(messages, list) else []
-    if not turns or not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+    if not messages or not isinstance(messages, list):
         raise UserError(f"{place}: needs either `prompt`, a text, or `messages`, turns with role and content")
-    return Problem(messages=turns, answer=reference)
+    try:
+        return Problem(messages=read_messages(messages), answer=reference)
+    except ConversationError as error:
+        raise error.at(place) from None

@@ -6,6 +6,7 @@ beside the trainer that costs one sample a failure with a name. It also keeps th
 kill -9: one that waits sees its pipe close, one that works has an alarm of the system.
 """
 
+import math
 import multiprocessing
 import os
 import resource
@@ -20,6 +21,7 @@ from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any
 
+from datamodules.conversations.messages import read_messages
 from datamodules.environments.draws import available, draw
 from datamodules.text.workers import begin_worker
 from modules.batch import Conversational, Environment, Judgement, Message, Problem, Worked
@@ -120,15 +122,12 @@ class Pool:
     def judge(self, name: str, replies: Sequence[tuple[Problem, str]]) -> list[Judgement]:
         """Judge replies; a checker that raises, is late or dies gives a judgement with a `failure`."""
         jobs = [_Job(name=name, action="judge", arguments=pair, seconds=self._seconds) for pair in replies]
-        return [
-            Judgement(reward=0.0, reason="not judged", failure=found.reason) if isinstance(found, _Failure) else found
-            for found in self._run(jobs)
-        ]
+        return [_judged(found) for found in self._run(jobs)]
 
-    def respond(self, name: str, dialogues: Sequence[tuple[Problem, list[Message]]]) -> list[list[Message]]:
-        """Return the turns that follow each dialogue, none where it ends, or where the environment fails."""
+    def respond(self, name: str, dialogues: Sequence[tuple[Problem, list[Message]]]) -> list[list[Message] | Judgement]:
+        """Return the turns that follow each dialogue, none where it ends; where that fails, what it is judged."""
         jobs = [_Job(name=name, action="respond", arguments=pair, seconds=self._seconds) for pair in dialogues]
-        return [[] if isinstance(found, _Failure) else found for found in self._run(jobs)]
+        return [_judged(found) for found in self._run(jobs)]
 
     def solutions(self, name: str, problems: Sequence[Problem]) -> list[Message] | None:
         """Return the environment's own answers, None if it has none.
@@ -323,10 +322,18 @@ def _do(job: "_Job | tuple[str, Definition]", environments: dict[str, Environmen
         return _Failure(f"{type(error).__name__}: {error}"[:300])
 
 
+def _judged(found: Any) -> Any:
+    """Return what a job returned, for its failure a judgement that says so."""
+    if isinstance(found, _Failure):
+        return Judgement(reward=0.0, reason="not judged", failure=found.reason)
+    return found
+
+
 def _act(environment: Environment, action: str, arguments: tuple[Any, ...]) -> Any:
+    """Return what an environment says, after a look at its form: whoever asked relies on it."""
     if action == "draw":
         seed, numbers, held_out, solved = arguments
-        problems = [draw(environment, seed, number, held_out) for number in numbers]
+        problems = [_check_problem(draw(environment, seed, number, held_out)) for number in numbers]
         if not solved:
             return [(problem, None) for problem in problems]
         if not isinstance(environment, Worked):
@@ -336,6 +343,33 @@ def _act(environment: Environment, action: str, arguments: tuple[Any, ...]) -> A
         return available(environment, *arguments)
     if action == "is_conversational":
         return isinstance(environment, Conversational)
-    if action == "solution" and not isinstance(environment, Worked):
-        return None
-    return getattr(environment, action)(*arguments)
+    if action == "solution":
+        return environment.solution(*arguments) if isinstance(environment, Worked) else None
+    if action == "judge":
+        return _check_judgement(environment.judge(*arguments))
+    assert action == "respond"
+    assert isinstance(environment, Conversational)
+    return _check_turns(environment.respond(*arguments))
+
+
+def _check_problem(problem: Problem) -> Problem:
+    read_messages(problem.messages)
+    if not isinstance(problem.answer, str):
+        raise TypeError(f"the answer of a problem must be a text, not {problem.answer!r:.80}")
+    return problem
+
+
+def _check_turns(turns: list[Message]) -> list[Message]:
+    for turn in turns if isinstance(turns, list) else [turns]:
+        told = isinstance(turn, dict) and turn.get("role") in ("user", "tool")
+        if not told or not isinstance(turn.get("content"), str):
+            raise TypeError(f"respond returned {turns!r:.80}, no list of turns of a user or tool with their content")
+    return turns
+
+
+def _check_judgement(judgement: Judgement) -> Judgement:
+    if not isinstance(judgement, Judgement):
+        raise TypeError(f"judge returned {judgement!r:.80}, no Judgement")
+    if not isinstance(judgement.reward, int | float) or not math.isfinite(judgement.reward):
+        raise ValueError(f"judge gave the reward {judgement.reward!r:.80}, no finite number")
+    return judgement

@@ -391,6 +391,7 @@ def test_a_key_is_asked_for(model) -> None:
         encoded = {name: value.encode().decode("latin-1") for name, value in headers.items()}
         status, answer = server.request("GET", "/v1/models", **encoded)
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+    assert server.request("GET", "/v1/models", Authorization="Bearer \xe9\xff")[0] == 401  # latin-1, no UTF-8
     assert server.request("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
     assert server.health()["status"] == "ok"
     server.close()

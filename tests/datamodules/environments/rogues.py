@@ -1,9 +1,12 @@
 """Environments that do what checkers of others do at times."""
 
+import dataclasses
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from modules.batch import Judgement, Message, Problem
 
@@ -34,6 +37,35 @@ class Rogue:
         if reply == "print":
             print("noise")
         return Judgement(reward=float(reply == "right"), reason="compared")
+
+
+class Formless(Rogue):
+    """Says what no trainer can use, as the reply wishes, in judgements and in turns."""
+
+    SAID: ClassVar[dict[str, Any]] = {"none": None, "text": "1", "pair": (1.0, "right"), "dict": {}, "list": [5]}
+
+    def judge(self, problem: Problem, reply: str) -> Any:
+        if reply in ("nan", "inf", "high"):
+            reward: Any = "high" if reply == "high" else float(reply)
+            return Judgement(reward=reward, reason="made up")
+        return self.SAID[reply]
+
+    def respond(self, problem: Problem, messages: Sequence[Message]) -> Any:
+        said = messages[-1]["content"]
+        if said == "raise":
+            raise KeyError("no such thing")
+        if said == "sleep":
+            time.sleep(60)
+        if said == "mute":
+            return [{"role": "tool"}]
+        return self.SAID[said]
+
+
+class Unanswered(Rogue):
+    """Has an answer that is no text."""
+
+    def problem(self, seed: int, number: int) -> Problem:
+        return dataclasses.replace(super().problem(seed, number), answer=5)  # type: ignore[arg-type]
 
 
 class Generous(Rogue):

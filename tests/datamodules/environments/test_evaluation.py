@@ -111,6 +111,16 @@ def test_a_tool_is_called_and_its_result_told(pool: Pool, tokenizer: Tokenizer):
         assert attempt.dialogue[0]["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_an_environment_that_cannot_go_on_costs_its_dialogue_a_named_failure(tokenizer: Tokenizer):
+    replies = iter(["raise", "mute", "none"])
+    with Pool({"formless": rogue("Formless")}, seconds=2) as pool:
+        found, script, _ = ask(pool, tokenizer, lambda _: (next(replies), True), thinking=False)
+    failures = [attempt.judgement.failure for (attempt,) in found["formless"]]
+    assert failures[0] == "KeyError: 'no such thing'"
+    assert all("no list of turns" in failure for failure in failures[1:])
+    assert len(script.prompts) == 1
+
+
 def test_a_model_that_calls_for_ever_is_stopped(pool: Pool, tokenizer: Tokenizer):
     found, script, _ = ask(pool, tokenizer, lambda _: (CALL.format("x", 1), True), thinking=False)
     assert len(script.prompts) == MAX_TURNS

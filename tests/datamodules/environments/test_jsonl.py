@@ -36,12 +36,24 @@ def test_prompts_and_messages_are_read_and_judged(tmp_path: Path):
         ({"prompt": "a", "reference": True}, "p.jsonl:2: needs `reference`"),
         ({"reference": "a"}, "p.jsonl:2: needs either `prompt`"),
         ({"prompt": "a", "messages": [], "reference": "a"}, "p.jsonl:2: needs either `prompt`"),
-        ({"messages": [{"role": "user"}], "reference": "a"}, "p.jsonl:2: needs either `prompt`"),
+        ({"messages": [{"role": "user"}], "reference": "a"}, "p.jsonl:2: turn 1 .user. has no content"),
+        (
+            {"messages": [{"role": "alien", "content": "a"}], "reference": "a"},
+            "p.jsonl:2: turn 1 has the unknown role .alien",
+        ),
+        ("[" * 100_000, "p.jsonl:2: no JSON"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, row: object, message: str):
     with pytest.raises(UserError, match=message):
         _ = Jsonl(write(tmp_path, {"prompt": "a", "reference": "b"}, row)).problems
+
+
+@pytest.mark.parametrize("reference", ["five", "NaN", "1 2"])
+def test_a_reference_that_no_answer_can_meet_is_named(tmp_path: Path, reference: str):
+    environment = Jsonl(write(tmp_path, {"prompt": "a", "reference": reference}), "number")
+    with pytest.raises(UserError, match=f"p.jsonl has the reference '{reference}'"):
+        environment.problem(0, 0)
 
 
 def test_wrong_settings_are_named(tmp_path: Path):

@@ -12,13 +12,15 @@ import pytest
 
 from datamodules.environments.draws import is_held_out
 from datamodules.environments.pool import Pool
+from modules.batch import Judgement
 from modules.errors import UserError
 from tests.datamodules.environments.helpers import rogue
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    with Pool({"rogue": rogue(), "few": rogue(texts=1)}, processes=2, seconds=1) as pool:
+    rogues = {"rogue": rogue(), "few": rogue(texts=1), "formless": rogue("Formless"), "none": rogue("Unanswered")}
+    with Pool(rogues, processes=2, seconds=1) as pool:
         yield pool
 
 
@@ -43,6 +45,20 @@ def test_each_failure_is_named_and_costs_one_sample(pool: Pool, capfd: pytest.Ca
     assert capfd.readouterr().out == ""
 
 
+def test_what_is_no_judgement_and_no_turn_is_a_failure(pool: Pool):
+    (problem,) = pool.problems("formless", 0, [0], held_out=True)
+    shapes = ["none", "text", "pair", "dict", "list"]
+    judged = pool.judge("formless", [(problem, reply) for reply in [*shapes, "nan", "inf", "high"]])
+    assert all("no Judgement" in str(found.failure) for found in judged[:5])
+    assert all("no finite number" in str(found.failure) for found in judged[5:])
+    said = [*shapes, "mute", "raise", "sleep"]
+    turns = pool.respond("formless", [(problem, [{"role": "assistant", "content": text}]) for text in said])
+    failures = [found.failure for found in turns if isinstance(found, Judgement)]
+    assert len(failures) == len(said)
+    assert all("no list of turns" in str(failure) for failure in failures[:6])
+    assert failures[6:] == ["KeyError: 'no such thing'", "took longer than 1 s"]
+
+
 def test_problems_come_in_the_order_of_their_numbers(pool: Pool):
     numbers = [*range(70), 3]
     problems = pool.problems("rogue", 5, numbers, held_out=False)
@@ -56,6 +72,8 @@ def test_what_cannot_be_drawn_is_the_users_to_mend(pool: Pool):
         pool.problems("few", 0, [0], not side)
     with pytest.raises(UserError, match=r"environments\.rogue: Rogue has no worked solutions"):
         list(pool.rows("rogue", 0, [0]))
+    with pytest.raises(UserError, match=r"environments\.none: .*the answer of a problem must be a text, not 5"):
+        pool.problems("none", 0, [0], held_out=True)
 
 
 @pytest.mark.parametrize(
