@@ -168,10 +168,11 @@ class Worker(threading.Thread):
         """Forget what nobody waits for."""
         if self._prefill is not None and self._prefill[0].gone:
             self._prefill = None
-        for row in [row for ask in self._running if ask.gone for row in ask.rows]:
+        gone = [ask for ask in self._running if ask.gone]  # read once: more may go at any time
+        for row in [row for ask in gone for row in ask.rows]:
             row.finish = row.finish or "stop"
         self._batch.leave()
-        self._running = [ask for ask in self._running if not ask.gone]
+        self._running = [ask for ask in self._running if ask not in gone]
 
     def _begin(self) -> None:
         """Start the prompt that has waited longest, if its rows find a place."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from app.models import open_source
+from app.serving.worker import Ask, Worker
 from datamodules.conversations.replies import read_reply
 from datamodules.conversations.template import ChatTemplate
 from datamodules.tokenizer import Tokenizer
 from modules.checkpoints.load import load_model
+from modules.generation.continuous import BatchRow
 from modules.generation.engine import Request, generate
 from modules.generation.sampling import Sampling
 from modules.generation.scoring import score
@@ -306,6 +308,22 @@ def test_rows_of_clients_that_vanish_are_let_go(slow: Running, path: str, stream
     assert slow.worker._batch.rows == []
     assert slow.worker._batch._runner.cache.lengths == []
     assert slow.complete([5], max_tokens=2)["choices"]
+
+
+def test_a_client_may_vanish_at_any_moment(network, tokenizer, monkeypatch) -> None:
+    """Also between two looks at who is still there."""
+    worker = Worker(network, tokenizer.decode, batch_size=1, most_waiting=1)
+    row = BatchRow(limit=9, eos_ids=frozenset(), random=Sampling().stream((0, 0)), sampling=Sampling())
+    ask = Ask(number=0, tokens=[5], rows=[row], room=9, hear=lambda _: None)
+    assert worker.submit([ask])
+    with torch.inference_mode():
+        worker._turn()
+        assert worker.running == 1
+        leave = worker._batch.leave
+        monkeypatch.setattr(worker._batch, "leave", lambda: (worker.cancel([ask]), leave()))
+        worker._turn()
+        worker._turn()
+    assert worker.running == 0
 
 
 def test_rows_of_a_client_that_does_not_read_are_let_go(slow: Running, monkeypatch) -> None:
